@@ -1,0 +1,233 @@
+"""The book's own tools: check, test, execute, readme, site. Run by the Makefile; needs no Quarto and no git."""
+import argparse
+import difflib
+import filecmp
+import html
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+BIN = Path(sys.executable).parent
+KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
+SKIP = re.compile(r"(?m)^#\|\s*eval:\s*false")
+QUIET = {"TQDM_DISABLE": "1", "IN_TEST": "1", "PYTHONHASHSEED": "0"}
+# What a stored output must not hold: it would differ on the next machine, or on the next run.
+UNSTABLE = {"an address in memory": r"\b0x[0-9a-f]{9,}", "a path of one machine": r"(?<![\w.])/(?:home|root|work|tmp|Users|var/folders)/",
+            "a progress bar": r"\d+%\|.{0,12}[█▏▎▍▌▋▊▉ ]{3}", "a traceback": r"Traceback \(most recent call last\)"}
+
+
+def notebooks(folder: Path = NBS) -> list[Path]:
+    """Every notebook of the book, in reading order."""
+    return sorted(p for p in folder.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(folder).parts))
+
+
+def copy_of_the_book(to: str) -> Path:
+    """What nbdev reads and writes, somewhere else."""
+    copy = Path(to) / "book"
+    copy.mkdir()
+    for name in ("settings.ini", "setup.py"): shutil.copy(ROOT / name, copy)
+    shutil.copytree(NBS, copy / "nbs", ignore=shutil.ignore_patterns(".*", "_*.ipynb"))
+    shutil.copytree(ROOT / "saerad", copy / "saerad", ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    return copy
+
+
+def different(ours: Path, theirs: Path, pattern: str) -> list[str]:
+    """Names of files that are on one side only, or not the same bytes on both."""
+    names = {p.relative_to(side).as_posix() for side in (ours, theirs) for p in side.rglob(pattern) if "__pycache__" not in p.parts}
+    return sorted(n for n in names if not ((ours / n).exists() and (theirs / n).exists() and filecmp.cmp(ours / n, theirs / n, shallow=False)))
+
+
+def check_export() -> list[str]:
+    """The modules are what the notebooks say, and the notebooks are clean."""
+    with tempfile.TemporaryDirectory() as temp:
+        copy = copy_of_the_book(temp)
+        for old in (copy / "saerad").rglob("*.py"):
+            if old.name != "__init__.py": old.unlink()  # a module whose notebook is gone must show up too
+        env = {**os.environ, "PYTHONPATH": str(copy)}
+        for tool in ("nbdev_export", "nbdev_clean"): subprocess.run([BIN / tool], cwd=copy, check=True, env=env)
+        return ([f"saerad/{n} is not what its notebook exports: run `make export`" for n in different(ROOT / "saerad", copy / "saerad", "*.py")] +
+                [f"nbs/{n} is not clean: run `make export`" for n in different(NBS, copy / "nbs", "*.ipynb") if "checkpoint" not in n])
+
+
+def outputs_of(cell) -> str:
+    """The text of a cell's outputs."""
+    texts = []
+    for out in cell.get("outputs", []):
+        texts.append(out.get("text", ""))
+        texts += [v for k, v in out.get("data", {}).items() if k.startswith("text/") and isinstance(v, str)]
+    return "\n".join(texts)
+
+
+def check_notebook(path: Path) -> list[str]:
+    """A notebook was executed whole, without error, by the kernel that all share, and stores nothing that will not come again."""
+    nb, problems, name = nbformat.read(path, 4), [], path.relative_to(ROOT)
+    if nb.metadata.get("kernelspec") != KERNEL: problems.append(f"{name}: kernelspec {nb.metadata.get('kernelspec')}, not {KERNEL}")
+    code = [c for c in nb.cells if c.cell_type == "code" and not SKIP.search(c.source)]
+    shown = [c for c in code if not re.search(r"(?m)^#\|\s*(export|hide|default_exp)", c.source)]
+    if any(last_is_a_value(c.source) for c in shown) and not any(c.outputs for c in shown): problems.append(f"{name}: was never executed")
+    for i, cell in enumerate(nb.cells):
+        if cell.cell_type != "code": continue
+        if any(o.output_type == "error" for o in cell.outputs): problems.append(f"{name}, cell {i}: ended in an error")
+        if not cell.outputs and cell in shown and last_is_a_value(cell.source):
+            problems.append(f"{name}, cell {i}: ends in a value but shows none: execute it again")
+        problems += [f"{name}, cell {i}: the output holds {what}" for what, pattern in UNSTABLE.items() if re.search(pattern, outputs_of(cell))]
+    return problems
+
+
+def last_is_a_value(source: str) -> bool:
+    """Whether a cell's last line is a plain name or constant, which a notebook always shows (a call may return None)."""
+    lines = [s for s in source.rstrip().split("\n") if s.strip() and not s.strip().startswith("#")]
+    return bool(lines) and re.fullmatch(r"[\w.]+(\[[^\]]*\])?(, *[\w.]+)*", lines[-1]) is not None and lines[-1] not in ("pass", "None")
+
+
+def readme() -> str:
+    """README.md as it follows from nbs/index.ipynb: its prose, its code and the text that the code showed."""
+    parts = []
+    for cell in nbformat.read(NBS / "index.ipynb", 4).cells:
+        if re.search(r"(?m)^#\|\s*hide\s*$", cell.source): continue
+        if cell.cell_type == "markdown": parts.append(cell.source.strip().replace("](../", "]("))
+        elif cell.cell_type == "code":
+            source = "\n".join(s for s in cell.source.split("\n") if not s.startswith("#|")).strip()
+            if source: parts.append(f"```python\n{source}\n```")
+            shown = "\n".join(o.get("text", "") or o.get("data", {}).get("text/plain", "") for o in cell.outputs).rstrip()
+            if shown: parts.append(f"```text\n{shown}\n```")
+    return "<!-- generated from nbs/index.ipynb by `make export` -->\n\n" + "\n\n".join(parts) + "\n"
+
+
+def check_readme() -> list[str]:
+    """README.md is as generated, and everything that it links to is there."""
+    written = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
+    dead = [link for link in re.findall(r"\]\(([^)#]+)\)", readme()) if "//" not in link and not (ROOT / link).exists()]
+    problems = [f"README.md links to {link}, which is not there" for link in dead]
+    return problems if written == readme() else ["README.md is not what nbs/index.ipynb says: run `make export`", *problems]
+
+
+def check() -> int:
+    problems = check_export() + check_readme() + [p for nb in notebooks() for p in check_notebook(nb)]
+    for problem in problems: print(problem)
+    print(f"{len(notebooks())} notebooks, {len(problems)} problems")
+    return bool(problems)
+
+
+def test() -> int:
+    """`nbdev_test`, which exits 0 when it has found nothing to test, so what it tested is counted."""
+    env = {**os.environ, **QUIET, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+    command = [BIN / "nbdev_test", "--n_workers", "1", "--timing"]
+    out = subprocess.run(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    print(out.stdout)
+    tested = sum(f"{nb.name}" in out.stdout for nb in notebooks())
+    print(f"notebooks tested: {tested} of {len(notebooks())}")
+    return out.returncode or tested == 0 or "nbdev Tests Failed" in out.stdout
+
+
+def execute(folder: Path) -> int:
+    """Execute every notebook top to bottom in a fresh kernel, but not the cells marked `eval: false`; say whose outputs changed."""
+    from nbclient import NotebookClient
+    os.environ.update(QUIET)
+    for path in notebooks(folder):
+        nb = nbformat.read(path, 4)
+        before = [outputs_of(c) for c in nb.cells]
+        kept = {i: c.outputs for i, c in enumerate(nb.cells) if c.cell_type == "code" and SKIP.search(c.source)}
+        for i in kept: nb.cells[i].metadata["tags"] = ["skip-execution"]
+        NotebookClient(nb, timeout=900, kernel_name="python3", coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}}).execute()
+        for i, outputs in kept.items(): nb.cells[i].outputs = outputs
+        for cell in nb.cells:
+            for key in ("tags", "execution"): cell.metadata.pop(key, None)
+        nb.metadata = {"kernelspec": KERNEL}
+        nbformat.write(nb, path)
+        subprocess.run([BIN / "nbdev_clean", "--fname", path], check=True, cwd=ROOT)
+        after = [outputs_of(c) for c in nbformat.read(path, 4).cells]
+        print(f"{path.relative_to(ROOT)}: {'outputs as they were' if before == after else 'OUTPUTS CHANGED'}", flush=True)
+        for a, b in zip(before, after, strict=True):
+            if a != b: print("\n".join(list(difflib.unified_diff(a.splitlines(), b.splitlines(), lineterm="", n=0))[2:12]))
+    return 0
+
+
+def markdown_of(path: Path, site: Path) -> str:
+    """One processed notebook as Markdown; its pictures go beside it."""
+    parts = []
+    nb = nbformat.read(path, 4)
+    for i, cell in enumerate(nb.cells):
+        if cell.cell_type != "code":
+            parts.append(cell.source)
+            continue
+        if "include: false" in cell.source: continue
+        source = "\n".join(s for s in cell.source.split("\n") if not s.startswith("#|")).strip()
+        shows_doc = "show_doc(" in source
+        if source and not shows_doc and "echo: false" not in cell.source: parts.append(f"```python\n{source}\n```")
+        for j, out in enumerate(cell.outputs):
+            data = out.get("data", {})
+            for kind, ending in (("image/png", "png"), ("image/svg+xml", "svg")):
+                if kind in data:
+                    picture = f"{path.stem}-{i}-{j}.{ending}"
+                    raw = data[kind]
+                    if ending == "png":
+                        import base64
+                        (site / picture).write_bytes(base64.b64decode(raw))
+                    else: (site / picture).write_text(raw)
+                    parts.append(f"![]({picture})")
+                    break
+            else:
+                if "text/markdown" in data: parts.append(data["text/markdown"])
+                elif "text/html" in data: parts.append(data["text/html"])
+                else:
+                    text = out.get("text", "") or data.get("text/plain", "")
+                    if text.strip(): parts.append(f"<pre>{html.escape(text.rstrip())}</pre>")
+    return "\n\n".join(parts) + "\n"
+
+
+def title_of(path: Path) -> str:
+    """The notebook's first heading."""
+    for cell in nbformat.read(path, 4).cells:
+        found = re.search(r"(?m)^#\s+(.+)$", cell.source) if cell.cell_type == "markdown" else None
+        if found: return found[1]
+    return path.stem
+
+
+def site() -> int:
+    """The book as a site in _site/: Quarto where it is installed, else a short converter and Zensical."""
+    if shutil.which("quarto"):
+        subprocess.run([BIN / "nbdev_docs"], cwd=ROOT, check=True)
+        shutil.rmtree(ROOT / "_site", ignore_errors=True)
+        shutil.copytree(ROOT / "_docs", ROOT / "_site")
+        return 0
+    subprocess.run([BIN / "nbdev_proc_nbs"], cwd=ROOT, check=True)
+    with tempfile.TemporaryDirectory() as temp:
+        docs = Path(temp) / "docs"
+        docs.mkdir()
+        pages = []
+        for nb in notebooks():
+            processed = ROOT / "_proc" / nb.relative_to(NBS)
+            if not processed.exists(): continue
+            page = "index.md" if nb.stem == "index" else nb.relative_to(NBS).as_posix().replace("/", "-").replace(".ipynb", ".md")
+            (docs / page).write_text(markdown_of(processed, docs))
+            pages.append((nb.stem != "index", title_of(nb), page))
+        nav = ",\n  ".join(f'{{"{title.replace(chr(34), "")}" = "{page}"}}' for _, title, page in sorted(pages, key=lambda p: p[0]))
+        (Path(temp) / "zensical.toml").write_text(
+            f'[project]\nsite_name = "saerad"\nuse_directory_urls = false\nnav = [\n  {nav}\n]\n\n[project.theme]\nfont = false\n')
+        subprocess.run([BIN / "zensical", "build", "--clean"], cwd=temp, check=True)
+        shutil.rmtree(ROOT / "_site", ignore_errors=True)
+        shutil.copytree(Path(temp) / "site", ROOT / "_site")
+    print(f"{len(pages)} pages in _site/")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("action", choices=["check", "test", "execute", "readme", "site"])
+    parser.add_argument("folder", nargs="?", default="nbs")
+    args = parser.parse_args()
+    if args.action == "readme": return (ROOT / "README.md").write_text(readme()) == 0
+    if args.action == "execute": return execute((ROOT / args.folder).resolve())
+    return int(globals()[args.action]())
+
+
+if __name__ == "__main__": sys.exit(main())

@@ -1,0 +1,51 @@
+"""Tokens a second of extraction to disk, beside a bare forward pass of the same batches that stops at the same layer."""
+import tempfile
+from pathlib import Path
+
+import torch
+from _bench import alternate, report
+from torch import Tensor, nn
+
+from saerad.extraction import ExtractionConfig, batches_by_length, extract
+from saerad.studies import Source, StudiesConfig, open_source
+from saerad.subjects import Subject, layers_path, random_mini
+
+
+class Reached(Exception):
+    """Raised by the hook of the bare pass, so that nothing above the layer is computed."""
+
+
+@torch.no_grad()
+def bare_pass(subject: Subject, batches: list[dict[str, Tensor]], layer: nn.Module) -> None:
+    """Forward passes that stop at a layer, with a plain hook and nothing else: no prompts, no filter, no disk."""
+    def stop(*_: object) -> None: raise Reached
+    handle = layer.register_forward_hook(stop)
+    for batch in batches:
+        try: subject.model(**batch)
+        except Reached: pass
+    handle.remove()
+
+
+def measure(quick: bool) -> tuple[str, dict, dict, dict]:
+    """The shape, our tokens a second (padding not counted), theirs, and ours over theirs."""
+    subject, cfg = random_mini(0), ExtractionConfig(layer=4)
+    patients = {"train_patients": 12 if quick else 240, "validation_patients": 1, "test_patients": 1}
+    studies = open_source(StudiesConfig(source="phantom:0", **patients)).split("train")
+    source = Source("phantom", studies)
+    prompts = [subject.prompt(s, s.sections["findings"]) for s in studies]
+    window = 8 * cfg.batch_size
+    batches = [subject.collate([prompts[first + i] for i in batch]) for first in range(0, len(studies), window)
+               for batch in batches_by_length([len(p) for p in prompts[first:first + window]], cfg.batch_size)]
+    layer = subject.model.get_submodule(layers_path(subject.model))[cfg.layer]
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = (Path(temporary) / str(i) for i in range(100))
+        extract(Source("first", studies[:2]), subject, cfg, next(folders))
+        took = alternate(3, ours=lambda: extract(source, subject, cfg, next(folders)),
+                         bare=lambda: bare_pass(subject, batches, layer))
+    total = sum(map(len, prompts))
+    shape = f"{len(studies)} studies, {total} tokens, mini, layer {cfg.layer}, {took['bare'] / len(batches):.2f} s a batch, tokens/s"
+    return (shape, {"bare_forward": total / took["ours"]}, {"bare_forward": total / took["bare"]},
+            {"bare_forward": took["bare"] / took["ours"]})
+
+
+if __name__ == "__main__": report("extraction", measure)

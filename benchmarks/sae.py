@@ -1,0 +1,129 @@
+"""Tokens a second of a training step, beside `dictionary_learning` and SAELens on the same vectors.
+
+A peer runs with the interpreter of `.venv-bench` (`make bench-env`); without it its numbers and ratios are null. Every contender
+trains the same Matryoshka BatchTopK SAE in a process of its own, several times in turn, and the median counts.
+"""
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from _bench import machine, report
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = {"d": 256, "width": 1024, "k": 32, "batch": 2048, "steps": 15, "rounds": 1}
+FULL = {"d": 4096, "width": 16384, "k": 256, "batch": 2048, "steps": 3, "rounds": 3}
+FRACTIONS = (1/16, 1/16, 1/8, 1/4, 1/2)
+
+COMMON = '''
+import json, resource, sys, time
+import torch
+shape = json.loads(sys.argv[1])
+d, width, k, batch, steps = (shape[n] for n in ("d", "width", "k", "batch", "steps"))
+torch.manual_seed(0)
+parts = torch.randn(4 * d, d)
+def vectors():
+    on = torch.randint(4 * d, (batch, 12))
+    return (parts[on] * torch.rand(batch, 12, 1)).sum(1) / d ** 0.5
+batches = [vectors() for _ in range(min(steps, 4))]
+def report(step):
+    """Time `steps` steps after two to warm up; peak memory beside what was there before."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for i in range(2): step(i, batches[i % len(batches)])
+    began = time.perf_counter()
+    for i in range(steps): step(i + 2, batches[i % len(batches)])
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"tokens_per_second": steps * batch / seconds, "peak_mib": peak / 1024, "growth_mib": (peak - before) / 1024}))
+'''
+
+OURS = COMMON + '''
+from saerad.sae import MatryoshkaSAE, SAEConfig
+from saerad.training import Trainer, TrainingConfig
+sae = MatryoshkaSAE.from_config(d, SAEConfig(expansion=width // d, k=k))
+sae.scale.fill_(float(batches[0].square().sum(1).mean().sqrt()))
+trainer = Trainer(sae, TrainingConfig(steps=10_000, batch_size=batch))
+report(lambda i, x: trainer.advance(x))
+'''
+
+DICTIONARY_LEARNING = COMMON + '''
+from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
+trainer = MatryoshkaBatchTopKTrainer(steps=10_000, activation_dim=d, dict_size=width, k=k, layer=0, lm_name="none", device="cpu",
+                                     group_fractions=[1/16, 1/16, 1/8, 1/4, 1/2], warmup_steps=1000)
+scale = batches[0].square().sum(1).mean().sqrt()
+report(lambda i, x: trainer.update(i, x / scale))
+'''
+
+SAE_LENS = COMMON + '''
+import itertools
+from sae_lens import MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
+from sae_lens.saes.sae import TrainStepInput
+sizes = [width // 16, width // 16, width // 8, width // 4, width // 2]
+sae = MatryoshkaBatchTopKTrainingSAE(MatryoshkaBatchTopKTrainingSAEConfig(
+    d_in=d, d_sae=width, k=k, matryoshka_widths=list(itertools.accumulate(sizes)), device="cpu", dtype="float32"))
+optimizer = torch.optim.Adam(sae.parameters(), lr=2e-4)
+scale = batches[0].square().sum(1).mean().sqrt()
+dead = torch.zeros(width, dtype=torch.bool)
+def step(i, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = sae.training_forward_pass(TrainStepInput(sae_in=x / scale, coefficients={}, dead_neuron_mask=dead, n_training_steps=i,
+                                                       is_logging_step=False))
+    optimizer.zero_grad()
+    out.loss.backward()
+    torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+    optimizer.step()
+report(step)
+'''
+
+
+def _peer_python() -> Path | None:
+    path = ROOT / ".venv-bench" / "bin" / "python"
+    return path if path.exists() else None
+
+
+def _measure(python: Path | str, code: str, shape: dict[str, int]) -> dict[str, float] | None:
+    """One contender in its own process; None when it does not run, with its last line of complaint on stderr."""
+    with tempfile.TemporaryDirectory() as elsewhere:
+        done = subprocess.run([str(python), "-c", code, json.dumps(shape)], capture_output=True, text=True, cwd=elsewhere,
+                              env=os.environ | {"PYTHONPATH": str(ROOT) if code is OURS else ""})
+    if done.returncode:
+        print("\n".join(done.stderr.strip().splitlines()[-1:]), file=sys.stderr)
+        return None
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _median(runs: list[dict[str, float] | None]) -> dict[str, float] | None:
+    good = [r for r in runs if r is not None]
+    return {key: statistics.median(r[key] for r in good) for key in good[0]} if good else None
+
+
+def measure(quick: bool) -> tuple[str, dict, dict, dict]:
+    """The shape, our numbers, the peers' and the ratios, under the same keys; peak memory in MiB of a whole process."""
+    shape = QUICK if quick else FULL
+    contenders = {"ours": (sys.executable, OURS)}
+    if (peer := _peer_python()) is not None:
+        contenders |= {"dictionary_learning": (peer, DICTIONARY_LEARNING), "sae_lens": (peer, SAE_LENS)}
+    runs: dict[str, list[dict[str, float] | None]] = {name: [] for name in contenders}
+    for _ in range(shape["rounds"]):                          # in turn, so that a slow minute hits all
+        for name, (python, code) in contenders.items(): runs[name].append(_measure(python, code, shape))
+    found = {name: _median(of_one) for name, of_one in runs.items()}
+    ours, there = found.pop("ours"), {name: speed for name, speed in found.items() if speed}
+    if there: there["fastest_peer"] = max(there.values(), key=lambda peer: peer["tokens_per_second"])
+    keys = ("dictionary_learning", "sae_lens", "fastest_peer")
+    us = dict.fromkeys(keys, ours["tokens_per_second"]) | {"peak_memory": ours["peak_mib"]}
+    them = {key: there[key]["tokens_per_second"] if key in there else None for key in keys}
+    them["peak_memory"] = there["fastest_peer"]["peak_mib"] if there else None
+    return json.dumps(shape), us, them, {key: us[key] / them[key] if them[key] else None for key in us}
+
+
+def bench(quick: bool = False) -> dict[str, Any]:
+    """The same as one object."""
+    shape, ours, peers, ratios = measure(quick)
+    return {"name": "sae", "shape": shape, "machine": machine(), "ours": ours, "peers": peers, "ratios": ratios}
+
+
+if __name__ == "__main__": report("sae", measure)

@@ -1,0 +1,178 @@
+"""Figures of a run: drawn from its tables, skipped with a reason, and the same bytes every time."""
+import json
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import yaml
+from PIL import Image
+
+from saerad.core import read_table, write_json, write_table
+from saerad.figures import (
+    OUTCOME_COLOURS,
+    OUTCOMES,
+    PLOTS,
+    SHADES,
+    FiguresConfig,
+    RunTables,
+    collect_concepts,
+    collect_density,
+    collect_f1,
+    collect_fidelity,
+    collect_film,
+    collect_signs,
+    collect_steering,
+    draw_figures,
+    draw_plot,
+    house_style,
+    invent_run,
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return invent_run(tmp_path_factory.mktemp("run"))
+
+
+def grey(colour):
+    return float(np.dot(mpl.colors.to_rgb(colour), (0.299, 0.587, 0.114)))
+
+
+def test_every_figure_is_written_three_times(run):
+    drawn = draw_figures(run, FiguresConfig(dpi=60))
+    assert set(drawn.written) == set(PLOTS) - {"film"} and drawn.skipped == {"film": "config.yaml is not there"}
+    for name in drawn.written:
+        svg, png, numbers = (run / "figures" / f"{name}{ending}" for ending in (".svg", ".png", ".csv"))
+        assert svg.read_text().startswith("<?xml") and len(pd.read_csv(numbers)) > 0
+        assert Image.open(png).width == pytest.approx(60 * (7 if PLOTS[name].wide else 3.5), abs=1)
+
+
+@pytest.mark.parametrize("name", ["training", "density", "steering"])
+def test_drawing_again_gives_the_same_bytes(run, tmp_path, name):
+    other = invent_run(tmp_path)
+    for folder in (run, other): draw_figures(folder, FiguresConfig(dpi=60), [name])
+    for ending in (".svg", ".png", ".csv"):
+        first, second = ((folder / "figures" / f"{name}{ending}").read_bytes() for folder in (run, other))
+        assert first == second
+    assert b"dc:date" not in (run / "figures" / f"{name}.svg").read_bytes()
+
+
+def test_changed_numbers_change_the_figure(run, tmp_path):
+    other = invent_run(tmp_path, seed=1)
+    for folder in (run, other): draw_figures(folder, FiguresConfig(dpi=60), ["f1"])
+    assert (run / "figures/f1.svg").read_bytes() != (other / "figures/f1.svg").read_bytes()
+
+
+def test_an_unfinished_run_skips_by_name_and_leaves_nothing_stale(tmp_path):
+    invent_run(tmp_path)
+    draw_figures(tmp_path, FiguresConfig(dpi=60), ["steering", "f1"])
+    (tmp_path / "steering/judgements.parquet").unlink()
+    drawn = draw_figures(tmp_path, FiguresConfig(dpi=60), ["steering", "f1"])
+    assert drawn.written == ["f1"] and drawn.skipped == {"steering": "steering/judgements.parquet is not there"}
+    assert not list((tmp_path / "figures").glob("steering.*"))
+    assert set(draw_figures(tmp_path / "empty").skipped) == set(PLOTS)
+
+
+def test_tables_without_rows_are_skipped_too(tmp_path):
+    invent_run(tmp_path)
+    for name in ("steering/judgements.parquet", "interpretations/interpretations.parquet", "sae/concepts.parquet"):
+        write_table(tmp_path / name, read_table(tmp_path / name).slice(0, 0))
+    for name in ("steering", "signs", "f1", "precision_recall", "frequency_f1", "concepts"):
+        assert draw_plot(name, tmp_path) == "there are no numbers to draw", name
+
+
+def test_a_run_in_which_nothing_could_be_scored_or_fired(tmp_path):
+    invent_run(tmp_path)
+    path = tmp_path / "interpretations/interpretations.parquet"
+    table = read_table(path).to_pandas()
+    table[["f1", "precision", "recall"]] = np.nan
+    write_table(path, pa.Table.from_pandas(table))
+    features = read_table(tmp_path / "exemplars/features.parquet").to_pandas()
+    features["density"] = 0.0
+    write_table(tmp_path / "exemplars/features.parquet", pa.Table.from_pandas(features))
+    assert draw_plot("f1", tmp_path) == draw_plot("sections", tmp_path) == "there are no numbers to draw"
+    assert draw_plot("density", tmp_path) == "there are no numbers to draw"
+
+
+def test_one_scored_feature_is_enough_for_its_figures(tmp_path):
+    invent_run(tmp_path)
+    path = tmp_path / "interpretations/interpretations.parquet"
+    table = read_table(path).to_pandas()
+    write_table(path, pa.Table.from_pandas(table[table.f1.notna()].head(1)))
+    for name in ("f1", "precision_recall", "frequency_f1"): assert not isinstance(draw_plot(name, tmp_path), str), name
+
+
+def test_the_numbers_behind_steering_are_shares_with_random_directions_apart(run):
+    numbers = collect_steering(RunTables(run))
+    assert numbers[list(OUTCOMES)].sum(axis=1).tolist() == pytest.approx([1] * 4)
+    assert numbers.control.tolist() == [False, False, True, True] and numbers.reports.tolist() == [48, 48, 6, 6]
+    judged = read_table(run / "steering/judgements.parquet").to_pandas()
+    mine = judged[~judged.control & (judged.alpha == 10)]
+    assert numbers[(~numbers.control) & (numbers.alpha == 10)].unchanged.item() == pytest.approx((mine.outcome == "unchanged").mean())
+
+
+def test_a_degenerate_report_counts_as_nothing_else(tmp_path):
+    rows = [{"feature": 1, "alpha": a, "outcome": "on_target_only", "degenerate": a > 0, "control": False} for a in (-5.0, 5.0)]
+    write_table(tmp_path / "steering/judgements.parquet", pa.Table.from_pylist(rows))
+    numbers = collect_steering(RunTables(tmp_path)).set_index("alpha")
+    assert numbers.degenerate.to_dict() == {-5.0: 0, 5.0: 1} and numbers.on_target_only.to_dict() == {-5.0: 1, 5.0: 0}
+
+
+def test_signs_need_both_signs_and_leave_random_directions_out(run, tmp_path):
+    assert len(collect_signs(RunTables(run))) == 8
+    rows = [{"feature": 1, "alpha": a, "outcome": "mixed", "degenerate": False, "control": False} for a in (5.0, 10.0)]
+    write_table(tmp_path / "steering/judgements.parquet", pa.Table.from_pylist(rows))
+    assert collect_signs(RunTables(tmp_path)) is None
+
+
+def test_prefixes_are_ordered_as_numbers_and_missing_parts_of_an_evaluation_are_fine(run, tmp_path):
+    numbers = collect_fidelity(RunTables(run))
+    assert numbers[numbers.panel == "prefix"].name.tolist() == ["64", "128", "256", "512", "1024"]
+    write_json(tmp_path / "sae/evaluation.json", {"fvu_by_prefix": {"8": 0.5}, "fvu_by_section": {"findings": 0.5}})
+    assert not isinstance(draw_plot("fidelity", tmp_path), str)
+
+
+def test_only_scored_features_and_examined_concepts_are_drawn(run):
+    scores = read_table(run / "interpretations/interpretations.parquet").to_pandas()
+    assert len(collect_f1(RunTables(run))) == scores.f1.notna().sum() < len(scores)
+    assert collect_concepts(RunTables(run)).auroc_test.is_monotonic_decreasing
+    assert len(collect_density(RunTables(run))) == len(scores), "dead features count too"
+
+
+def test_colours_keep_their_order_in_grey():
+    outcomes = sorted(grey(c) for c in OUTCOME_COLOURS.values())
+    assert min(np.diff(outcomes)) > 0.1 and list(OUTCOME_COLOURS) == list(OUTCOMES)
+    assert min(np.diff([grey(c) for c in SHADES])) > 0.05
+
+
+def test_the_house_style_stays_in_the_house():
+    before = dict(mpl.rcParams)
+    with house_style(): assert mpl.rcParams["svg.hashsalt"] == "saerad"
+    assert dict(mpl.rcParams) == before
+
+
+def test_csv_is_what_was_drawn(run):
+    draw_figures(run, FiguresConfig(dpi=60), ["f1"])
+    _, numbers = draw_plot("f1", run)
+    pd.testing.assert_frame_equal(pd.read_csv(run / "figures/f1.csv"), numbers.reset_index(drop=True), check_dtype=False, rtol=1e-5)
+
+
+def test_a_film_is_drawn_for_the_phantom_and_never_for_another_source(tmp_path):
+    studies = {"source": "phantom:0", "train_patients": 2, "validation_patients": 1, "test_patients": 3}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"studies": studies}))
+    numbers = collect_film(RunTables(tmp_path))
+    assert np.ptp(np.array(numbers.attrs["film"])) > 50 and (numbers.right > numbers.left).all() and numbers.study.nunique() == 1
+    assert not isinstance(draw_plot("film", tmp_path), str)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"studies": studies | {"source": "mimic-cxr:/data"}}))
+    assert draw_plot("film", tmp_path) == "there are no numbers to draw"
+
+
+def test_lines_of_a_log_and_absent_files(tmp_path):
+    tables = RunTables(tmp_path)
+    assert tables.table("a.parquet") is None and tables.json("a.json") is None and tables.config == {}
+    (tmp_path / "log.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
+    assert tables.json("log.jsonl") == [{"a": 1}, {"a": 2}]
+    assert json.loads((invent_run(tmp_path) / "summary.json").read_text())["sae"]["k"] == 32 and Path(tmp_path).exists()

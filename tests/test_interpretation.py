@@ -1,0 +1,504 @@
+"""Interpretation: the lexical sentence and its rule, scores against plain counting, and an endpoint with everything that goes wrong."""
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import balanced_accuracy_score, f1_score, precision_score, recall_score
+from word_server import WordServer, completion
+from word_world import MIXED, NEVER, WORDS, make_sae, make_store
+
+from saerad.core import UserError, file_hash, read_table, write_table
+from saerad.endpoint import (
+    Endpoint,
+    EndpointConfig,
+    Ledger,
+    Pace,
+    check_destination,
+    host_of,
+    is_loopback,
+    parse_explanation,
+    parse_list,
+)
+from saerad.exemplars import Context, Example, Exemplars, ExemplarsConfig, collect_exemplars
+from saerad.interpretation import (
+    Explanation,
+    InterpretationConfig,
+    Lexical,
+    description_names_truth,
+    detect_prompt,
+    estimate,
+    explain_prompt,
+    interpret,
+    interpretation_summary,
+    names,
+    score,
+)
+from saerad.lexical import NOTHING, Bits, Clause, describe, find_rule, read_rule, window, words
+
+OPEN, CLOSED = SimpleNamespace(may_leave=True), SimpleNamespace(may_leave=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    base = tmp_path_factory.mktemp("world")
+    collect_exemplars(make_store(base / "store"), make_sae(), ExemplarsConfig(min_explain=5, min_score=5), 0, base / "exemplars")
+    return base / "exemplars"
+
+
+@pytest.fixture(scope="module")
+def few(folder, tmp_path_factory):
+    """The same tables with three features only, for the endpoint."""
+    out = tmp_path_factory.mktemp("few")
+    features = read_table(folder / "features.parquet").to_pandas()
+    kept = [WORDS.index("effusion"), WORDS.index("normal"), MIXED, NEVER]
+    features.loc[~features.feature.isin(kept), "status"] = "dead"
+    import pyarrow as pa
+    write_table(out / "features.parquet", pa.Table.from_pandas(features, preserve_index=False))
+    write_table(out / "exemplars.parquet", read_table(folder / "exemplars.parquet"))
+    return out
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch): monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def config(server=None, **changes):
+    fields = {"interpreter": "openai", "model": "words", "base_url": server.url if server else "http://127.0.0.1:9/v1",
+              "concurrency": 8, "requests_per_second": 1000.0, "bootstrap": 50, "timeout_s": 20.0, **changes}
+    return InterpretationConfig(**fields)
+
+
+# the sentence and its rule
+
+@pytest.mark.parametrize("rule", [
+    (), (Clause("a"),), (Clause("a"), Clause("b", near=True)), (Clause("small", "before", "effusion", place="findings"),),
+    (Clause("x", "after", "y", without="no", place="prior report"), Clause("z", "after", "y", without="no", place="prior report")),
+    (Clause(place="frontal image"),), (Clause(opens=True),), (Clause(place="technique", opens=True), Clause(";"), Clause(".", "before", ",")),
+    (Clause("in"), Clause("before", "after", "without"), Clause("at the start"))])
+def test_reading_the_sentence_gives_the_rule_back(rule):
+    assert sorted(read_rule(describe(rule))) == sorted(rule)
+
+
+@pytest.mark.parametrize("text", ["", "pleural effusion", "Lexical baseline: fires ", 'Lexical baseline: fires on "a"',
+                                  'Lexical baseline: fires on "a" and "b".', 'Lexical baseline: fires on "a". More.'])
+def test_other_sentences_are_no_rules(text):
+    with pytest.raises(ValueError): read_rule(text)
+
+
+def test_words_are_glued_and_cut():
+    found, index = words([" Car", "dio", "meg", "aly", ",", " no", "\n", "P", "ICC", ".", " 2", ".", "5"])
+    assert found == ["cardiomegaly", ",", "no", "picc", ".", "2", ".", "5"] or found[:5] == ["cardiomegaly", ",", "no", "picc", "."]
+    assert index[:9] == [0, 0, 0, 0, 1, 2, -1, 3, 3]
+
+
+def _contexts(texts, peak_word=None):
+    made = []
+    for i, text in enumerate(texts):
+        tokens = tuple(f" {w}" for w in text.split())
+        plain = dict(row=i, tokens=tokens, section="findings", view="", offset=3)
+        if peak_word is None: made.append(Context(**plain))
+        else:
+            at = text.split().index(peak_word)
+            made.append(Example(**plain, activations=tuple(float(j == at) for j in range(len(tokens))), peak=at))
+    return made
+
+
+def _f1(rule, active, silent):
+    said = [any(c.holds(window(x)) for c in rule) for x in [*active, *silent]]
+    return f1_score([True] * len(active) + [False] * len(silent), said)
+
+
+def test_negation_is_found():
+    sizes, sides = ("small", "large", "new", "stable"), ("left", "right", "basal", "apical")
+    active = _contexts([f"{a} {b} effusion seen" for a in sizes for b in sides], "effusion")
+    silent = _contexts([f"no {a} {b} effusion seen" for a in sizes for b in sides])
+    rule = find_rule(active, silent, Bits(map(window, silent)), 0.1)
+    assert _f1(rule, active, silent) == 1
+    assert 'on "effusion" without "no" before it' in describe(rule)
+
+
+def test_order_of_words_is_found():
+    active = _contexts(["heart enlarged lungs normal ok", "fine heart enlarged lungs normal"] * 6, "enlarged")
+    silent = _contexts(["lungs enlarged with normal heart", "normal heart and lungs enlarged"] * 6)
+    assert _f1(find_rule(active, silent, Bits(map(window, silent)), 0.1), active, silent) == 1
+
+
+def test_nothing_to_say_is_said():
+    active = [e for i in range(16) for e in _contexts([f"a{i} b{i}"], f"a{i}")]
+    silent = _contexts([f"c{i} d{i}" for i in range(16)])
+    everywhere = [Clause(place="findings")]
+    rule = find_rule(active, silent, Bits(map(window, silent)), 0.1)
+    assert rule == () or list(rule) == everywhere and _f1(rule, active, silent) < 0.67
+    assert describe(()) == NOTHING and read_rule(NOTHING) == ()
+
+
+def test_prediction_uses_the_sentence_alone(folder):
+    made = {f.feature: f for f in Exemplars(folder).contexts()}
+    f = made[WORDS.index("effusion")]
+    lexical = Lexical(f.silent)
+    sentence = lexical.explain(f).text
+    again = Lexical([]).detect(Explanation(-1, sentence), f.scoring, Counter())
+    assert again == lexical.detect(Explanation(f.feature, sentence), f.scoring, Counter())
+    assert np.mean(np.array(again) == f.truth) > 0.95
+
+
+# scores
+
+def test_scores_are_those_of_sklearn():
+    draw = np.random.default_rng(0)
+    truth, said = draw.random(300) < 0.4, draw.random(300) < 0.5
+    s = score(truth, said.tolist(), draw)
+    assert np.isclose(s.f1, f1_score(truth, said)) and np.isclose(s.precision, precision_score(truth, said))
+    assert np.isclose(s.recall, recall_score(truth, said)) and np.isclose(s.balanced_accuracy, balanced_accuracy_score(truth, said))
+    assert np.isclose(s.always_yes_f1, f1_score(truth, np.ones(300)))
+    assert s.f1_low < s.f1 < s.f1_high
+
+
+def test_bootstrap_interval_covers():
+    truth, hits = [True] * 100 + [False] * 100, 0
+    for i in range(200):
+        draw = np.random.default_rng(i)
+        said = [bool(draw.random() < (0.7 if t else 0.2)) for t in truth]
+        s = score(truth, said, draw, 300)
+        hits += s.f1_low <= 2 * 0.7 / (0.7 + 0.2 + 1) <= s.f1_high
+    assert 180 <= hits <= 200
+
+
+def test_unanswered_contexts_are_left_out_not_counted_as_no():
+    s = score([True, True, False, False], [True, None, False, None], np.random.default_rng(0))
+    assert (s.contexts, s.f1, s.recall, s.balanced_accuracy) == (2, 1, 1, 1)
+
+
+def test_nothing_answered_has_no_score():
+    s = score([True, False], [None, None], np.random.default_rng(0))
+    assert s.contexts == 0 and np.isnan(s.f1)
+
+
+# the stage with the baseline
+
+@pytest.fixture(scope="module")
+def lexical(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("lexical")
+    return interpret(folder, InterpretationConfig(), 0, CLOSED, out), out
+
+
+def test_every_feature_has_a_row_and_words_are_found(lexical):
+    table, _ = lexical
+    assert table.feature.tolist() == list(range(len(WORDS) + 3))
+    scored = table[table.status == "scored"]
+    assert scored.f1.median() > 0.95 and scored.shuffled_f1.median() < 0.6
+    assert scored.explanation.str.startswith("Lexical baseline: ").all()
+    assert (scored.f1_low <= scored.f1).all() and (scored.f1 <= scored.f1_high).all()
+    assert "small" in table.explanation[MIXED] and "mild" in table.explanation[MIXED]
+    assert set(table.negatives) == {"random"}
+
+
+def test_unscored_features_have_a_reason_and_no_number(lexical):
+    dead = lexical[0].loc[NEVER]
+    assert (dead.status, dead.reason) == ("unscored", "dead") and np.isnan(dead.f1) and dead.scored_contexts == 0
+
+
+def test_lexical_run_twice_has_the_same_bytes(folder, lexical, tmp_path):
+    interpret(folder, InterpretationConfig(), 0, CLOSED, tmp_path)
+    for name in ("interpretations.parquet", "ledger.sqlite"): assert file_hash(tmp_path / name) == file_hash(lexical[1] / name)
+
+
+def test_summary_counts(lexical):
+    table, _ = lexical
+    s = interpretation_summary(table)
+    scored = table[table.status == "scored"]
+    assert (s["features"], s["scored"]) == (len(table), len(scored))
+    assert s["f1_above_075"] == sum(f > 0.75 for f in scored.f1) and s["f1_below_05"] == sum(f < 0.5 for f in scored.f1)
+    assert set(s) == {"features", "scored", "f1_above_075", "f1_below_05", "median_f1", "shuffled_median_f1", "negatives",
+                      "parse_failures", "frequency_f1_spearman"}
+    json.dumps(s, allow_nan=False)
+    json.dumps(interpretation_summary(table[table.status == "unscored"]), allow_nan=False)
+
+
+def test_description_names_truth():
+    table = pd.DataFrame({"feature": [0, 1, 2, 3], "f1": [0.9, 0.9, 0.9, 0.5],
+                          "explanation": ['fires on "effusion"', 'fires on "heart" without "pleural effusion" before it', "PICC line", "nodule"]})
+    concepts = pd.DataFrame({"concept": ["effusion", "effusion", "picc", "nodule", "oedema"], "feature": [0, 1, 2, 3, 2],
+                             "tracked": [True, True, True, True, False]})
+    known = {n: SimpleNamespace(names=(n,)) for n in ("effusion", "picc", "nodule", "oedema")}
+    assert description_names_truth(table, concepts, known) == pytest.approx(2 / 3)
+    assert description_names_truth(table[table.f1 < 0.75], concepts, known) is None
+    assert names("No pleural-effusion seen", ["pleural effusion"]) and not names("effusions", ["effusion"])
+
+
+# where text may go
+
+@pytest.mark.parametrize("url", ["http://localhost:1/v1", "http://127.8.9.1/v1", "http://[::1]:8/v1"])
+def test_loopback_is_allowed(url): check_destination(EndpointConfig(base_url=url), may_leave=False)
+
+
+@pytest.mark.parametrize("url", ["https://api.openai.com/v1", "http://localhost.evil.org/v1", "http://127.0.0.1.evil.org/v1", "http://0.0.0.0/v1",
+                                 "http://10.0.0.1/v1"])
+def test_elsewhere_is_refused_unless_named(url):
+    with pytest.raises(UserError, match="may not leave"): check_destination(EndpointConfig(base_url=url), may_leave=False)
+    check_destination(EndpointConfig(base_url=url), may_leave=True)
+    check_destination(EndpointConfig(base_url=url, allow_text_to=(host_of(url),)), may_leave=False)
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://localhost", "", "http://", "http://me:secret@localhost/v1", "http://[::1"])
+def test_addresses_that_are_none(url):
+    with pytest.raises(UserError, match="base_url") as e: host_of(url)
+    assert "secret" not in str(e.value)
+
+
+def test_hosts_are_compared_whole():
+    assert is_loopback("localhost") and not is_loopback("localhost.example")
+    with pytest.raises(UserError):
+        check_destination(EndpointConfig(base_url="http://a.example.org/v1", allow_text_to=("example.org",)), may_leave=False)
+
+
+def test_credentialed_text_sends_nothing(few, tmp_path):
+    cfg = config(base_url="http://203.0.113.7/v1")
+    with pytest.raises(UserError, match="may not leave the machine"): interpret(few, cfg, 0, CLOSED, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_proxy_is_not_used_for_loopback(few, tmp_path, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"): monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with WordServer() as server: interpret(few, config(server), 0, CLOSED, tmp_path)
+    assert server.bodies
+
+
+def test_a_redirect_is_not_followed(few, tmp_path):
+    with WordServer() as other, WordServer(lambda n, b: (307, {"location": other.url + "/chat/completions"}, "")) as server:
+        with pytest.raises(UserError, match="HTTP 307"): interpret(few, config(server), 0, CLOSED, tmp_path)
+    assert not other.bodies
+
+
+# the endpoint
+
+def test_the_papers_protocol(few, tmp_path):
+    with WordServer() as server: table = interpret(few, config(server), 0, CLOSED, tmp_path)
+    scored = table[table.status == "scored"]
+    assert len(scored) == 3 and scored.f1.min() > 0.8 and (scored.parse_failures == 0).all()
+    explains = [b for b in server.bodies if b["messages"][1]["content"].startswith("Active")]
+    assert len(explains) == 3 and all(b["temperature"] == 0 for b in server.bodies)
+    assert len(server.bodies) == estimate(Exemplars(few).features, config())["calls"]
+    text = explains[0]["messages"][1]["content"]
+    assert text.count("activations:") == 25 and "<<" in text and ", 10)" in text
+    detects = [b["messages"][1]["content"] for b in server.bodies if not b["messages"][1]["content"].startswith("Active")]
+    assert all("<<" not in t and len(t.splitlines()) <= 7 for t in detects)
+
+
+def test_the_prompts_of_a_feature(few):
+    f = next(Exemplars(few).contexts())
+    said = explain_prompt(f, config(tell_section=True))[1]["content"]
+    assert "[findings]" in said and "[findings]" not in explain_prompt(f, config())[1]["content"]
+    assert detect_prompt("x", f.scoring[:3], config())[0]["content"].endswith("for example [1, 0, 1].")
+
+
+def test_a_replay_needs_no_endpoint_and_gives_the_same_bytes(few, tmp_path):
+    with WordServer() as server: interpret(few, config(server), 0, CLOSED, tmp_path)
+    before = {n: file_hash(tmp_path / n) for n in ("interpretations.parquet", "ledger.sqlite")}
+    (tmp_path / "interpretations.parquet").unlink()
+    interpret(few, config(server), 0, CLOSED, tmp_path)
+    assert before == {n: file_hash(tmp_path / n) for n in before}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["interpretations.parquet", "ledger.sqlite"]
+
+
+def test_the_key_is_used_and_never_stored(few, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-very-secret")
+    with WordServer() as server: interpret(few, config(server, api_key_env="MY_KEY"), 0, CLOSED, tmp_path)
+    assert server.keys == {"Bearer sk-very-secret"}
+    assert all(b"very-secret" not in p.read_bytes() for p in tmp_path.iterdir())
+
+
+def test_without_a_key_a_hosted_endpoint_is_not_asked(few, tmp_path):
+    with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
+        interpret(few, config(base_url="https://api.example.org/v1"), 0, OPEN, tmp_path)
+
+
+def test_nobody_there_is_one_sentence(few, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with pytest.raises(UserError, match=f"nobody answers at http://127.0.0.1:{port}/v1"):
+        interpret(few, config(base_url=f"http://127.0.0.1:{port}/v1"), 0, CLOSED, tmp_path)
+    assert not (tmp_path / "interpretations.parquet").exists()
+
+
+@pytest.mark.parametrize(("status", "match"), [(401, "refuses the key"), (404, "knows no model 'words'"), (422, "does not accept the request")])
+def test_what_waiting_cannot_mend_is_said_at_once(few, tmp_path, status, match):
+    with WordServer(lambda n, b: (status, {}, '{"error": {"message": "no"}}')) as server:
+        with pytest.raises(UserError, match=match): interpret(few, config(server, concurrency=1), 0, CLOSED, tmp_path)
+    assert len(server.bodies) <= 3
+
+
+def faults(number, body):
+    """One reply in five goes wrong, each time in another way; asked again, all is well."""
+    ways = ((429, {"retry-after": "0.05"}, "{}"), (500, {}, "oops"), "drop", (200, {}, completion("[1, 0")[:40]), (503, {"retry-after": "0"}, ""),
+            (200, {"content-type": "text/html"}, "<html>"), (200, {}, '{"choices": []}'))
+    return ways[number // 5 % len(ways)] if number % 5 == 4 else None
+
+
+def test_faults_on_the_way_change_nothing(few, tmp_path):
+    with WordServer() as server: interpret(few, config(server), 0, CLOSED, tmp_path / "calm")
+    good = read_table(tmp_path / "calm" / "interpretations.parquet")
+    with WordServer(faults) as server: interpret(few, config(server), 0, CLOSED, tmp_path / "rough")
+    assert read_table(tmp_path / "rough" / "interpretations.parquet").equals(good)
+    assert len(server.bodies) > 40
+
+
+def test_a_time_out_is_tried_again(few, tmp_path):
+    slow = Counter()
+    def trouble(number, body):
+        slow["n"] += 1
+        if slow["n"] == 1: time.sleep(1.5)
+    with WordServer(trouble) as server: table = interpret(few, config(server, timeout_s=0.75, concurrency=2), 0, CLOSED, tmp_path)
+    assert (table.status == "scored").sum() == 3
+
+
+def _spoil(share, text, **message):
+    """Spoil a share of detection prompts for good, by their content, so that the repair fails too."""
+    def trouble(number, body):
+        asked = body["messages"][1]["content"]
+        if asked.startswith("Active") or sum(map(ord, asked)) % 100 >= 100 * share: return None
+        return 200, {}, completion(text, **message)
+    return trouble
+
+
+def test_parse_failures_are_counted_and_never_scored_as_no(few, tmp_path):
+    with WordServer(_spoil(0.3, "I think it is [1, 0, 1]")) as server: table = interpret(few, config(server), 0, CLOSED, tmp_path)
+    scored = table[table.status == "scored"]
+    assert len(scored) == 3 and (scored.parse_failures > 0).all()
+    features = Exemplars(few).features.set_index("feature").loc[scored.feature]
+    assert (scored.scored_contexts.to_numpy() < (features.score_active + features.score_silent).to_numpy()).all()
+    assert scored.recall.min() > 0.8
+    repairs = [b for b in server.bodies if len(b["messages"]) == 4]
+    assert repairs and repairs[0]["messages"][2]["content"] == "I think it is [1, 0, 1]"
+    assert interpretation_summary(table)["parse_failures"] == scored.parse_failures.sum()
+
+
+def test_refusals_are_counted(few, tmp_path):
+    with WordServer(_spoil(0.3, None, refusal="I cannot help with that.")) as server: table = interpret(few, config(server), 0, CLOSED, tmp_path)
+    assert table.refusals.sum() > 0 and table.parse_failures.sum() == 0
+    assert (table.status == "scored").sum() == 3
+
+
+def test_too_few_answers_give_no_score(few, tmp_path):
+    with WordServer(_spoil(1, "yes")) as server: table = interpret(few, config(server), 0, CLOSED, tmp_path)
+    asked = table[table.scored_contexts == 0].loc[[WORDS.index("effusion"), MIXED]]
+    assert set(asked.status) == {"unscored"} and asked.f1.isna().all()
+    assert asked.reason.str.fullmatch(r"0 of \d+ contexts answered \(parse failure\)").all()
+
+
+def test_no_explanation_no_score(few, tmp_path):
+    def trouble(number, body):
+        if body["messages"][1]["content"].startswith("Active"): return 200, {}, completion("It is about words.")
+    with WordServer(trouble) as server: table = interpret(few, config(server), 0, CLOSED, tmp_path)
+    asked = table.loc[[WORDS.index("effusion"), MIXED]]
+    assert set(asked.reason) == {"no explanation: parse failure"} and (asked.parse_failures == 1).all()
+    assert all(b["messages"][1]["content"].startswith("Active") for b in server.bodies)
+
+
+def test_one_repair_is_enough(few, tmp_path):
+    def trouble(number, body): return (200, {}, completion("Well, [1]")) if len(body["messages"]) == 2 and number % 3 == 0 else None
+    with WordServer(trouble) as server: table = interpret(few, config(server), 0, CLOSED, tmp_path)
+    assert (table.status == "scored").sum() == 3 and table.parse_failures.sum() == 0
+
+
+def test_a_budget_is_kept(few, tmp_path):
+    with pytest.raises(UserError, match="max_calls is 10"): interpret(few, config(max_calls=10), 0, CLOSED, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_ledger_is_named(few, tmp_path):
+    (tmp_path / "ledger.sqlite").write_bytes(b"not a database at all, but long enough to be looked at" * 10)
+    with pytest.raises(UserError, match="ledger.sqlite is not a ledger"): interpret(few, config(), 0, CLOSED, tmp_path)
+
+
+KILLED = """
+import sys
+from types import SimpleNamespace
+from saerad.interpretation import InterpretationConfig, interpret
+cfg = InterpretationConfig.model_validate_json(sys.argv[1])
+interpret(sys.argv[2], cfg, 0, SimpleNamespace(may_leave=False), sys.argv[3])
+"""
+
+
+def test_killed_and_gone_on_it_asks_nothing_twice_and_has_the_same_bytes(few, tmp_path):
+    with WordServer() as calm: interpret(few, config(calm), 0, CLOSED, tmp_path / "whole")
+    with WordServer(latency=0.05) as server:
+        cfg = config(server, concurrency=3)
+        run = [sys.executable, "-c", KILLED, cfg.model_dump_json(), str(few), str(tmp_path / "cut")]
+        process = subprocess.Popen(run, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+        while len(server.bodies) < 25 and process.poll() is None: time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with sqlite3.connect(tmp_path / "cut" / "ledger.sqlite") as db: kept = db.execute("SELECT count(*) FROM calls").fetchone()[0]
+        asked = len(server.bodies)
+        assert 25 - 3 <= kept <= asked <= kept + 3
+        interpret(few, cfg, 0, CLOSED, tmp_path / "cut")
+        assert len(server.bodies) - asked == estimate(Exemplars(few).features, cfg)["calls"] - kept
+    same = [read_table(tmp_path / n / "interpretations.parquet") for n in ("whole", "cut")]
+    assert same[0].equals(same[1])
+
+
+def test_equal_ledgers_have_equal_bytes(few, tmp_path):
+    with WordServer() as server:
+        for name, width in (("one", 1), ("many", 8)): interpret(few, config(server, concurrency=width), 0, CLOSED, tmp_path / name)
+    assert file_hash(tmp_path / "one" / "ledger.sqlite") == file_hash(tmp_path / "many" / "ledger.sqlite")
+
+
+# parts
+
+@pytest.mark.parametrize("text", ["", "[]", "[1,0]", "[1, 0, 1, 1]", "[1, 0, 2]", "[1, 0, 1]]", "1, 0, 1", "```[1, 0, 1]```", "[true, false, true]",
+                                  "[1 0 1]", "[1, 0, 1] [1, 0, 1]", "[1, 0, 1].", "[10, 1]"])
+def test_lists_that_are_none(text): assert parse_list(text, 3) is None
+
+
+def test_lists(): assert parse_list(" [1,0 , 1]\n", 3) == [True, False, True]
+
+
+@pytest.mark.parametrize(("text", "found"), [
+    ("[EXPLANATION]: fluid", "fluid"), ("so\n [EXPLANATION]:  fluid \n\n", "fluid"), ("[EXPLANATION]:", None),
+    ("[EXPLANATION]: fluid\nthanks", None), ("", None), ("fluid", None)])
+def test_explanations(text, found): assert parse_explanation(text) == found
+
+
+def test_the_pace_finds_a_limit_and_stays_below():
+    now = [0.0]
+    pace, limit, tokens, last, good = Pace(clock=lambda: now[0]), 50.0, 5.0, 0.0, []
+    while now[0] < 60:
+        now[0] += pace.slot()
+        tokens, last = min(5.0, tokens + (now[0] - last) * limit), now[0]
+        if tokens >= 1:
+            tokens -= 1
+            good.append(now[0])
+            pace.faster()
+        else: pace.slower(0.1)
+    late = [t for t in good if t > 20]
+    assert 0.9 * limit <= len(late) / 40 <= 1.02 * limit
+
+
+def test_the_ledger_keeps_the_first_answer(tmp_path):
+    from saerad.endpoint import Reply
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.put("k", {"a": 1}, Reply("first"))
+    ledger.put("k", {"a": 1}, Reply("second"))
+    assert ledger.get("k").text == "first" and ledger.get("other") is None and len(ledger) == 1
+    ledger.settle()
+    assert Ledger(tmp_path / "ledger.sqlite").get("k").text == "first"
+
+
+def test_another_endpoint_is_another_question(few, tmp_path):
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    with WordServer() as a, WordServer() as b:
+        for server in (a, b, b): Endpoint(config(server), ledger, may_leave=False).ask(detect_prompt("x", [], config()), 5)
+    assert (len(a.bodies), len(b.bodies)) == (1, 1)

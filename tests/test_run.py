@@ -1,0 +1,219 @@
+"""Configs, keys, skipping and resuming: a real, tiny run."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from saerad import run as running
+from saerad.core import UserError
+from saerad.run import Config, Run, changed, is_finished, load_config, locked, plan, run_config, validated, with_settings
+
+TINY = """
+studies: {source: "phantom:0", train_patients: 20, validation_patients: 5, test_patients: 5}
+subject: {model: mini}
+extraction: {layer: 2, rows_per_shard: 512}
+sae: {expansion: 1, k: 8}
+training: {steps: 40, batch_size: 128, checkpoint_every: 10}
+evaluation: {loss_studies: 4, report_studies: 2, max_new_tokens: 24}
+steering: {features: [0], alphas: [-10, 10], studies: 2, controls: 0, max_new_tokens: 24}
+"""
+# Files whose bytes must not depend on whether the run was killed on the way.
+SAME = ("activations/tokens.parquet", "activations/store.json", "sae/sae.safetensors", "sae/metrics.jsonl", "sae/evaluation.json",
+        "exemplars/exemplars.parquet", "interpretations/interpretations.parquet", "steering/judgements.parquet", "report.html")
+
+
+@pytest.fixture(scope="module")
+def config():
+    return validated(yaml.safe_load(TINY), "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def done(config, tmp_path_factory):
+    """A finished tiny run: its folder and its summary."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    return out, run_config(config, out)
+
+
+# ---------------------------------------------------------------- configs
+
+@pytest.mark.parametrize("text, words", [
+    ("sae: {expantion: 4}", ["sae.expantion", "sae.expansion"]),
+    ("steerin: {}", ["steerin", "steering"]),
+    ("sae: {layer: 4}", ["sae.layer", "extraction.layer"]),
+    ("sae: {k: many}", ["sae.k", "many"]),
+    ("sae: {k: 0}", ["sae.k", "0"]),
+    ("sae: [1, 2]", ["sae"]),
+    ("just words", ["bad.yaml"]),
+    ("sae: {k: 1", ["bad.yaml", "line"]),
+])
+def test_bad_configs_are_named_in_one_sentence(tmp_path, text, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as told: load_config(path)
+    assert all(word in str(told.value) for word in words)
+    assert "\n" not in str(told.value)
+
+
+def test_a_missing_config_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere.yaml"): load_config(tmp_path / "nowhere.yaml")
+
+
+def test_settings_lie_over_the_file(tmp_path):
+    path = tmp_path / "night.yaml"
+    path.write_text("sae: {k: 8, expansion: 2}\nseed: 3")
+    config = load_config(path, ["sae.k=16", "steering.alphas=[-5, 5]", "training.lr=1e-3"])
+    assert (config.sae.k, config.sae.expansion, config.seed, config.training.lr) == (16, 2, 3, 1e-3)
+    assert list(config.steering.alphas) == [-5, 5]
+    assert config.out == "runs/night"
+
+
+def test_an_empty_file_is_a_config(tmp_path):
+    (tmp_path / "empty.yaml").write_text("")
+    assert load_config(tmp_path / "empty.yaml").sae == Config().sae
+
+
+@pytest.mark.parametrize("setting", ["sae.k", "sae.k.deep=1", "sae.expantion=4", "seed.x=1", "=3"])
+def test_bad_settings_are_errors(setting):
+    with pytest.raises(UserError): changed(Config(), [setting])
+
+
+def test_settings_do_not_change_what_they_lie_over():
+    values = {"sae": {"k": 8}}
+    with_settings(values, ["sae.k=9"])
+    assert values == {"sae": {"k": 8}}
+
+
+@pytest.mark.parametrize("name", ["phantom", "openi", "paper", "corrected"])
+def test_the_configs_that_come_with_saerad_are_valid(name):
+    assert load_config(Path(__file__).parent.parent / "configs" / f"{name}.yaml").out == f"runs/{name}"
+
+
+def test_paper_and_corrected_differ_in_the_group_order_alone():
+    paper, corrected = (load_config(Path(__file__).parent.parent / "configs" / f"{n}.yaml", ["out=x"]) for n in ("paper", "corrected"))
+    assert paper != corrected
+    assert changed(paper, ["sae.group_order=ascending"]) == corrected
+
+
+# ---------------------------------------------------------------- keys
+
+@pytest.mark.parametrize("setting, again", [
+    ("steering.alphas=[-5, 5]", ["steer", "figures", "atlas"]),
+    ("evaluation.batch_size=3", ["evaluate", "steer", "figures", "atlas"]),
+    ("exemplars.window=3", ["exemplars", "interpret", "steer", "figures", "atlas"]),
+    ("sae.k=7", ["train", "evaluate", "exemplars", "interpret", "steer", "figures", "atlas"]),
+    ("out=elsewhere", []),
+])
+def test_a_change_redoes_what_depends_on_it(setting, again):
+    before, after = (plan(c, "studies", "model") for c in (Config(), changed(Config(), [setting])))
+    assert [name for name in before if before[name] != after[name]] == again
+
+
+def test_seed_studies_and_model_redo_everything():
+    base = plan(Config(), "studies", "model")
+    for other in (plan(changed(Config(), ["seed=1"]), "studies", "model"), plan(Config(), "more", "model"), plan(Config(), "studies", "another")):
+        assert not set(base.values()) & set(other.values())
+
+
+def test_a_trained_subject_is_a_stage_of_its_own():
+    config = changed(Config(), ["subject.model=trained"])
+    assert list(plan(config, "studies", ""))[0] == "subject"
+    longer = plan(changed(config, ["subject.decoder.epochs=9"]), "studies", "")
+    assert not set(longer.values()) & set(plan(config, "studies", "").values())
+
+
+def test_the_code_counts(monkeypatch):
+    base = plan(Config(), "studies", "model")
+    monkeypatch.setattr(running, "code_version", lambda modules: "edited" if "steering" in modules else running.content_hash(list(modules)))
+    edited = plan(Config(), "studies", "model")
+    assert edited["steer"] != base["steer"]
+
+
+# ---------------------------------------------------------------- a run
+
+def test_a_run_leaves_what_the_plan_says(done):
+    out, summary = done
+    for name in ("config.yaml", "manifest.json", "summary.json", "report.html", "activations/store.json", "activations/tokens.parquet",
+                 "sae/sae.safetensors", "sae/config.json", "sae/metrics.jsonl", "sae/evaluation.json", "exemplars/features.parquet",
+                 "exemplars/exemplars.parquet", "interpretations/interpretations.parquet", "steering/generations.parquet",
+                 "steering/judgements.parquet", "atlas/index.html"):
+        assert (out / name).stat().st_size, name
+    assert list((out / "figures").glob("*.svg")) and list((out / "figures").glob("*.csv"))
+    assert not list(out.rglob("*.part"))
+    assert set(summary) == {"studies", "sae", "interpretation", "steering", "truth", "seconds"}
+    assert {k: set(v) for k, v in summary.items() if k != "seconds"} == {k: set(v) for k, v in running.SUMMARY.items()}
+    assert all(seconds is not None for seconds in summary["seconds"].values())
+    shares = [summary["steering"][name] for name in ("unchanged", "on_target_only", "mixed", "off_target_only", "degenerate")]
+    assert sum(shares) == pytest.approx(1)
+
+
+def test_the_config_in_the_run_is_the_config(done, config):
+    out, _ = done
+    again = validated(yaml.safe_load((out / "config.yaml").read_text()), "config.yaml")
+    assert again == config
+
+
+def test_the_manifest_says_how_it_was_made(done, config):
+    stages = json.loads((done[0] / "manifest.json").read_text())["stages"]
+    keys = plan(config, Run(config, done[0]).source.hash(), running.model_hash(config))
+    assert {name: entry["key"] for name, entry in stages.items()} == keys
+    assert all(e["finished"] and e["seed"] == 0 and e["versions"]["torch"] and e["files"] for e in stages.values())
+    assert stages["train"]["inputs"] == {"extract": keys["extract"]}
+
+
+def test_what_is_finished_is_skipped(done, config):
+    out, _ = done
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name not in ("summary.json", ".lock")}
+    lines = []
+    run_config(config, out, say=lines.append)
+    assert all("finished before" in line for line in lines)
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_a_lost_file_is_made_again(done, config):
+    out, _ = done
+    (out / "exemplars/features.parquet").unlink()
+    key = json.loads((out / "manifest.json").read_text())["stages"]["exemplars"]["key"]
+    assert not is_finished(Run(config, out), running.STAGES["exemplars"], key)
+    lines = []
+    run_config(config, out, last="exemplars", say=lines.append)
+    assert [line.split()[0] for line in lines if "before" not in line] == ["exemplars"]
+
+
+def test_from_does_a_stage_and_all_later_ones_again(done, config):
+    lines = []
+    run_config(config, done[0], first="figures", say=lines.append)
+    assert [line.split()[0] for line in lines if "before" not in line] == ["figures", "atlas"]
+
+
+def test_two_processes_do_not_write_one_run(done, config):
+    with locked(done[0]), pytest.raises(UserError, match="another saerad process"): run_config(config, done[0])
+
+
+KILL = "import sys; from saerad.run import main; main(sys.argv[1:])"
+
+
+def kill_when(path, arguments):
+    """Start `saerad` as a process of its own and kill it as soon as a file is there."""
+    process = subprocess.Popen([sys.executable, "-c", KILL, *arguments], env={**os.environ, "TQDM_DISABLE": "1"}, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 300
+    while not path.exists() and process.poll() is None and time.monotonic() < until: time.sleep(.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+
+
+@pytest.mark.timeout(900)
+def test_a_run_that_was_killed_twice_ends_with_the_same_bytes(done, config, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    out = tmp_path / "run"
+    for when in ("activations/shard-00001.safetensors", "sae/checkpoint/state.safetensors"):
+        kill_when(out / when, ["run", str(tmp_path / "tiny.yaml"), "--out", str(out)])
+        assert not (out / "report.html").exists()
+    run_config(config, out)
+    for name in SAME: assert (out / name).read_bytes() == (done[0] / name).read_bytes(), name

@@ -1,0 +1,304 @@
+"""Training: gradients against automatic differentiation, AuxK, the threshold, and resuming after a kill."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from saerad.core import UserError, rng
+from saerad.sae import MatryoshkaSAE, SAEConfig
+from saerad.training import (
+    Trainer,
+    TrainingConfig,
+    aux_loss,
+    batch_topk,
+    begin,
+    geometric_median,
+    reconstruction_loss,
+    train_sae,
+)
+
+D = 12
+
+
+class Vectors:
+    """Made-up structured vectors, dealt as a store deals them."""
+    d = D
+
+    def __init__(self, n: int = 4000, slow: float = 0.0):
+        draw = torch.Generator().manual_seed(0)
+        parts = torch.randn(24, D, generator=draw)
+        on = torch.rand(n, 24, generator=draw) < 0.1
+        self.x = 3 * (on * torch.rand(n, 24, generator=draw)) @ parts + 0.05 * torch.randn(n, D, generator=draw) + 1
+        self.meta, self.slow = {"n": n}, slow
+
+    def batches(self, split, batch_size, seed, start=0):
+        step = start
+        while True:
+            if self.slow: time.sleep(self.slow)
+            rows = rng(seed, split, step).integers(len(self.x), size=batch_size)
+            yield step, rows, self.x[rows]
+            step += 1
+
+
+def plain_loss(sae: MatryoshkaSAE, x: torch.Tensor, k: int) -> torch.Tensor:
+    """The definition, word for word, for automatic differentiation."""
+    pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    cut = pre.relu().flatten().sort(descending=True).values[min(k * len(x), pre.numel()) - 1]
+    z = torch.where((pre >= cut) & (pre > 0), pre, torch.zeros(()).to(pre))
+    total = 0.0
+    for weight, prefix in zip(sae.level_weights, sae.prefixes, strict=True):
+        rebuilt = z[:, :prefix] @ sae.W_dec[:prefix] + sae.b_dec
+        total = total + weight * ((rebuilt - x) ** 2).sum(1).mean()
+    return total
+
+
+def make(cfg: SAEConfig, seed: int = 0) -> tuple[MatryoshkaSAE, torch.Tensor]:
+    sae = MatryoshkaSAE.from_config(D, cfg, seed).double()
+    draw = torch.Generator().manual_seed(seed)
+    for p in (sae.b_enc, sae.b_dec, sae.W_enc): p.data += 0.1 * torch.randn(p.shape, generator=draw, dtype=torch.float64)
+    return sae, torch.randn(40, D, generator=draw, dtype=torch.float64)
+
+
+CASES = {
+    "ascending": SAEConfig(k=5), "reversed": SAEConfig(k=5, group_order="reversed"),
+    "weights": SAEConfig(k=5, level_weights=(0.5, 0.0, 3.0, 1.0, 2.0)), "one group": SAEConfig(k=5, group_fractions=(1.0,)),
+    "two groups": SAEConfig(k=3, group_fractions=(0.3, 0.7)), "k is everything": SAEConfig(k=48), "k is one": SAEConfig(k=1)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_gradients_are_those_of_the_definition(name):
+    sae, x = make(CASES[name])
+    found = reconstruction_loss(sae, x, batch_topk(sae.preactivations(x).detach(), sae.k))
+    expected = plain_loss(sae, x, sae.k)
+    expected.backward()
+    assert found.value == pytest.approx(expected.item(), rel=1e-12)
+    for n, p in sae.named_parameters():
+        assert found.gradients[n].shape == p.shape
+        assert torch.allclose(found.gradients[n], p.grad, rtol=1e-10, atol=1e-13), n
+
+
+def test_a_small_step_down_the_gradient_lowers_the_loss():
+    sae, x = make(SAEConfig(k=5))
+    before = reconstruction_loss(sae, x, batch_topk(sae.preactivations(x).detach(), 5))
+    for n, p in sae.named_parameters(): p.data -= 1e-3 * before.gradients[n]
+    assert reconstruction_loss(sae, x, batch_topk(sae.preactivations(x).detach(), 5)).value < before.value
+
+
+def test_groups_do_not_change_the_size_of_the_loss():
+    """With the same errors at every level, any number of groups gives the same loss."""
+    x = torch.randn(30, D, generator=torch.Generator().manual_seed(0))
+    values = []
+    for fractions in ((1.0,), (0.5, 0.5), (1/16, 1/16, 1/8, 1/4, 1/2)):
+        sae = MatryoshkaSAE.from_config(D, SAEConfig(k=5, group_fractions=fractions))
+        sae.W_dec.data.zero_()
+        values.append(reconstruction_loss(sae, x, batch_topk(sae.preactivations(x).detach(), 5)).value)
+    assert values == pytest.approx([values[0]] * 3, rel=1e-6)
+    assert values[0] == pytest.approx(float(x.square().sum(1).mean()), rel=1e-6)
+
+
+def test_nothing_positive_is_a_loss_of_the_bias_alone():
+    sae, x = make(SAEConfig(k=5))
+    sae.b_enc.data.fill_(-100.0)
+    kept = batch_topk(sae.preactivations(x).detach(), 5)
+    found = reconstruction_loss(sae, x, kept)
+    assert len(kept.value) == 0 and kept.cut == 0
+    assert found.gradients["W_enc"].count_nonzero() == 0
+    assert torch.allclose(found.gradients["b_dec"], 2 * (sae.b_dec - x.mean(0)))
+
+
+def test_batch_topk_keeps_the_largest_of_the_whole_batch():
+    pre = torch.randn(64, 48, generator=torch.Generator().manual_seed(1))
+    kept = batch_topk(pre, 5)
+    expected = pre.flatten().topk(5 * 64).values
+    assert torch.equal(kept.value.sort(descending=True).values, expected)
+    assert kept.cut == expected[-1] and torch.equal(pre[kept.row, kept.col], kept.value)
+    order = kept.row * 48 + kept.col
+    assert (order.diff() > 0).all() and len(kept.row.bincount(minlength=64).unique()) > 1
+
+
+def test_batch_topk_takes_what_is_positive_when_that_is_less():
+    kept = batch_topk(torch.tensor([[1.0, -1.0, 0.0], [-2.0, 0.0, 3.0]]), 2)
+    assert kept.value.tolist() == [1.0, 3.0] and kept.cut == 1.0
+
+
+# --- AuxK
+
+def test_aux_is_decoded_without_the_bias():
+    sae, x = make(SAEConfig(k=5))
+    residual = torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    dead = torch.arange(10, 20)
+    z = ((x - sae.b_dec) @ sae.W_enc[:, dead] + sae.b_enc[dead]).relu()
+    expected = (residual - z @ sae.W_dec[dead]).square().sum() / (residual - residual.mean(0)).square().sum()
+    assert aux_loss(sae, x, residual, dead, k=10).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_aux_uses_the_k_strongest_dead_features_of_each_token():
+    sae, x = make(SAEConfig(k=5))
+    residual, dead = x.clone(), torch.arange(20, 48)
+    pre = ((x - sae.b_dec) @ sae.W_enc[:, dead] + sae.b_enc[dead]).relu()
+    best = pre.topk(3, dim=1)
+    z = torch.zeros_like(pre).scatter(1, best.indices, best.values)
+    expected = (residual - z @ sae.W_dec[dead]).square().sum() / (residual - residual.mean(0)).square().sum()
+    assert aux_loss(sae, x, residual, dead, k=3).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_aux_reaches_encoder_and_decoder_of_the_dead_and_of_no_other():
+    sae, x = make(SAEConfig(k=5))
+    dead = torch.tensor([3, 40])
+    aux_loss(sae, x, x.clone(), dead, k=2).backward()
+    alive = torch.ones(48, dtype=torch.bool)
+    alive[dead] = False
+    for gradient in (sae.W_enc.grad.T, sae.W_dec.grad, sae.b_enc.grad[:, None]):
+        assert gradient[dead].abs().sum(1).min() > 0
+        assert gradient[alive].count_nonzero() == 0
+
+
+def test_dead_features_come_back():
+    """Features that start with a bias against firing come back with AuxK, and stay silent without it."""
+    dead = {}
+    for alpha in (1.0, 0.0):
+        cfg = TrainingConfig(steps=250, batch_size=128, lr=5e-3, aux_alpha=alpha, start_rows=512)
+        trainer = Trainer(begin(Vectors(), SAEConfig(k=1, group_fractions=(1.0,)), cfg, 0), cfg)
+        trainer.sae.b_enc.data[6:] = -0.3
+        for _, _, x in Vectors().batches("train", 128, 0):
+            metrics = trainer.advance(x)
+            if trainer.step == cfg.steps: break
+        dead[alpha] = metrics["dead"]
+    assert dead[0.0] > 0.3 > 0.1 > dead[1.0]
+
+
+# --- a step
+
+def test_decoder_rows_stay_at_length_one_and_move_sideways():
+    cfg = TrainingConfig(steps=50, batch_size=64, lr=1e-2, start_rows=256)
+    trainer = Trainer(begin(Vectors(), SAEConfig(k=3), cfg, 0), cfg)
+    x = Vectors().x[:64]
+    for _ in range(5):
+        before = trainer.sae.W_dec.detach().clone()
+        trainer.advance(x)
+        assert torch.allclose(trainer.sae.W_dec.norm(dim=1), torch.ones(48), atol=1e-6)
+        assert (trainer.sae.W_dec.grad * before).sum(1).abs().max() < 1e-6
+        norm = torch.stack([p.grad.norm() for p in trainer.sae.parameters()]).norm()
+        assert norm <= cfg.clip * 1.001
+
+
+def test_threshold_is_one_average_a_step_and_float32():
+    cfg = TrainingConfig(steps=20, batch_size=64, threshold_start=0.5, threshold_beta=0.9, start_rows=256, log_every=1)
+    trainer = Trainer(begin(Vectors(), SAEConfig(k=3), cfg, 0), cfg)
+    expected = None
+    for _, _, x in Vectors().batches("train", 64, 0):
+        with torch.no_grad(): cut = batch_topk(trainer.sae.preactivations(x / trainer.sae.scale), 3).cut
+        if trainer.step >= 10: expected = cut if expected is None else 0.9 * expected + 0.1 * cut
+        trainer.advance(x)
+        assert trainer.sae.threshold.dtype == torch.float32
+        assert float(trainer.sae.threshold) == pytest.approx(-1.0 if expected is None else expected, rel=1e-5)
+        if trainer.step == cfg.steps: break
+
+
+def test_silence_is_counted_in_tokens():
+    cfg = TrainingConfig(steps=20, batch_size=64, start_rows=256)
+    trainer = Trainer(begin(Vectors(), SAEConfig(k=3), cfg, 0), cfg)
+    trainer.sae.b_enc.data[7] = -100.0
+    for _ in range(3): trainer.advance(Vectors().x[:64])
+    assert trainer.silent[7] == 3 * 64 and trainer.silent.min() == 0
+
+
+def test_inference_is_as_sparse_as_training(tmp_path):
+    cfg = TrainingConfig(steps=400, batch_size=256, lr=3e-3, threshold_beta=0.95, start_rows=1024)
+    sae = train_sae(Vectors(), SAEConfig(k=3), cfg, 0, tmp_path)
+    assert (sae.encode(Vectors().x) > 0).sum(1).float().mean() == pytest.approx(3, abs=0.3)
+
+
+def test_start_is_scale_and_geometric_median():
+    store, cfg = Vectors(), TrainingConfig(steps=1, batch_size=100, start_rows=1000)
+    sae = begin(store, SAEConfig(k=3), cfg, 0)
+    reader = store.batches("train", 100, 0)
+    x = torch.cat([next(reader)[2] for _ in range(10)])
+    assert float(sae.scale) == pytest.approx(float(x.square().sum(1).mean().sqrt()), rel=1e-6)
+    assert torch.allclose(sae.b_dec, geometric_median(x / sae.scale), atol=1e-5)
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    far = torch.cat([x, torch.full((5, D), 1e6)])
+    assert (geometric_median(far) - geometric_median(x)).norm() < 1 < (far.mean(0) - x.mean(0)).norm()
+
+
+def test_rate_rises_stays_and_falls():
+    cfg = TrainingConfig(steps=100, warmup=0.1, decay=0.2)
+    rates = [cfg.rate(s, 2**14) for s in range(100)]
+    assert rates[0] == pytest.approx(2e-5) and rates[9:81] == pytest.approx([2e-4] * 72) and 0 < rates[-1] < 2e-5
+    assert cfg.rate(50, 2**10) == pytest.approx(8e-4)
+    assert TrainingConfig(steps=10, lr=1e-3, warmup=0, decay=0).rate(9, 5) == 1e-3
+
+
+def test_wrong_inputs_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(UserError, match="k is 99"): train_sae(Vectors(), SAEConfig(k=99), TrainingConfig(), 0, tmp_path / "a")
+    store = Vectors()
+    store.x[:] = 0
+    with pytest.raises(UserError, match="length of 0"): train_sae(store, SAEConfig(k=3), TrainingConfig(), 0, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+# --- resuming
+
+RUN = """
+import sys
+sys.path.insert(0, {here!r})
+from test_training import SETTINGS, Vectors
+from saerad.sae import SAEConfig
+from saerad.training import train_sae
+train_sae(Vectors(slow=0.002), SAEConfig(k=3), SETTINGS, 0, sys.argv[1])
+"""
+SETTINGS = TrainingConfig(steps=200, batch_size=128, lr=3e-3, dead_after=0.05, start_rows=512, checkpoint_every=20, log_every=7)
+
+
+def test_killed_and_resumed_ends_with_the_same_bytes(tmp_path):
+    train_sae(Vectors(), SAEConfig(k=3), SETTINGS, 0, tmp_path / "whole")
+    env = os.environ | {"TQDM_DISABLE": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-c", RUN.format(here=str(Path(__file__).parent)), str(tmp_path / "killed")]
+    process = subprocess.Popen(command, env=env)
+    log, deadline = tmp_path / "killed/metrics.jsonl", time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.exists() and log.read_text().count("\n") > 14: break          # about a third of the way
+        time.sleep(0.005)
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed/sae.safetensors").exists() and (tmp_path / "killed/checkpoint/state.safetensors").exists()
+    subprocess.run(command, env=env, check=True, timeout=120)
+    for name in ("sae.safetensors", "config.json", "metrics.jsonl", "checkpoint/state.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+
+
+def test_resume_really_starts_at_the_checkpoint(tmp_path):
+    train_sae(Vectors(), SAEConfig(k=3), SETTINGS, 0, tmp_path)
+    class Watched(Vectors):
+        asked = []
+        def batches(self, split, batch_size, seed, start=0):
+            self.asked.append(start)
+            return super().batches(split, batch_size, seed, start)
+    fewer = tmp_path / "fewer"
+    class Stops(Vectors):
+        def batches(self, *args, **kwargs):
+            for step, rows, x in super().batches(*args, **kwargs):
+                if step == 130: raise KeyboardInterrupt
+                yield step, rows, x
+    with pytest.raises(KeyboardInterrupt): train_sae(Stops(), SAEConfig(k=3), SETTINGS, 0, fewer)
+    train_sae(Watched(), SAEConfig(k=3), SETTINGS, 0, fewer)
+    assert Watched.asked == [120]
+    assert (fewer / "sae.safetensors").read_bytes() == (tmp_path / "sae.safetensors").read_bytes()
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed(tmp_path):
+    short = SETTINGS.model_copy(update={"steps": 40})
+    first = train_sae(Vectors(), SAEConfig(k=3), short, 0, tmp_path)
+    other = train_sae(Vectors(), SAEConfig(k=3), short, 1, tmp_path)
+    assert not torch.equal(first.W_dec, other.W_dec)
+    again = train_sae(Vectors(), SAEConfig(k=3), short, 0, tmp_path)
+    assert torch.equal(first.W_dec, again.W_dec)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in lines] == [7, 14, 21, 28, 35, 40]
