@@ -17,7 +17,6 @@ from _bench import machine, report
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = {"d": 256, "width": 1024, "k": 32, "batch": 2048, "steps": 15, "rounds": 1}
 FULL = {"d": 4096, "width": 16384, "k": 256, "batch": 2048, "steps": 3, "rounds": 3}
-FRACTIONS = (1/16, 1/16, 1/8, 1/4, 1/2)
 
 COMMON = '''
 import json, resource, sys, time

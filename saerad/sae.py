@@ -6,13 +6,13 @@
 __all__ = ['TENSORS', 'FORMATS', 'SAEConfig', 'MatryoshkaSAE', 'encode_rows', 'check_width', 'Found', 'read_sae', 'folded',
            'convert', 'doctor']
 
-# %% ../nbs/05_sae.ipynb #04c7979d
+# %% ../nbs/05_sae.ipynb #0d124852
 import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import safetensors.torch as st
@@ -25,9 +25,7 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from .core import Section, UserError, progress, read_json, torch_rng, write_beside, write_json
-
-if TYPE_CHECKING:
-    from saerad.store import Store
+from .store import Store
 
 # %% ../nbs/05_sae.ipynb #b816ddbb
 class SAEConfig(Section):
@@ -161,8 +159,8 @@ def forward(self: MatryoshkaSAE, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"
     """The reconstruction of raw residual vectors, in raw residual units."""
     return self.decode(self.encode(x))
 
-# %% ../nbs/05_sae.ipynb #75b53586
-def encode_rows(sae: MatryoshkaSAE, store: "Store", rows: Int[np.ndarray, " n"],
+# %% ../nbs/05_sae.ipynb #d1f03c7b
+def encode_rows(sae: MatryoshkaSAE, store: Store, rows: Int[np.ndarray, " n"],
                 batch: int = 4096) -> sparse.csr_matrix:
     """Features (normalised units) of the store's `rows`: float32 [n, width], in the order of `rows`."""
     check_width(sae, store.d)

@@ -6,13 +6,13 @@
 __all__ = ['TrainingConfig', 'Kept', 'batch_topk', 'nested_errors', 'coded_rows', 'Loss', 'reconstruction_loss', 'aux_loss',
            'geometric_median', 'begin', 'Trainer', 'train_sae']
 
-# %% ../nbs/06_training.ipynb #f183f274
+# %% ../nbs/06_training.ipynb #4a322dc5
 import json
 import warnings
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import safetensors.torch as st
@@ -25,9 +25,7 @@ from torch import Tensor
 
 from .core import Section, UserError, content_hash, progress, write_beside
 from .sae import MatryoshkaSAE, SAEConfig
-
-if TYPE_CHECKING:
-    from saerad.store import Store
+from .store import Store
 
 # %% ../nbs/06_training.ipynb #de93f55f
 class TrainingConfig(Section):
@@ -152,9 +150,9 @@ def geometric_median(x: Float[Tensor, "n d"], rounds: int = 50) -> Float[Tensor,
         middle = (x * weight[:, None]).sum(0) / weight.sum()
     return middle
 
-# %% ../nbs/06_training.ipynb #7189cdb2
+# %% ../nbs/06_training.ipynb #0715ab5b
 @torch.no_grad()
-def begin(store: "Store", sae_cfg: SAEConfig, cfg: TrainingConfig, seed: int) -> MatryoshkaSAE:
+def begin(store: Store, sae_cfg: SAEConfig, cfg: TrainingConfig, seed: int) -> MatryoshkaSAE:
     """An untrained SAE with the scale and the decoder bias measured on the first rows that the reader deals."""
     rows, reader = [], store.batches("train", cfg.batch_size, seed)
     while sum(map(len, rows)) < cfg.start_rows: rows.append(next(reader)[2].float())
@@ -250,14 +248,14 @@ def restore(self: Trainer, path: Path, fingerprint: str) -> bool:
         self.optimizer.state[p] = moments
     return True
 
-# %% ../nbs/06_training.ipynb #005dbd43
+# %% ../nbs/06_training.ipynb #d32b7270
 def _open_log(path: Path, step: int) -> Any:
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     with write_beside(path) as part: part.write_text("".join(f"{line}\n" for line in kept))
     return path.open("a", buffering=1)
 
-def train_sae(store: "Store", sae_cfg: SAEConfig, cfg: TrainingConfig, seed: int, out: Path | str) -> MatryoshkaSAE:
+def train_sae(store: Store, sae_cfg: SAEConfig, cfg: TrainingConfig, seed: int, out: Path | str) -> MatryoshkaSAE:
     """Train on the store's training split; writes the SAE, `metrics.jsonl` and `checkpoint/` into `out`.
 
     A run that was killed goes on at its last checkpoint and, on the CPU, ends with the same bytes.
@@ -272,8 +270,8 @@ def train_sae(store: "Store", sae_cfg: SAEConfig, cfg: TrainingConfig, seed: int
     trainer.sae.save(out)
     return trainer.sae.eval().requires_grad_(False)
 
-# %% ../nbs/06_training.ipynb #f07eb3ca
-def _loop(trainer: Trainer, store: "Store", seed: int, out: Path, checkpoint: Path, fingerprint: str) -> None:
+# %% ../nbs/06_training.ipynb #7ee74214
+def _loop(trainer: Trainer, store: Store, seed: int, out: Path, checkpoint: Path, fingerprint: str) -> None:
     cfg, first = trainer.cfg, trainer.step
     reader = store.batches("train", cfg.batch_size, seed, start=first)
     with _open_log(out / "metrics.jsonl", first) as log:

@@ -163,7 +163,7 @@ def test_dead_features_come_back():
     """Features that start with a bias against firing come back with AuxK, and stay silent without it."""
     dead = {}
     for alpha in (1.0, 0.0):
-        cfg = TrainingConfig(steps=250, batch_size=128, lr=5e-3, aux_alpha=alpha, start_rows=512)
+        cfg = TrainingConfig(steps=250, batch_size=128, lr=5e-3, dead_after=0.1, aux_alpha=alpha, start_rows=512)
         trainer = Trainer(begin(Vectors(), SAEConfig(k=1, group_fractions=(1.0,)), cfg, 0), cfg)
         trainer.sae.b_enc.data[6:] = -0.3
         for _, _, x in Vectors().batches("train", 128, 0):
