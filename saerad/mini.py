@@ -87,7 +87,7 @@ def _jitter(pixels: Tensor, draw: np.random.Generator, reach: int = 3) -> Tensor
     dy, dx = draw.integers(-reach, reach + 1, 2)
     return torch.roll(pixels, (int(dy), int(dx)), (2, 3)) * float(draw.uniform(.9, 1.1)) + float(draw.normal() * .05)
 
-# %% ../nbs/02a_mini.ipynb #a7dc5fa7
+# %% ../nbs/02a_mini.ipynb #ea1b14e6
 def _one_cycle(parameters: list, lr: float, steps: int, decay: float = .05) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(.9, .98), weight_decay=decay, fused=True)
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=.1)
@@ -100,10 +100,11 @@ def train_tower(tower: Dinov2Backbone, pictures: UInt8[np.ndarray, "n height wid
     """Teach the tower the labels; returns the head that reads them off (it is not part of `mini`)."""
     torch.manual_seed(seed)
     head, draw = LabelHead(tower.config.hidden_size, answers.shape[1]), rng(seed, "tower")
-    steps = cfg.vision_epochs * (len(pictures) // cfg.vision_batch)
+    per_epoch = max(1, len(pictures) // cfg.vision_batch)
+    steps = cfg.vision_epochs * per_epoch
     optimizer, schedule = _one_cycle([*tower.parameters(), *head.parameters()], cfg.vision_lr, steps)
     tower.train()
-    order = (i for _ in range(cfg.vision_epochs) for i in np.array_split(draw.permutation(len(pictures)), len(pictures) // cfg.vision_batch))
+    order = (rows for _ in range(cfg.vision_epochs) for rows in np.array_split(draw.permutation(len(pictures)), per_epoch))
     for rows in progress(order, "teaching the eyes", steps):
         with torch.autocast("cpu", torch.bfloat16):
             logits, local = head(patches_of(tower, _jitter(as_pixels(pictures[rows]), draw)))
