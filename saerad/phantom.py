@@ -181,7 +181,7 @@ class Canvas:
         cx, _ = self.lung(side)
         return cx + self.out(side) * .015, {"upper": .30, "middle": .45, "lower": .60}[zone]
 
-# %% ../nbs/01_phantom.ipynb #6bb879a3
+# %% ../nbs/01_phantom.ipynb #a11b5bb7
 def _noise(draw: np.random.Generator, grain: int) -> Plane:
     "Smooth noise of about unit size with blobs of `grain` pixels."
     small = draw.normal(size=(SIZE // grain + 3, SIZE // grain + 3))
@@ -214,6 +214,7 @@ def draw_anatomy(body: Body, projection: str, enlarged: int, draw: np.random.Gen
     c.paint(_soft(np.abs(x - c.middle) - .018, .006) * (y < .24), .42)
     return c
 
+# %% ../nbs/01_phantom.ipynb #9e2b3691
 def _ribs(c: Canvas) -> None:
     "Ribs and collar bones."
     for side in ("right", "left"):
@@ -237,7 +238,7 @@ def _paints(kind: str) -> Callable:
 def _level(finding: Finding) -> int:
     return SEVERITIES.index(finding.severity) if finding.severity else 1
 
-# %% ../nbs/01_phantom.ipynb #8234de8a
+# %% ../nbs/01_phantom.ipynb #be27dda7
 @_paints("effusion")
 def _effusion(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -> Plane:
     "Fluid: fills from below, higher at the side than in the middle."
@@ -249,6 +250,7 @@ def _effusion(c: Canvas, f: Finding, strength: float, draw: np.random.Generator)
     chest = _soft(_ellipse(c.x, c.y, cx, .46, c.body.lung * 1.02, c.body.height * 1.08), .010)
     return c.paint(strength * .95 * chest * _soft(surface - c.y, .010) * _soft(c.y - floor, .012), .68) / strength
 
+# %% ../nbs/01_phantom.ipynb #a12b8632
 @_paints("pneumothorax")
 def _pneumothorax(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -> Plane:
     "Air: a dark rim without lung markings at the top and side, bounded by a fine bright line."
@@ -260,6 +262,7 @@ def _pneumothorax(c: Canvas, f: Finding, strength: float, draw: np.random.Genera
     c.add(strength * .45 * c.lungs[f.side] * np.exp(-(edge / .007) ** 2) * (c.y < c.dome(f.side) - .06))
     return rim
 
+# %% ../nbs/01_phantom.ipynb #038cb024
 @_paints("consolidation")
 def _consolidation(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -> Plane:
     "A lobe filled with something other than air: a dense, patchy cloud."
@@ -270,6 +273,7 @@ def _consolidation(c: Canvas, f: Finding, strength: float, draw: np.random.Gener
     c.add(strength * cloud * (.52 + .12 * np.clip(_noise(draw, 4), -1, 1)))
     return cloud
 
+# %% ../nbs/01_phantom.ipynb #d70aaf10
 @_paints("atelectasis")
 def _atelectasis(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -> Plane:
     "Collapse of a part: flat bands, like a plate seen from its edge."
@@ -283,11 +287,13 @@ def _atelectasis(c: Canvas, f: Finding, strength: float, draw: np.random.Generat
     c.add(strength * .55 * mask)
     return mask
 
+# %% ../nbs/01_phantom.ipynb #4b4277de
 @_paints("cardiomegaly")
 def _cardiomegaly(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -> Plane:
     "Drawn with the anatomy; here only its outline."
     return _soft(_ellipse(c.x, c.y, c.middle + c.heart * .17, .62, c.heart * .34, .135), .012)
 
+# %% ../nbs/01_phantom.ipynb #c2b1f3ac
 @_paints("oedema")
 def _oedema(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -> Plane:
     "Water in the tissue: haze that spreads from the roots of both lungs, and short lines at the edge."
@@ -298,6 +304,7 @@ def _oedema(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -
     c.add(strength * ((.26, .36, .46)[level] * haze * (1 + .25 * np.clip(_noise(draw, 4), -1, 1)) + (.08, .14, .20)[level] * stripes))
     return haze
 
+# %% ../nbs/01_phantom.ipynb #1f95eda0
 @_paints("nodule")
 def _nodule(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -> Plane:
     "A small round spot with a sharp edge."
@@ -305,6 +312,7 @@ def _nodule(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -
     disc = _soft(_ellipse(c.x, c.y, cx + draw.normal() * .025, cy + draw.normal() * .02, *[draw.uniform(.028, .036)] * 2), .004)
     return c.add(strength * .60 * disc)
 
+# %% ../nbs/01_phantom.ipynb #cac19008
 @_paints("fracture")
 def _fracture(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -> Plane:
     "A broken rib: a bright step in its course, with a gap between the ends."
@@ -317,10 +325,11 @@ def _fracture(c: Canvas, f: Finding, strength: float, draw: np.random.Generator)
     c.add(.62 * np.maximum(inner, outer))
     return np.maximum(np.maximum(inner, outer), gap)
 
-# %% ../nbs/01_phantom.ipynb #1e4fb7dd
+# %% ../nbs/01_phantom.ipynb #03339a5d
 def _wire(c: Canvas, points: list[tuple[float, float]], width: float = .006, value: float = .97) -> Plane:
     return c.paint(.9 * _line(c.x, c.y, points, width), value)
 
+# %% ../nbs/01_phantom.ipynb #246652be
 @_paints("endotracheal_tube")
 def _endotracheal(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -> Plane:
     "From the mouth down the windpipe; too high, well placed, or down in the right main bronchus."
@@ -328,12 +337,14 @@ def _endotracheal(c: Canvas, f: Finding, strength: float, draw: np.random.Genera
     points = [(m, 0.), (m, min(end, .34))] + ([(m - .055, end)] if f.zone == "lower" else [])
     return _wire(c, points, .0095, .92)
 
+# %% ../nbs/01_phantom.ipynb #fbfd719d
 @_paints("enteric_tube")
 def _enteric(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -> Plane:
     "From the nose through the gullet into the stomach, under the left half of the diaphragm."
     m = c.middle + .022
     return _wire(c, [(m, 0.), (m, .70)] + _curve((m, .70), (m + .01, .90), (m + .10, .90), (m + draw.uniform(.13, .19), .86)))
 
+# %% ../nbs/01_phantom.ipynb #8c6af367
 @_paints("central_line")
 def _central(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -> Plane:
     "From the side of the neck to the large vein above the heart."
@@ -341,6 +352,7 @@ def _central(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) 
     return _wire(c, _curve((c.middle + out * draw.uniform(.12, .16), 0.), (c.middle + out * .12, .16), (c.middle - .04, .20),
                            (c.middle - .042, .40)))
 
+# %% ../nbs/01_phantom.ipynb #da4b3881
 @_paints("picc")
 def _picc(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -> Plane:
     "From the arm, under the collar bone, to the same vein."
@@ -348,6 +360,7 @@ def _picc(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -> 
     return _wire(c, _curve((c.middle + out * .47, draw.uniform(.36, .44)), (c.middle + out * .40, .12), (c.middle + out * .16, .16),
                            (c.middle - .04, .18), (c.middle - .042, .44), steps=12), .005)
 
+# %% ../nbs/01_phantom.ipynb #a5c4e325
 @_paints("chest_tube")
 def _chest_tube(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -> Plane:
     "A thick tube through the side of the chest, up along the lung."
@@ -355,6 +368,7 @@ def _chest_tube(c: Canvas, f: Finding, strength: float, draw: np.random.Generato
     return _wire(c, _curve((c.middle + out * .46, draw.uniform(.60, .68)), (cx + out * .10, .60), (cx - out * .02, .50),
                            (cx - out * .03, .24)), .011, .90)
 
+# %% ../nbs/01_phantom.ipynb #ed9f9ac2
 @_paints("pacemaker")
 def _pacemaker(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -> Plane:
     "A metal box under the collar bone, with a lead to the heart."
@@ -365,6 +379,7 @@ def _pacemaker(c: Canvas, f: Finding, strength: float, draw: np.random.Generator
                            (c.middle + .10, .68), steps=12), .0065)
     return np.maximum(c.paint(box, .98), lead)
 
+# %% ../nbs/01_phantom.ipynb #de88f4c0
 @_paints("sternotomy_wires")
 def _wires(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -> Plane:
     "Loops of wire that close the breast bone after an operation on the heart."

@@ -12,7 +12,7 @@ __all__ = ['STAGES', 'PACKAGE', 'SUMMARY', 'app', 'ConfigPath', 'Settings', 'Out
            'write_config', 'model_hash', 'start', 'run_command', 'studies', 'doctor', 'convert', 'review_pack',
            'review_score', 'mini_train', 'bench', 'bench_table', 'main', 'told', 'excuse']
 
-# %% ../nbs/13_run.ipynb #9e8fe8bb
+# %% ../nbs/13_run.ipynb #c5761de7
 import difflib
 import errno
 import fcntl
@@ -38,6 +38,7 @@ from urllib.parse import urlsplit
 import typer
 import yaml
 from huggingface_hub import hf_hub_download
+from huggingface_hub.utils import logging as hub_logging
 from pydantic import BaseModel, ValidationError
 from transformers.utils.logging import set_verbosity_error
 
@@ -584,10 +585,11 @@ def bench_table(result: dict[str, Any]) -> str:
     rows = [("", "ours", "theirs", "ratio"), *((key, *(number(s, key) for s in ("ours", "peers", "ratios"))) for key in result["ratios"])]
     return "\n".join([head, *(f"{a:<22}{b:>14}{c:>14}{d:>14}" for a, b, c, d in rows), f"peak memory {result['peak_memory']} GB"])
 
-# %% ../nbs/13_run.ipynb #bc00f36a
+# %% ../nbs/13_run.ipynb #70be806f
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; ends the process with exit code 0, 2 (bad input) or 1 (a fault of ours)."""
-    set_verbosity_error()  # transformers has remarks for authors, not for users
+    set_verbosity_error()  # transformers has remarks for authors, not for users; so has the hub's client
+    hub_logging.set_verbosity_error()
     try: code = app(args=None if arguments is None else list(arguments), standalone_mode=False) or 0
     except typer.Exit as e: code = e.exit_code
     except UserError as e: code = told(str(e))
