@@ -2,7 +2,6 @@
 import argparse
 import difflib
 import filecmp
-import html
 import os
 import re
 import shutil
@@ -88,12 +87,17 @@ def last_is_a_value(source: str) -> bool:
     return bool(lines) and re.fullmatch(r"[\w.]+(\[[^\]]*\])?(, *[\w.]+)*", lines[-1]) is not None and lines[-1] not in ("pass", "None")
 
 
+def from_the_top(text: str) -> str:
+    """Markdown whose relative links, written for nbs/, start at the top of the repository."""
+    return re.sub(r"\]\((?![a-z]+:|#|\.\./)([^)]+)\)", r"](nbs/\1)", text).replace("](../", "](")
+
+
 def readme() -> str:
     """README.md as it follows from nbs/index.ipynb: its prose, its code and the text that the code showed."""
     parts = []
     for cell in nbformat.read(NBS / "index.ipynb", 4).cells:
         if re.search(r"(?m)^#\|\s*hide\s*$", cell.source): continue
-        if cell.cell_type == "markdown": parts.append(cell.source.strip().replace("](../", "]("))
+        if cell.cell_type == "markdown": parts.append(from_the_top(cell.source.strip()))
         elif cell.cell_type == "code":
             source = "\n".join(s for s in cell.source.split("\n") if not s.startswith("#|")).strip()
             if source: parts.append(f"```python\n{source}\n```")
@@ -151,72 +155,12 @@ def execute(folder: Path) -> int:
     return 0
 
 
-def markdown_of(path: Path, site: Path) -> str:
-    """One processed notebook as Markdown; its pictures go beside it."""
-    parts = []
-    nb = nbformat.read(path, 4)
-    for i, cell in enumerate(nb.cells):
-        if cell.cell_type != "code":
-            parts.append(cell.source)
-            continue
-        if "include: false" in cell.source: continue
-        source = "\n".join(s for s in cell.source.split("\n") if not s.startswith("#|")).strip()
-        shows_doc = "show_doc(" in source
-        if source and not shows_doc and "echo: false" not in cell.source: parts.append(f"```python\n{source}\n```")
-        for j, out in enumerate(cell.outputs):
-            data = out.get("data", {})
-            for kind, ending in (("image/png", "png"), ("image/svg+xml", "svg")):
-                if kind in data:
-                    picture = f"{path.stem}-{i}-{j}.{ending}"
-                    raw = data[kind]
-                    if ending == "png":
-                        import base64
-                        (site / picture).write_bytes(base64.b64decode(raw))
-                    else: (site / picture).write_text(raw)
-                    parts.append(f"![]({picture})")
-                    break
-            else:
-                if "text/markdown" in data: parts.append(data["text/markdown"])
-                elif "text/html" in data: parts.append(data["text/html"])
-                else:
-                    text = out.get("text", "") or data.get("text/plain", "")
-                    if text.strip(): parts.append(f"<pre>{html.escape(text.rstrip())}</pre>")
-    return "\n\n".join(parts) + "\n"
-
-
-def title_of(path: Path) -> str:
-    """The notebook's first heading."""
-    for cell in nbformat.read(path, 4).cells:
-        found = re.search(r"(?m)^#\s+(.+)$", cell.source) if cell.cell_type == "markdown" else None
-        if found: return found[1]
-    return path.stem
-
-
 def site() -> int:
-    """The book as a site in _site/: Quarto where it is installed, else a short converter and Zensical."""
-    if shutil.which("quarto"):
-        subprocess.run([BIN / "nbdev_docs"], cwd=ROOT, check=True)
-        shutil.rmtree(ROOT / "_site", ignore_errors=True)
-        shutil.copytree(ROOT / "_docs", ROOT / "_site")
-        return 0
-    subprocess.run([BIN / "nbdev_proc_nbs"], cwd=ROOT, check=True)
-    with tempfile.TemporaryDirectory() as temp:
-        docs = Path(temp) / "docs"
-        docs.mkdir()
-        pages = []
-        for nb in notebooks():
-            processed = ROOT / "_proc" / nb.relative_to(NBS)
-            if not processed.exists(): continue
-            page = "index.md" if nb.stem == "index" else nb.relative_to(NBS).as_posix().replace("/", "-").replace(".ipynb", ".md")
-            (docs / page).write_text(markdown_of(processed, docs))
-            pages.append((nb.stem != "index", title_of(nb), page))
-        nav = ",\n  ".join(f'{{"{title.replace(chr(34), "")}" = "{page}"}}' for _, title, page in sorted(pages, key=lambda p: p[0]))
-        (Path(temp) / "zensical.toml").write_text(
-            f'[project]\nsite_name = "saerad"\nuse_directory_urls = false\nnav = [\n  {nav}\n]\n\n[project.theme]\nfont = false\n')
-        subprocess.run([BIN / "zensical", "build", "--clean"], cwd=temp, check=True)
-        shutil.rmtree(ROOT / "_site", ignore_errors=True)
-        shutil.copytree(Path(temp) / "site", ROOT / "_site")
-    print(f"{len(pages)} pages in _site/")
+    """The book as a site in _site/: by Quarto where it is installed, else by site.py."""
+    if not shutil.which("quarto"): return subprocess.run([sys.executable, Path(__file__).with_name("site.py")], cwd=ROOT).returncode
+    subprocess.run([BIN / "nbdev_docs"], cwd=ROOT, check=True)
+    shutil.rmtree(ROOT / "_site", ignore_errors=True)
+    shutil.copytree(ROOT / "_docs", ROOT / "_site")
     return 0
 
 

@@ -8,6 +8,7 @@ __all__ = ['OLD_PREFIXES', 'OLD_PARTS', 'Maira2Config', 'Maira2Projector', 'Mair
 
 # %% ../nbs/02b_maira2.ipynb #fa819377
 from pathlib import Path
+from typing import Literal  # noqa: F401 - inherited fields are annotated with it, and the site reads annotations here
 
 import torch
 from huggingface_hub.errors import StrictDataclassError

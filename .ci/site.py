@@ -1,0 +1,332 @@
+"""The book as a site in _site/, without Quarto: nbdev renders the API into the notebooks, a short converter makes Markdown of them, Zensical the
+pages. Mathematics becomes MathML here, sources become pages of their own, so the folder needs nothing from elsewhere. Then everything is checked."""
+import ast
+import base64
+import html
+import posixpath
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from configparser import ConfigParser
+from dataclasses import dataclass, field
+from functools import partial
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+BIN = Path(sys.executable).parent
+FENCE = re.compile(r"(?s)(```.*?```|<pre>.*?</pre>|`[^`\n]+`)")
+MATH = re.compile(r"(?s)\$\$(.+?)\$\$|(?<![\w\\$])\$(?=\S)([^$\n]+?)(?<=\S)\$(?![\w$])")
+LINK = re.compile(r"(!?\[[^\]]*\])\(([^)\s]+)\)")
+PARTS = {"": "The book", "guides": "Guides", "results": "What the book finds"}
+START = ("start_interpretability", "start_radiology_ai", "start_radiologist", "start_student")
+STYLE = """
+.md-typeset pre.output { border-left: .2rem solid var(--md-default-fg-color--lightest); padding: .4rem .8rem;
+  overflow-x: auto; font-size: .75em; line-height: 1.45 }
+.md-typeset .shown { overflow-x: auto }
+.md-typeset .shown table { display: table; font-size: .65rem; border-collapse: collapse }
+.md-typeset .shown th, .md-typeset .shown td { padding: .15rem .5rem; text-align: right }
+.md-typeset div.math { overflow-x: auto; margin: 1em 0 }
+.md-typeset math { font-size: 1.05em }
+.md-typeset .source { float: right; font-size: .6rem; margin-top: -2.6em }
+"""
+
+
+def settings() -> dict[str, str]:
+    """What settings.ini says of the project."""
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    return dict(config["DEFAULT"])
+
+
+def front_matter(nb: nbformat.NotebookNode, otherwise: str) -> tuple[str, str]:
+    """Title and description, which nbdev takes out of the first Markdown cell."""
+    said = yaml.safe_load(next((c.source for c in nb.cells if c.cell_type == "raw"), "").strip().strip("-")) or {}
+    return str(said.get("title", otherwise)), str(said.get("description", ""))
+
+
+def module_of(at: Path) -> str:
+    """Name of the module that a notebook exports; empty where it exports none."""
+    text = "\n".join(c.source for c in nbformat.read(NBS / at, 4).cells if c.cell_type == "code")
+    found = re.search(r"(?m)^#\|\s*default_exp\s+(\w+)", text)
+    return found[1] if found else ""
+
+
+@dataclass
+class Book:
+    """What the pages of one site share."""
+    docs: Path
+    pages: list[tuple[str, str, str]] = field(default_factory=list)     # part, title, file
+    formulas: list[str] = field(default_factory=list)                   # MathML, in the order of their marks
+    files: dict[str, Path] = field(default_factory=dict)                # of the repository that pages link to: address in the site → file
+    names: dict[str, str] = field(default_factory=dict)                 # module:name → address
+    said: dict[str, tuple[str, int]] = field(default_factory=dict)      # module:name → first line of its docstring, line in the module
+
+    def formula(self, tex: str, display: bool) -> str:
+        """A mark that survives Markdown; `finish` puts MathML in its place."""
+        from latex2mathml.converter import convert
+        made = convert(tex, display="block" if display else "inline")
+        self.formulas.append(f'<div class="math">{made}</div>' if display else made)
+        return f"FORMULA{len(self.formulas) - 1:05d}X"
+
+
+def outside_code(text: str, change) -> str:
+    """`text` with `change` applied to what is neither code nor preformatted."""
+    return "".join(part if i % 2 else change(part) for i, part in enumerate(FENCE.split(text)))
+
+
+def with_mathml(text: str, book: Book) -> str:
+    """Formulas between dollars become marks."""
+    return outside_code(text, lambda t: MATH.sub(lambda m: book.formula(m[1] or m[2], bool(m[1])), t))
+
+
+def relinked(text: str, folder: str, book: Book, home: str) -> str:
+    """Links to notebooks become links to pages, links to modules links to their sources here, and other files of the repository are taken along."""
+    def target(m: re.Match) -> str:
+        url, up = m[2], "../" * bool(folder)
+        for prefix in ("https://saerad.github.io/saerad/", home):
+            if url.startswith(prefix): return f"{m[1]}({up}{url[len(prefix):]})"
+        found = re.match(r".*/blob/[^/]+/saerad/(\w+)\.py#L(\d+)", url)
+        if found: return f"{m[1]}({up}source/{found[1]}.html#__codelineno-0-{found[2]})"
+        if urlsplit(url).scheme or url.startswith("#") or m[1].startswith("!"): return m[0]
+        path, _, anchor = url.partition("#")
+        where = posixpath.normpath(posixpath.join("nbs", folder, path))
+        if where.startswith("nbs/") and (ROOT / where).with_suffix(".ipynb").is_file():   # nbdev has already made some of them .html
+            return f"{m[1]}({up}{posixpath.splitext(where)[0][4:]}.html{'#' * bool(anchor)}{anchor})"
+        file = ROOT / where
+        if file.is_file():
+            book.files[f"files/{where}"] = file
+            return f"{m[1]}({up}files/{where})"
+        return m[0]
+    return outside_code(text, lambda t: LINK.sub(target, t))
+
+
+def shown(cell: nbformat.NotebookNode, stem: str, number: int, folder: Path) -> Iterator[str]:
+    """A code cell's outputs: pictures beside the page, tables as they are, text preformatted."""
+    for j, out in enumerate(cell.outputs):
+        data = out.get("data", {})
+        picture = next((k for k in ("image/svg+xml", "image/png", "image/jpeg") if k in data), None)
+        if picture:
+            name = f"{stem}-{number}-{j}.{ {'image/svg+xml': 'svg', 'image/png': 'png', 'image/jpeg': 'jpg'}[picture] }"
+            raw = data[picture]
+            (folder / name).write_bytes(raw.encode() if picture.endswith("xml") else base64.b64decode(raw))
+            yield f"![output of the cell above]({name})"
+        elif "text/markdown" in data: yield data["text/markdown"]
+        elif "text/html" in data: yield f'<div class="shown">{one_block(data["text/html"])}</div>'
+        else:
+            text = out.get("text", "") or data.get("text/plain", "")
+            if text.strip(): yield f'<pre class="output">{as_text(text)}</pre>'
+
+
+def one_block(markup: str) -> str:
+    """HTML that Markdown takes as one block: no empty lines, no indentation."""
+    return "\n".join(line.strip() for line in re.sub(r"(?s)<style.*?</style>", "", markup).splitlines() if line.strip())
+
+
+def as_text(text: str) -> str:
+    """Text for a <pre>, whose empty lines do not end it."""
+    return html.escape(text.rstrip()).replace("\n\n", "\n&#8203;\n").replace("\n\n", "\n&#8203;\n")
+
+
+def documented(text: str, name: str, book: Book, page: str, module: str) -> str:
+    """What `show_doc(name)` wrote, under the name as it is called, with an anchor that is the name itself and a link to the source."""
+    book.names.setdefault(f"{module}:{name}", f"{page}#{name}")
+    line = book.said.get(f"{module}:{name}", ("", 1))[1]
+    source = f'<span class="source">[source]({"../" * page.count("/")}source/{module}.html#__codelineno-0-{line})</span>'
+    text = re.sub(r'\[source\]\([^)]*\)\{[^}]*\}\n*', "", text.removeprefix("---\n\n"))
+    return re.sub(r"(?m)^(#{2,4}) \S+$", rf'<a id="{name}"></a>\n\n\1 {name}\n\n{source}', text, count=1)
+
+
+def markdown_of(nb: nbformat.NotebookNode, at: Path, folder: Path, book: Book) -> str:
+    """One processed notebook as Markdown."""
+    title, description = front_matter(nb, at.stem)
+    parts, stem, page, module = [f"# {title}"] + [f"> {description}"] * bool(description), at.stem, at.with_suffix(".html").as_posix(), module_of(at)
+    for i, cell in enumerate(nb.cells):
+        if cell.cell_type == "raw": continue
+        if cell.cell_type == "markdown":
+            parts.append(with_mathml(cell.source, book))
+            continue
+        if "include: false" in cell.source: continue
+        source = "\n".join(s for s in cell.source.split("\n") if not s.startswith("#|")).strip()
+        called = re.match(r"show_doc\(([\w.]+)", source)
+        if called:
+            parts += [documented(part, called[1], book, page, module) for part in shown(cell, stem, i, folder)]
+            continue
+        if source and "echo: false" not in cell.source: parts.append(f"```python\n{source}\n```")
+        parts += shown(cell, stem, i, folder)
+    return "\n\n".join(parts) + "\n"
+
+
+def write_pages(processed: Path, book: Book) -> None:
+    """Every notebook that nbdev processed becomes a page."""
+    config = settings()
+    home = f"{config['doc_host']}{config['doc_baseurl']}/"
+    for path in sorted(processed.rglob("*.ipynb")):
+        at = path.relative_to(processed)
+        if any(part[0] in "._" for part in at.parts): continue
+        nb = nbformat.read(path, 4)
+        out = book.docs / at.with_suffix(".md")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = "" if at.parent == Path(".") else at.parent.as_posix()
+        out.write_text(relinked(markdown_of(nb, at, out.parent, book), folder, book, home))
+        book.pages.append((folder, front_matter(nb, at.stem)[0], at.with_suffix(".md").as_posix()))
+
+
+def summaries() -> dict[str, tuple[str, int]]:
+    """First line of the docstring, and line in its module, of everything public in the package, by module and name."""
+    lines = {}
+    for path in sorted((ROOT / "saerad").glob("[!_]*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                patched = [a.annotation for a in getattr(node, "args", ast.arguments([], [])).args[:1]
+                           if any("patch" in ast.unparse(d) for d in node.decorator_list)]
+                owner = f"{ast.unparse(patched[0])}." if patched and patched[0] is not None else ""
+                lines[f"{path.stem}:{owner}{node.name}"] = ((ast.get_docstring(node) or "").split("\n")[0], node.lineno)
+    return lines
+
+
+def write_reference(book: Book) -> None:
+    """A page that lists every exported name, and a page for the source of each module."""
+    parts = ["# Every name", "> What each module exports, and where it is explained"]
+    (book.docs / "source").mkdir(exist_ok=True)
+    for path in sorted((ROOT / "saerad").glob("[!_]*.py")):
+        title = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
+        parts.append(f"## saerad.{path.stem}\n\n{title} ([source](source/{path.stem}.md))")
+        rows = [(key, key.split(":")[1], line) for key, (line, _) in book.said.items() if key.split(":")[0] == path.stem]
+        parts.append("\n".join(f"- [`{name}`]({book.names[key]}) {line}" if key in book.names else f"- `{name}` {line}" for key, name, line in rows))
+        (book.docs / "source" / path.name).with_suffix(".md").write_text(
+            f"# saerad/{path.name}\n\n```python linenums=\"1\"\n{path.read_text()}```\n")
+    (book.docs / "names.md").write_text("\n\n".join(parts) + "\n")
+
+
+def navigation(book: Book) -> str:
+    """The site's order: the front page, where to start, the book, guides, results, reference."""
+    def entry(title: str, page: str) -> str: return '{"' + title.replace('"', "'") + f'" = "{page}"' + "}"
+    start = [entry(t, p) for _, t, p in sorted(book.pages, key=lambda x: START.index(Path(x[2]).stem) if Path(x[2]).stem in START else 99)
+             if Path(p).stem in START]
+    sections = ['{"saerad" = "index.md"}'] + ['{"Where to start" = [' + ", ".join(start) + "]}"] * bool(start)
+    for part, heading in PARTS.items():
+        mine = [entry(t, p) for folder, t, p in book.pages if folder == part and p != "index.md" and Path(p).stem not in START]
+        if mine: sections.append(f'{{"{heading}" = [' + ", ".join(mine) + "]}")
+    sources = [entry(p.name, f"source/{p.stem}.md") for p in sorted((ROOT / "saerad").glob("[!_]*.py"))]
+    sections.append('{"Reference" = [{"Every name" = "names.md"}, {"Sources" = [' + ", ".join(sources) + "]}]}")
+    return ",\n  ".join(sections)
+
+
+def build(processed: Path, out: Path) -> Book:
+    """Pages, reference, Zensical, formulas, files: the whole site, in `out`."""
+    with tempfile.TemporaryDirectory() as temp:
+        book = Book(Path(temp) / "docs", said=summaries())
+        (book.docs / "assets").mkdir(parents=True)
+        write_pages(processed, book)
+        write_reference(book)
+        (book.docs / "assets" / "book.css").write_text(STYLE)
+        (Path(temp) / "zensical.toml").write_text(
+            f'[project]\nsite_name = "saerad"\nsite_description = "{settings()["description"]}"\nuse_directory_urls = false\n'
+            f'extra_css = ["assets/book.css"]\nnav = [\n  {navigation(book)}\n]\n\n[project.theme]\nfont = false\n'
+            'features = ["content.code.copy", "navigation.footer", "navigation.top", "navigation.sections", "search.highlight", "toc.follow"]\n\n'
+            '[[project.theme.palette]]\nscheme = "default"\ntoggle.icon = "lucide/sun"\ntoggle.name = "Dark"\n\n'
+            '[[project.theme.palette]]\nscheme = "slate"\ntoggle.icon = "lucide/moon"\ntoggle.name = "Light"\n')
+        subprocess.run([BIN / "zensical", "build", "--clean"], cwd=temp, check=True)
+        finish(Path(temp) / "site", book)
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(Path(temp) / "site", out)
+    return book
+
+
+def finish(site: Path, book: Book) -> None:
+    """Put the formulas where their marks are, and the repository's files beside the pages."""
+    for page in site.rglob("*"):
+        if page.suffix not in (".html", ".json", ".js"): continue
+        text = page.read_text()
+        if "FORMULA" not in text: continue
+        put = partial(formula_at, page=page, book=book)
+        page.write_text(re.sub(r"(<p>)?FORMULA(\d{5})X(?(1)</p>)", put, text))
+    for address, file in book.files.items():
+        (site / address).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, site / address)
+
+
+def formula_at(m: re.Match, page: Path, book: Book) -> str:
+    """The MathML of a mark; a search index has no place for it."""
+    made = book.formulas[int(m[2])]
+    if page.suffix != ".html": return " "
+    return made if made.startswith("<div") else f"{m[1] or ''}{made}{'</p>' * bool(m[1])}"
+
+
+class Links(HTMLParser):
+    """What a page points to, what can be pointed to in it, and its visible text outside code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+        self.anchors: set[str] = set()
+        self.text: list[str] = []
+        self.inside: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.anchors |= {given[a] for a in ("id", "name") if given.get(a)}
+        told = tag == "link" and given.get("rel") in ("canonical", "preconnect")     # to machines, not followed
+        self.targets += [given[a] for a in ("href", "src") if given.get(a) and not told]
+        if tag in ("pre", "code", "script", "style", "nav", "math"): self.inside.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.inside and self.inside[-1] == tag: self.inside.pop()
+
+    def handle_data(self, data: str) -> None:
+        if not self.inside: self.text.append(data)
+
+
+RAW = {"an unrendered fence": r"```", "an unrendered table": r"\|\s*-{3,}\s*\|", "an unrendered formula": r"\$\$|FORMULA\d{5}",
+       "an unrendered link": r"\]\([\w./#]+\)", "Quarto's own markup": r"\{=html\}|^:::|\{target=",
+       "an unrendered heading": r"(?m)^#{2,4} \w", "unrendered emphasis": r"(?<!\w)\*\*\w[^*\n]*\*\*"}
+
+
+def check(site: Path, book: Book | None = None) -> list[str]:
+    """What is wrong with a site: links and pictures that lead nowhere, addresses elsewhere that load something, raw markup, names without a page."""
+    pages = {}
+    for path in sorted(site.rglob("*.html")):
+        page = Links()
+        page.feed(path.read_text())
+        pages[path.relative_to(site).as_posix()] = page
+    problems = []
+    for name, page in pages.items():
+        if name == "404.html" or name.startswith("files/"): continue
+        for url in page.targets: problems += dead(url, name, pages, site)
+        text = "\n".join(page.text)
+        problems += [f"{name} shows {what}: {found[0][:60]!r}" for what, pattern in RAW.items() if (found := re.search(pattern, text))]
+    if book is not None:
+        problems += [f"{key} has no page of its own" for key in book.said if key not in book.names]
+    return problems
+
+
+def dead(url: str, page: str, pages: dict[str, Links], site: Path) -> list[str]:
+    """Why a link cannot be followed; nothing, where it can. Links to other sites are not followed."""
+    parts = urlsplit(url)
+    if parts.scheme in ("http", "https", "mailto", "data", "javascript"): return []
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(page), unquote(parts.path))) if parts.path else page
+    if path in pages and parts.fragment and unquote(parts.fragment) not in pages[path].anchors and not parts.fragment.startswith("__"):
+        return [f"{page} links to {url}: no such place on that page"]
+    target = site / path
+    return [] if target.is_file() or (target / "index.html").is_file() else [f"{page} links to {url}, which is not there"]
+
+
+def main() -> int:
+    subprocess.run([BIN / "nbdev_proc_nbs"], cwd=ROOT, check=True)
+    book = build(ROOT / "_proc", ROOT / "_site")
+    problems = check(ROOT / "_site", book)
+    for problem in problems: print(problem)
+    print(f"{len(book.pages)} pages, {len(book.names)} names explained, {len(book.formulas)} formulas in _site/; {len(problems)} problems")
+    return bool(problems)
+
+
+if __name__ == "__main__": sys.exit(main())
