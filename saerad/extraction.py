@@ -247,7 +247,7 @@ def meet() -> None:
     dist.barrier()
     dist.destroy_process_group()
 
-# %% ../nbs/03_extraction.ipynb #58f75bc1
+# %% ../nbs/03_extraction.ipynb #a5ff8c1d
 def extract(source: Source, subject: Subject, cfg: ExtractionConfig, out: Path | str) -> Store | None:
     """Store the residual stream of every kept token; goes on where a killed one was, and ends with the same bytes.
 
@@ -264,9 +264,9 @@ def extract(source: Source, subject: Subject, cfg: ExtractionConfig, out: Path |
     parts = parts_of(len(studies), cfg)
     for p, begin, end in parts_of(len(studies), cfg, *world()):
         with ExitStack() as stack:
-            writers = {layer: stack.enter_context(_writer(source, subject, alone_at(cfg, layer), folder_of(out, cfg, layer), key, p, len(parts), begin))
-                       for layer, key in keys.items()}
-            _write_part(subject, studies, begin, end, cfg, writers, f"extraction, part {p + 1} of {len(parts)}" if len(parts) > 1 else "extraction")
+            alone = {layer: (alone_at(cfg, layer), folder_of(out, cfg, layer), key) for layer, key in keys.items()}
+            writers = {layer: stack.enter_context(_writer(source, subject, *its, p, len(parts), begin)) for layer, its in alone.items()}
+            _write_part(subject, studies, begin, end, cfg, writers, f"extraction, part {p + 1} of {len(parts)}")
     meet()
     return Store.open(out) if (Path(out) / "store.json").exists() else None
 
@@ -275,8 +275,9 @@ def _writer(source: Source, subject: Subject, cfg: ExtractionConfig, out: Path, 
                  "subject": subject.name, "subject_hash": subject.hash, "layer": cfg.layer, "settings": cfg.model_dump(mode="json")}
     return StoreWriter(out, key, subject.d_model, cfg.dtype, cfg.rows_per_shard, made_from, part, parts, first)
 
-# %% ../nbs/03_extraction.ipynb #ae1c2038
-def _write_part(subject: Subject, studies: Sequence[Study], begin: int, end: int, cfg: ExtractionConfig, writers: dict[int, StoreWriter], desc: str) -> None:
+# %% ../nbs/03_extraction.ipynb #26947dad
+def _write_part(subject: Subject, studies: Sequence[Study], begin: int, end: int, cfg: ExtractionConfig,
+                writers: dict[int, StoreWriter], desc: str) -> None:
     "Send the studies of a part through the model, from where the writer that is furthest behind has to go on."
     behind, window = min(w.next_study for w in writers.values()), 4 * cfg.batch_size
     first = behind - (behind - begin) % window        # the same windows as before, so that the bytes are the same

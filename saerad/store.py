@@ -6,16 +6,17 @@
 __all__ = ['T', 'TOKEN_SCHEMA', 'DTYPES', 'PART', 'BLOCK', 'CHUNK', 'KINDS', 'NAMED', 'MEMORY', 'pack_rows', 'unpack_rows',
            'checksum', 'StoreWriter', 'Store', 'ahead']
 
-# %% ../nbs/04_store.ipynb #30d837af
+# %% ../nbs/04_store.ipynb #315e6b96
 import errno
 import fcntl
 import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import count, groupby
@@ -519,21 +520,37 @@ def _pools(held: np.ndarray, size: int, place: int, seed: int, split: str) -> It
                 yield _Pool(epoch * n + first, begins, counts, places)
             left -= counts
 
-# %% ../nbs/04_store.ipynb #e6a1808a
+# %% ../nbs/04_store.ipynb #6f232e52
 @patch
 def _fill(self: Store, shares: list[_Share], pool: _Pool, out: dict[str, np.ndarray], scratch: bytearray) -> None:
-    "Read the rows of a pool to their places in `out`."
-    done = 0
-    for share, begin, n in zip(shares, pool.begins.tolist(), pool.counts.tolist(), strict=True):
-        shard, start = self._files[share.shard], self._ends[share.shard] - self.meta["shards"][share.shard]["rows"]
-        with open(shard.path, "rb", buffering=0) as f:
-            for a, b in ((begin, min(begin + n, share.rows)), (0, begin + n - share.rows)):     # around the end of the shard
-                if b <= a: continue
-                to, done = pool.places[done:done + b - a], done + b - a
-                for name in out:
-                    if share.places is not None: out[name][to] = shard.map(name)[share.places[a:b]]
-                    else: _scatter(f, shard, name, a, out[name], to, scratch)
-                out["order"][to] += start
+    "Read the rows of a pool to their places in `out`, the disk being told of 64 shards at a time."
+    ends = np.cumsum(pool.counts)
+    plan = zip(shares, pool.begins.tolist(), pool.counts.tolist(), ends.tolist(), strict=True)
+    wanted = [(share, begin, n, pool.places[end - n:end]) for share, begin, n, end in plan if n]
+    for i in range(0, len(wanted), 64):
+        with ExitStack() as stack:
+            files = [stack.enter_context(open(self._files[w[0].shard].path, "rb", buffering=0)) for w in wanted[i:i + 64]]
+            for f, (share, begin, n, _) in zip(files, wanted[i:i + 64], strict=True): self._announce(f, share, begin, n)
+            for f, w in zip(files, wanted[i:i + 64], strict=True): self._fetch(f, *w, out, scratch)
+
+@patch
+def _announce(self: Store, f: Any, share: _Share, begin: int, n: int) -> None:
+    "Tell the operating system which rows are wanted next."
+    start, shape, kind = self._files[share.shard].tensors["activations"]
+    if hasattr(os, "posix_fadvise") and share.places is None:
+        os.posix_fadvise(f.fileno(), start + begin * shape[1] * kind.itemsize, n * shape[1] * kind.itemsize, os.POSIX_FADV_WILLNEED)
+
+@patch
+def _fetch(self: Store, f: Any, share: _Share, begin: int, n: int, to: np.ndarray, out: dict[str, np.ndarray], scratch: bytearray) -> None:
+    "Read `n` rows of a share from `begin` on, around its end, to places `to`."
+    shard, first = self._files[share.shard], self._ends[share.shard] - self.meta["shards"][share.shard]["rows"]
+    cut = min(n, share.rows - begin)
+    for a, here in ((begin, to[:cut]), (0, to[cut:])):
+        if not len(here): continue
+        for name in out:
+            if share.places is not None: out[name][here] = shard.map(name)[share.places[a:a + len(here)]]
+            else: _scatter(f, shard, name, a, out[name], here, scratch)
+        out["order"][here] += first
 
 def _scatter(f: Any, shard: _Shard, name: str, a: int, out: np.ndarray, to: np.ndarray, scratch: bytearray) -> None:
     "Read rows of a tensor from row `a` on, and put them where `to` says."
@@ -557,50 +574,72 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
             coming = thread.submit(next, items, end)
             yield item
 
-# %% ../nbs/04_store.ipynb #ed4dc94b
+# %% ../nbs/04_store.ipynb #d54518e7
+class _Shelf:
+    "Arrays that are used again as soon as nobody holds a view of them."
+    def __init__(self, shape: tuple[int, ...], kind: np.dtype):
+        self.shape, self.kind, self.arrays, self.alone = shape, kind, [], 0
+
+    def take(self) -> np.ndarray:
+        for i in range(len(self.arrays)):
+            if sys.getrefcount(self.arrays[i]) == self.alone: return self.arrays[i]
+        self.arrays.append(np.empty(self.shape, self.kind))
+        self.alone = sys.getrefcount(self.arrays[-1])
+        return self.arrays[-1]
+
+# %% ../nbs/04_store.ipynb #a19291be
 MEMORY = 512 * 2**20    # bytes that a reader may hold
 
 @patch
-def _filled(self: Store, shares: list[_Share], place: int, seed: int, split: str, memory: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    "Pools, filled, each with the place of its first row; a pool's memory is used again for the one after the next."
-    held = np.array([s.rows for s in shares])
-    kinds = {k: (shape[1:], kind if k != "order" else np.dtype(np.int64)) for k, (_, shape, kind) in self._files[0].tensors.items()}
-    size = max(1, min(int(held.sum()), memory // 2 // sum(int(np.prod(shape)) * kind.itemsize for shape, kind in kinds.values())))
-    pools, scratch = [{k: np.empty((size, *shape), kind) for k, (shape, kind) in kinds.items()} for _ in range(2)], bytearray(CHUNK)
-    for i, pool in enumerate(_pools(held, size, place, seed, split)):
-        out = {k: v[:len(pool.places)] for k, v in pools[i % 2].items()}
+def _filled(self: Store, shares: list[_Share], place: int, seed: int, split: str, size: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    "Pools of `size` rows, filled, each with the place of its first row."
+    shelves, scratch = {k: _Shelf((size, *shape), kind) for k, (shape, kind) in self._kinds().items()}, bytearray(CHUNK)
+    for pool in _pools(np.array([s.rows for s in shares]), size, place, seed, split):
+        out = {k: shelf.take()[:len(pool.places)] for k, shelf in shelves.items()}
         self._fill(shares, pool, out, scratch)
         yield pool.first, out
 
-# %% ../nbs/04_store.ipynb #30e7c900
+@patch
+def _kinds(self: Store) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    "Shape and type of what a pool holds for one row."
+    found = {k: (shape[1:], kind) for k, (_, shape, kind) in self._files[0].tensors.items()}
+    return found | {"order": ((), np.dtype(np.int64))}       # numbers in the store, not in the shard
+
+@patch
+def _pool_size(self: Store, rows: int, batch_size: int, memory: int) -> int:
+    "Rows of a pool, so that three fit into `memory`: whole batches where there is room for one."
+    size = memory // 3 // sum(int(np.prod(shape)) * kind.itemsize for shape, kind in self._kinds().values())
+    return max(1, min(rows, size // batch_size * batch_size or size))
+
+# %% ../nbs/04_store.ipynb #060372bc
 @patch
 def batches(self: Store, split: str, batch_size: int, seed: int, start: int = 0,
             memory: int = MEMORY) -> Iterator[tuple[int, np.ndarray, Tensor]]:
     """Endless shuffled batches of a split from step `start` on: step, row numbers, float32 rows in raw units.
 
-    Each epoch is a uniformly random permutation of the split, which depends on `seed` and, where the split is larger, on `memory`
-    (bytes that the reader may hold, beside the batch). Raises `UserError` where the split has no rows.
+    Each epoch is a uniformly random permutation of the split, which depends on `seed` and, where not all of it fits into `memory`
+    (bytes that the reader may hold), on that and `batch_size`. Raises `UserError` where the split has no rows.
     """
     shares = self._shares(split)
     if not shares:
         has = ", ".join(self.meta["splits"])
         raise UserError(f"The store {self.folder} has no rows of the split {split!r}; it has {has}.")
-    return self._deal(self._filled(shares, start * batch_size, seed, split, memory), batch_size, start)
+    size = self._pool_size(sum(s.rows for s in shares), batch_size, memory)
+    return self._deal(self._filled(shares, start * batch_size, seed, split, size), batch_size, start)
 
 @patch
 def _deal(self: Store, pools: Iterator[tuple[int, dict[str, np.ndarray]]], size: int, step: int) -> Iterator[tuple[int, np.ndarray, Tensor]]:
     "Batches from pools; one that reaches the end of a pool takes its last rows from the next."
-    got, batch = 0, {}
+    rest: list[dict[str, np.ndarray]] = []
     for first, pool in ahead(pools):
-        at = max(step * size + got - first, 0)
-        while at < len(pool["order"]):
-            if not got: batch = {k: np.empty((size, *v.shape[1:]), v.dtype) for k, v in pool.items()}
-            n = min(size - got, len(pool["order"]) - at)
-            for k, v in pool.items(): batch[k][got:got + n] = v[at:at + n]
-            got, at = got + n, at + n
-            if got < size: continue
+        at, n = max(step * size - first, 0), len(pool["order"])
+        while at < n:
+            end = at + size - sum(len(r["order"]) for r in rest)
+            rest.append({k: v[at:end] for k, v in pool.items()})
+            if end > n: break
+            batch = rest[0] if len(rest) == 1 else {k: np.concatenate([r[k] for r in rest]) for k in pool}
             yield step, batch["order"], unpack_rows(batch)
-            step, got = step + 1, 0
+            step, at, rest = step + 1, end, []
 
 # %% ../nbs/04_store.ipynb #4b6797cf
 @patch
