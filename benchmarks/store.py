@@ -1,5 +1,8 @@
-"""Bytes a second of the store: written, and read in shuffled batches, beside the same bytes in one plain file in order."""
+"""Bytes a second of the store: written, and read in shuffled batches, beside the same bytes in one plain file in order; and its memory."""
+import json
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -10,10 +13,10 @@ import pyarrow as pa
 import torch
 from _bench import alternate, report
 
-from saerad.core import torch_rng
-from saerad.store import TOKEN_SCHEMA, Store, StoreWriter
+from saerad.core import progress, torch_rng
+from saerad.store import CHUNK, TOKEN_SCHEMA, Store, StoreWriter
 
-CHUNK, BATCH, STUDY = 1 << 24, 4096, 150
+BATCH, STUDY = 4096, 150
 
 
 def tokens(number: int, n: int) -> pa.Table:
@@ -23,10 +26,12 @@ def tokens(number: int, n: int) -> pa.Table:
     return pa.table({k: [v] * n for k, v in same.items()} | {"position": range(n)}, schema=TOKEN_SCHEMA)
 
 
-def write_store(folder: Path, x: torch.Tensor, tables: list[pa.Table]) -> None:
+def write_store(folder: Path, x: torch.Tensor, tables: list[pa.Table], repeats: int = 1) -> None:
     """Write `x` study by study, as extraction does; a new key each time, so that nothing is taken over."""
     with StoreWriter(folder, os.urandom(8).hex(), x.shape[1], rows_per_shard=(1 << 25) // x.shape[1]) as writer:
-        for i, table in enumerate(tables): writer.add(x[i * STUDY:(i + 1) * STUDY], table)
+        for i in range(repeats * len(tables)):
+            at = i % len(tables)
+            writer.add(x[at * STUDY:(at + 1) * STUDY], tables[at])
         writer.finish()
 
 
@@ -34,7 +39,7 @@ def write_plain(path: Path, x: torch.Tensor) -> None:
     """The same bytes into one file, chunk after chunk."""
     data = memoryview(x.numpy()).cast("B")
     with open(path, "wb") as f:
-        for i in range(0, len(data), CHUNK): f.write(data[i:i + CHUNK])
+        for i in range(0, len(data), 16 * CHUNK): f.write(data[i:i + 16 * CHUNK])
 
 
 def read_plain(path: Path, shape: torch.Size) -> None:
@@ -53,6 +58,7 @@ def peer_reader(x: torch.Tensor, folder: Path) -> Callable[[], None] | None:
     """One shuffled epoch of the same rows with Hugging Face datasets, from disk, where it is installed."""
     if not find_spec("datasets"): return None
     import datasets
+    datasets.disable_progress_bars()
     rows = pa.FixedSizeListArray.from_arrays(pa.array(x.numpy().reshape(-1)), x.shape[1])
     datasets.Dataset(pa.table({"x": rows})).save_to_disk(folder)
     data = datasets.load_from_disk(folder).with_format("torch")
@@ -63,9 +69,34 @@ def peer_reader(x: torch.Tensor, folder: Path) -> Callable[[], None] | None:
     return read
 
 
+READER = """
+import resource, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from store import BATCH, Store
+store, begin = Store.open(Path(sys.argv[1])), time.perf_counter()
+batches = store.batches("train", BATCH, seed=0)
+for _ in range(len(store) // BATCH): next(batches)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, time.perf_counter() - begin)
+"""
+
+
+def memory(gigabytes: float, temporary: str, d: int = 4096) -> tuple[float, float]:
+    """Peak resident memory in GB, and GB/s, of a fresh process that reads one shuffled epoch of a store of this size."""
+    rows = STUDY * 64
+    x, folder = torch.randn(rows, d, generator=torch_rng(0, "bench", "memory")), Path(temporary) / "large"
+    write_store(folder, x, [tokens(i, STUDY) for i in range(64)], max(1, round(gigabytes * 1e9 / x.nbytes)))
+    size = sum(f.stat().st_size for f in folder.glob("shard*")) / 1e9
+    done = subprocess.run([sys.executable, "-c", READER, str(folder), str(Path(__file__).parent)], check=True, capture_output=True, text=True)
+    peak, took = map(float, done.stdout.split())
+    for file in folder.iterdir(): file.unlink()
+    return round(peak, 3), round(size / took, 2)
+
+
 def measure(quick: bool) -> tuple[str, dict, dict, dict]:
-    """The shape, our gigabytes a second, theirs, and ours over theirs."""
-    rows, d, rounds = (1 << 16, 512, 3) if quick else (1 << 17, 4096, 5)
+    """The shape, our gigabytes a second, theirs, and ours over theirs; where there is time, memory at three sizes of a store."""
+    rows, d, rounds = (1 << 15, 4096, 3) if quick else (1 << 17, 4096, 5)
+    sizes = json.loads(os.environ.get("SAERAD_STORE_SIZES", "[]" if quick else "[1, 4, 16]"))
     x = torch.randn(rows, d, generator=torch_rng(0, "bench", "store"))
     tables = [tokens(i, min(STUDY, rows - begin)) for i, begin in enumerate(range(0, rows, STUDY))]
     with tempfile.TemporaryDirectory() as temporary:
@@ -74,12 +105,14 @@ def measure(quick: bool) -> tuple[str, dict, dict, dict]:
         store, peer = Store.open(folder), peer_reader(x, Path(temporary) / "datasets")
         works = {"ours": lambda: read_shuffled(store), "plain": lambda: read_plain(plain, x.shape)}
         took = alternate(rounds, **works, **({"datasets": peer} if peer else {}))
-    size = x.nbytes / 1e9
+        size = x.nbytes / 1e9
+        del x, store, peer
+        held = {f"memory_{gb}_gb": memory(gb, temporary) for gb in progress(sizes, "stores of several sizes")}
     ours = {"sequential_write": size / wrote["ours"], "sequential_read": size / took["ours"], "peer_reader": size / took["ours"]}
     peers = {"sequential_write": size / wrote["plain"], "sequential_read": size / took["plain"],
-             "peer_reader": size / took["datasets"] if peer else None}
+             "peer_reader": size / took["datasets"] if "datasets" in took else None}
     ratios = {k: ours[k] / peers[k] if peers[k] else None for k in ours}
-    return f"{rows} rows of {d} float32, batches of {BATCH}, GB/s", ours, peers, ratios
+    return f"{rows} rows of {d} float32, batches of {BATCH}, GB/s", ours | held, peers, ratios
 
 
 if __name__ == "__main__": report("store", measure)

@@ -168,7 +168,7 @@ def test_killed_and_gone_on(whole: Store, subject: Subject, source: Source, tmp_
     """A real process is killed for good while it extracts; the next start ends with the bytes of an undisturbed one."""
     code = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path), threads=torch.get_num_threads())
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, "TQDM_DISABLE": "1"})
-    record, until = tmp_path / "unfinished.json", time.monotonic() + 120
+    record, until = tmp_path / "part-00000.json", time.monotonic() + 120
     while not record.exists() or len(json.loads(record.read_text())["shards"]) < shards:
         assert process.poll() is None and time.monotonic() < until
         time.sleep(.002)
