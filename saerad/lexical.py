@@ -41,7 +41,7 @@ def _clean(token: str) -> str:
     "A token without white space, capitals and the two characters that a sentence could not quote."
     return token.strip().lower().replace('"', "").replace("\\", "")
 
-# %% ../nbs/08a_lexical.ipynb #209178ec
+# %% ../nbs/08a_lexical.ipynb #7712e16e
 REACH = 4
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,7 @@ class Window:
     words: list[str]
     place: str       # the section, or the view and "image"
     opens: bool      # the window begins where its section begins
+    stated: frozenset[str] = frozenset()    # findings that the study's report states, where the protocol tells them
 
     @cached_property
     def single(self) -> frozenset[str]:
@@ -66,12 +67,13 @@ class Window:
                 if b == ".": break
         return frozenset(found)
 
-def window(context: Context) -> Window:
-    """A context in words."""
+def window(context: Context, tell_study: bool = False) -> Window:
+    """A context in words; with `tell_study` also what the report of its study states."""
     place = f"{context.view} image".strip() if context.section == "image" else context.section.replace("_", " ")
-    return Window(words(context.tokens, context.offset == 0)[0], place, context.offset == 0)
+    stated = frozenset(context.stated) if tell_study else frozenset()
+    return Window(words(context.tokens, context.offset == 0)[0], place, context.offset == 0, stated)
 
-# %% ../nbs/08a_lexical.ipynb #abf6e14b
+# %% ../nbs/08a_lexical.ipynb #30b5d698
 @dataclass(frozen=True, order=True)
 class Clause:
     """One condition on a window; empty fields do not matter."""
@@ -82,16 +84,17 @@ class Clause:
     place: str = ""
     near: bool = False     # the word is near the peak, not at it; says nothing about the match
     opens: bool = False    # only at the start of a section
+    stated: str = ""       # a finding that the study's report must state
 
     def holds(self, w: Window) -> bool:
         """Whether a window fulfils this clause."""
-        if self.place and w.place != self.place or self.opens and not w.opens: return False
+        if self.place and w.place != self.place or self.opens and not w.opens or self.stated and self.stated not in w.stated: return False
         if self.without and (self.without, self.word) in w.pairs: return False
         if not self.relation: return not self.word or self.word in w.single
         pair = (self.word, self.other) if self.relation == "before" else (self.other, self.word)
         return pair in w.pairs
 
-# %% ../nbs/08a_lexical.ipynb #7d7f6f47
+# %% ../nbs/08a_lexical.ipynb #572dbcce
 PREFIX = "Lexical baseline: fires "
 NOTHING = "Lexical baseline: no word, pair, section or position sets its contexts apart."
 
@@ -108,13 +111,15 @@ def _phrase(c: Clause, named: Sequence[str]) -> str:
     quoted = ", ".join(f'"{w}"' for w in sorted(named) if w)
     head = f"near {quoted}" if c.near else f"on {quoted}" if quoted else "anywhere"
     parts = [head, f'{c.relation} "{c.other}"' if c.relation else "", f'without "{c.without}" before it' if c.without else "",
-             f"in {c.place}" if c.place else "", "at the start of the section" if c.opens else ""]
+             f"in {c.place}" if c.place else "", "at the start of the section" if c.opens else "",
+             f'where the report states "{c.stated}"' if c.stated else ""]
     return " ".join(p for p in parts if p)
 
-# %% ../nbs/08a_lexical.ipynb #96cc4a76
+# %% ../nbs/08a_lexical.ipynb #54a38bbf
 _PHRASE = re.compile(r'(?:(?P<near>near)|on|anywhere)(?: (?P<words>"[^"]*"(?:, "[^"]*")*))?'
                      r'(?: (?P<relation>before|after) "(?P<other>[^"]*)")?(?: without "(?P<without>[^"]*)" before it)?'
-                     r'(?: in (?P<place>[a-z ]+?))?(?P<opens> at the start of the section)?(?=; |\.$)')
+                     r'(?: in (?P<place>[a-z ]+?))?(?P<opens> at the start of the section)?'
+                     r'(?: where the report states "(?P<stated>[^"]*)")?(?=; |\.$)')
 
 def read_rule(text: str) -> tuple[Clause, ...]:
     """The rule that a sentence of `describe` states; raises `ValueError` for any other sentence."""
@@ -122,25 +127,27 @@ def read_rule(text: str) -> tuple[Clause, ...]:
     rule, at = [], len(PREFIX)
     while text.startswith(PREFIX) and (m := _PHRASE.match(text, at)):
         named = re.findall(r'"([^"]*)"', m["words"] or '""')
-        rest = {k: m[k] or "" for k in ("relation", "other", "without", "place")}
+        rest = {k: m[k] or "" for k in ("relation", "other", "without", "place", "stated")}
         rule += [Clause(w, **rest, near=bool(m["near"]), opens=bool(m["opens"])) for w in named]
         at = m.end() + 2
         if text[m.end():] == ".": return tuple(rule)
     raise ValueError(f"not a sentence of the lexical baseline: {text!r}")
 
-# %% ../nbs/08a_lexical.ipynb #a9413ff3
+# %% ../nbs/08a_lexical.ipynb #ed2a160d
 class Bits:
     """For each word, pair, place and opening the windows that have it, as the bits of an integer."""
     def __init__(self, windows: Iterable[Window]):
         self.single: dict[str, int] = {}
         self.pairs: dict[tuple[str, str], int] = {}
         self.places: dict[str, int] = {}
+        self.stated: dict[str, int] = {}
         self.opens, self.count = 0, 0
         for w in windows:
             bit = 1 << self.count
             for s in w.single: self.single[s] = self.single.get(s, 0) | bit
             for p in w.pairs: self.pairs[p] = self.pairs.get(p, 0) | bit
             self.places[w.place] = self.places.get(w.place, 0) | bit
+            for s in w.stated: self.stated[s] = self.stated.get(s, 0) | bit
             self.opens |= bit if w.opens else 0
             self.count += 1
 
@@ -151,6 +158,7 @@ class Bits:
         elif c.word: bits = self.single.get(c.word, 0)
         if c.without: bits &= ~self.pairs.get((c.without, c.word), 0)
         if c.place: bits &= self.places.get(c.place, 0)
+        if c.stated: bits &= self.stated.get(c.stated, 0)
         return bits & self.opens if c.opens else bits
 
 # %% ../nbs/08a_lexical.ipynb #8e60e27a
@@ -183,7 +191,7 @@ class Evidence:
         found, wrong = self.rates(sets)
         return 2 * found / (found + wrong + 1)
 
-# %% ../nbs/08a_lexical.ipynb #acd562cf
+# %% ../nbs/08a_lexical.ipynb #6bb91162
 def candidates(active: Bits, peaks: dict[str, int], least: int = 2) -> list[Clause]:
     """Clauses that hold in at least `least` active windows; `peaks` gives for a word the windows that it is the peak of."""
     found = [Clause(w) for w, bits in active.single.items() if bits.bit_count() >= least]
@@ -194,9 +202,13 @@ def candidates(active: Bits, peaks: dict[str, int], least: int = 2) -> list[Clau
     found = [replace(c, near=2 * (peaks.get(c.word, 0) & active.of(c)).bit_count() < active.of(c).bit_count()) for c in found]
     found += [Clause(opens=True)]
     placed = [replace(c, place=p) for c in [Clause(), *found] for p in active.places]
-    return sorted(c for c in found + placed if active.of(c).bit_count() >= least)
+    plain = [c for c in found + placed if active.of(c).bit_count() >= least]
+    told = [s for s, bits in active.stated.items() if 4 * bits.bit_count() >= active.count]  # of a quarter of the active windows at least
+    simple = [c for c in plain if not c.relation and not c.opens and not c.near]
+    studies = [replace(c, stated=s) for c in [Clause(), *simple] for s in told]
+    return sorted(plain + [c for c in studies if active.of(c).bit_count() >= least])
 
-# %% ../nbs/08a_lexical.ipynb #66a1234e
+# %% ../nbs/08a_lexical.ipynb #1ecfaa26
 def choose_rule(evidence: Evidence, peaks: dict[str, int], clauses: int = 6) -> tuple[Clause, ...]:
     """Clauses that tell the active windows from the rest with the best expected F1, at most `clauses` of them."""
     options = [(c, evidence.sets(c)) for c in candidates(evidence.active, peaks)]
@@ -226,7 +238,7 @@ def _join(a: Sets, b: Sets) -> Sets:
 
 def _burden(c: Clause) -> float:
     "A small price for long clauses, and for words that are not at the peak."
-    return 0.01 * (bool(c.relation) + bool(c.place) + bool(c.opens)) + 0.03 * (c.near or not c.word)
+    return 0.01 * (bool(c.relation) + bool(c.place) + bool(c.opens) + bool(c.stated)) + 0.03 * (c.near or not c.word)
 
 # %% ../nbs/08a_lexical.ipynb #79423b2c
 def _careful(evidence: Evidence, clause: Clause, sets: Sets, held: Sets) -> tuple[Clause, Sets]:
@@ -238,12 +250,13 @@ def _careful(evidence: Evidence, clause: Clause, sets: Sets, held: Sets) -> tupl
     better = evidence.f1(_join(held, best[1])) > evidence.f1(_join(held, sets)) + 0.02
     return best if better else (clause, sets)
 
-# %% ../nbs/08a_lexical.ipynb #638043bc
-def find_rule(active: Sequence[Example], silent: Sequence[Context], background: Bits, prevalence: float) -> tuple[Clause, ...]:
+# %% ../nbs/08a_lexical.ipynb #97549997
+def find_rule(active: Sequence[Example], silent: Sequence[Context], background: Bits, prevalence: float,
+              tell_study: bool = False) -> tuple[Clause, ...]:
     """The rule for a feature from its explaining contexts; `background` is from windows of other features, same patients."""
-    seen = [window(c) for c in active]
+    seen = [window(c, tell_study) for c in active]
     peaks: dict[str, int] = {}
     for i, (w, c) in enumerate(zip(seen, active, strict=True)):
         at = words(c.tokens, c.offset == 0)[1][c.peak]
         if at >= 0: peaks[w.words[at]] = peaks.get(w.words[at], 0) | 1 << i
-    return choose_rule(Evidence(Bits(seen), Bits(map(window, silent)), background, prevalence), peaks)
+    return choose_rule(Evidence(Bits(seen), Bits(window(c, tell_study) for c in silent), background, prevalence), peaks)

@@ -42,6 +42,7 @@ from saerad.interpretation import (
     interpret,
     interpretation_summary,
     names,
+    protocol_of,
     score,
 )
 from saerad.lexical import NOTHING, Bits, Clause, describe, find_rule, read_rule, window, words
@@ -220,8 +221,9 @@ def test_summary_counts(lexical):
     scored = table[table.status == "scored"]
     assert (s["features"], s["scored"]) == (len(table), len(scored))
     assert s["f1_above_075"] == sum(f > 0.75 for f in scored.f1) and s["f1_below_05"] == sum(f < 0.5 for f in scored.f1)
-    assert set(s) == {"features", "scored", "f1_above_075", "f1_below_05", "median_f1", "shuffled_median_f1", "negatives",
+    assert set(s) >= {"features", "scored", "f1_above_075", "f1_below_05", "median_f1", "shuffled_median_f1", "negatives",
                       "parse_failures", "frequency_f1_spearman"}
+    assert s["unscored"] == table.reason[table.status == "unscored"].value_counts().to_dict()
     json.dumps(s, allow_nan=False)
     json.dumps(interpretation_summary(table[table.status == "unscored"]), allow_nan=False)
 
@@ -298,9 +300,9 @@ def test_the_papers_protocol(few, tmp_path):
 
 def test_the_prompts_of_a_feature(few):
     f = next(Exemplars(few).contexts())
-    said = explain_prompt(f, config(tell_section=True))[1]["content"]
-    assert "[findings]" in said and "[findings]" not in explain_prompt(f, config())[1]["content"]
-    assert detect_prompt("x", f.scoring[:3], config())[0]["content"].endswith("for example [1, 0, 1].")
+    said = explain_prompt(f, protocol_of(config(tell_section=True)))[1]["content"]
+    assert "[findings]" in said and "[findings]" not in explain_prompt(f, protocol_of(config()))[1]["content"]
+    assert detect_prompt("x", f.scoring[:3], protocol_of(config()))[0]["content"].endswith("for example [1, 0, 1].")
 
 
 def test_a_replay_needs_no_endpoint_and_gives_the_same_bytes(few, tmp_path):
@@ -500,5 +502,5 @@ def test_the_ledger_keeps_the_first_answer(tmp_path):
 def test_another_endpoint_is_another_question(few, tmp_path):
     ledger = Ledger(tmp_path / "ledger.sqlite")
     with WordServer() as a, WordServer() as b:
-        for server in (a, b, b): Endpoint(config(server), ledger, may_leave=False).ask(detect_prompt("x", [], config()), 5)
+        for server in (a, b, b): Endpoint(config(server), ledger, may_leave=False).ask(detect_prompt("x", [], protocol_of(config())), 5)
     assert (len(a.bodies), len(b.bodies)) == (1, 1)
