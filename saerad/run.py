@@ -158,6 +158,7 @@ class Stage:
     modules: tuple[str, ...]        # whose code counts
     owns: tuple[str, ...]           # files and folders of the run that only this stage writes
     outside: tuple[str, ...] = ()   # "studies", "model": what comes from outside the run
+    keeps: tuple[str, ...] = ()     # files that know themselves under which settings they were made: they stay when those change
 
 STAGES = {s.name: s for s in (
     Stage("subject", ("subject", "studies"), (), ("mini", "subjects"), ("subject",), ("studies",)),
@@ -167,7 +168,8 @@ STAGES = {s.name: s for s in (
     Stage("evaluate", ("evaluation",), ("train",), ("evaluation",), ("sae/evaluation.json", "sae/concepts.parquet")),
     Stage("exemplars", ("exemplars",), ("train",), ("exemplars",), ("exemplars",)),
     Stage("interpret", ("interpretation",), ("exemplars",), ("interpretation", "endpoint", "lexical"), ("interpretations/interpretations.parquet",)),
-    Stage("steer", ("steering",), ("evaluate", "interpret"), ("steering", "findings", "grammar"), ("steering",)),
+    Stage("steer", ("steering",), ("evaluate", "interpret"), ("steering", "interventions", "judges", "effects", "findings", "grammar"), ("steering",),
+          keeps=("steering/generations.parquet", "steering/ledger.sqlite")),
     Stage("figures", ("figures",), ("steer",), ("figures",), ("figures",)),
     Stage("atlas", ("atlas",), ("figures",), ("atlas",), ("atlas", "report.html")))}
 
@@ -222,9 +224,12 @@ def is_finished(run: Run, stage: Stage, key: str) -> bool:
 # %% ../nbs/13_run.ipynb #1897f16d
 def remove(run: Run, stage: Stage) -> None:
     """Remove what a stage left under other settings."""
-    for own in stage.owns:
-        if (run / own).is_dir(): shutil.rmtree(run / own)
-        else: (run / own).unlink(missing_ok=True)
+    kept = {run / keep for keep in stage.keeps}
+    for path in (run / own for own in stage.owns):
+        if not path.is_dir(): path.unlink(missing_ok=True)
+        elif not any(path in keep.parents and keep.exists() for keep in kept): shutil.rmtree(path)
+        else:
+            for inside in set(path.iterdir()) - kept: shutil.rmtree(inside) if inside.is_dir() else inside.unlink()
 
 # %% ../nbs/13_run.ipynb #80f14708
 @contextmanager
@@ -264,10 +269,12 @@ def do_interpret(run: Run) -> None:
     interpret(run / "exemplars", run.config.interpretation, run.config.seed, run.source, run / "interpretations")
 
 def do_steer(run: Run) -> None:
-    from saerad.steering import steer
-    interpretations, concepts = (run / name for name in ("interpretations/interpretations.parquet", "sae/concepts.parquet"))
-    steer(run.source, run.subject, run.sae, read_table(interpretations), run.config.steering, run.config.seed, run / "steering",
+    from saerad.effects import analyse, some_activations
+    from saerad.steering import reader_of, steer
+    said, concepts = (run / name for name in ("interpretations/interpretations.parquet", "sae/concepts.parquet"))
+    steer(run.source, run.subject, run.sae, read_table(said), run.config.steering, run.config.seed, run / "steering",
           run.config.extraction.layer, read_table(concepts) if concepts.exists() else None)
+    analyse(run / "steering", run.subject, run.sae, read_table(said), reader_of(run.source), run.config.seed, some_activations(run.store, run.sae))
 
 # %% ../nbs/13_run.ipynb #1be5db97
 def do_figures(run: Run) -> None:

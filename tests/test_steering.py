@@ -1,6 +1,8 @@
 """Steering: what explanations promise, what counts as on target, and the stage on a small real subject model."""
 import math
 import re
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -9,29 +11,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from judge_server import JudgeServer
 from scipy.stats import spearmanr
 
-from saerad.core import UserError, read_table
+from saerad import steering
+from saerad.core import UserError, read_json, read_table
+from saerad.endpoint import EndpointConfig
 from saerad.findings import Finding, Reading, read_findings
 from saerad.sae import MatryoshkaSAE
+from saerad.judges import OUTCOMES, Target, differences, direction, judge, on_target, reader_of, repeats, target_of
 from saerad.steering import (
-    OUTCOMES,
     SteeringConfig,
-    Target,
     choose_features,
     choose_studies,
-    differences,
-    direction,
-    judge,
-    on_target,
     push,
-    reader_of,
-    repeats,
     side_by_side,
     sign_spearman,
     steer,
     steering_summary,
-    target_of,
 )
 from saerad.studies import Picture, Source, Study
 from saerad.subjects import random_mini
@@ -150,9 +147,12 @@ def test_a_broken_report_is_degenerate_and_nothing_else():
     assert repeats(babble) == 8 and repeats("one two three") == 0
     for text, why in ((babble, "repeats"), ("", "empty"), (" . ", "empty"), ("Purple monkeys. Green cats. Effusion.", "unread")):
         j = judge("Effusion.", text, EFFUSION)
+        assert j.harms == ()
         assert (j.outcome, j.broken, j.on_direction) == ("degenerate", why, None)
     assert judge("Effusion.", "Purple monkeys. Effusion.", EFFUSION).outcome == "unchanged"
     assert judge("Effusion.", babble, EFFUSION, cfg=SteeringConfig(max_repeats=8)).outcome == "on_target_only"
+    odd = [judge("Effusion.", "Nodule.", EFFUSION, perplexity=p).broken for p in (None, 3.0, 1e3)]
+    assert odd == ["", "", "perplexity"]
 
 
 # ---------------------------------------------------------------- choices
@@ -177,8 +177,14 @@ def test_named_features_and_concepts():
     with pytest.raises(UserError, match="not measured"): choose_features(SteeringConfig(features="concept:x"), SAID, 8)
 
 
+def test_a_dead_feature_is_refused_by_name():
+    said = SAID.append_column("density", pa.array([0.1, 0.1, 0.1, 0.1, 0.0, 0.1]))
+    with pytest.raises(UserError, match="feature 4, which is dead"): choose_features(SteeringConfig(features=[1, 4]), said, 8)
+
+
 @pytest.mark.parametrize("wrong", [{"features": "best:3"}, {"features": "top:0"}, {"features": []}, {"alphas": []}, {"alphas": [0, 1]},
-                                   {"alphas": [5, 5]}, {"alphas": [math.inf]}])
+                                   {"alphas": [5, 5]}, {"alphas": [math.inf]}, {"alphas": ["strong"]}, {"alphas": [True]},
+                                   {"alphas": [0.5, 1], "method": "scale"}])
 def test_wrong_settings_are_named(wrong):
     with pytest.raises(UserError, match=f"steering.{next(iter(wrong))}"): SteeringConfig(**wrong)
 
@@ -220,7 +226,8 @@ def sae():
     return made
 
 
-CFG = SteeringConfig(features=[1, 4], alphas=(-30, 30), studies=2, controls=1, max_new_tokens=5, batch_size=5)
+CFG = SteeringConfig(features=[1, 4], alphas=(-30, 30), studies=2, controls=1, max_new_tokens=5, batch_size=4,
+                     compare=("random", "other_feature", "prompt"))
 
 
 def test_push_has_the_length_that_was_asked_for(sae):
@@ -241,20 +248,26 @@ def run(source, subject, sae, tmp_path_factory):
     return out
 
 
-def test_the_stage_writes_both_tables(run, source):
-    generations, judgements = (read_table(run / f"{name}.parquet") for name in ("generations", "judgements"))
-    assert sorted(p.name for p in run.iterdir()) == ["generations.parquet", "judgements.parquet"]
-    assert generations.num_rows == 3 * 2 * 2                      # two features and a control, two strengths, two studies
-    assert judgements.num_rows == 2 * 2 * 2 + 1 * 2 * 2 * 2       # the control once for each feature's target
-    assert set(generations["norm"].to_pylist()) == {30.0}
+def test_the_stage_writes_its_tables(run, source):
+    generations, judgements, verdicts = (read_table(run / f"{name}.parquet") for name in ("generations", "judgements", "verdicts"))
+    assert sorted(p.name for p in run.iterdir()) == ["generations.parquet", "judgements.parquet", "steering.json", "verdicts.parquet"]
+    methods = generations.to_pandas().method.value_counts().to_dict()
+    assert methods == {"add": 2 * 2 * 2, "random": 2 * 2, "prompt": 2 * 2 * 2}       # two features, two strengths, two studies
+    judged = judgements.to_pandas()
+    assert judged.method.value_counts().to_dict() == {"add": 8, "random": 8, "other_feature": 8, "prompt": 8}
+    assert set(generations.to_pandas().query("method != 'prompt'").norm) == {30.0}
     assert {source[s].split for s in generations["study"].to_pylist()} == {"test"}
-    assert set(judgements["outcome"].to_pylist()) <= set(OUTCOMES)
-    assert set(pc.unique(judgements.filter(judgements["control"])["feature"]).to_pylist()) == {1, 4}
-    assert set(judgements.filter(judgements["control"])["direction"].to_pylist()) == {-1}
+    assert set(judged.outcome) <= set(OUTCOMES) and set(judged[judged.control].feature) == {1, 4}
+    assert (judged.control == (judged.method != "add")).all()
+    assert set(judged[judged.method == "random"].direction) == {-1}
+    crossed = judged[judged.method == "other_feature"]
+    assert ((crossed.feature == 1) == (crossed.direction == 4)).all()
+    assert verdicts.num_rows == len(judged)                       # of a single judge, the rules
 
 
 def test_texts_are_those_of_pushing_one_report_at_a_time(run, source, subject, sae):
-    for row in read_table(run / "generations.parquet").to_pylist()[::3]:
+    rows = [r for r in read_table(run / "generations.parquet").to_pylist() if r["method"] in ("add", "random")]
+    for row in rows[::3]:
         prompt, add = subject.prompt(source[row["study"]], None), push(sae, row["feature"], row["alpha"], CFG, 0)[None]
         assert subject.generate([prompt], 5, layer=4, add=add) == [row["steered"]]
         assert subject.generate([prompt], 5) == [row["baseline"]]
@@ -266,32 +279,100 @@ def test_pushing_does_something(run):
 
 
 def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(run, source, subject, sae, tmp_path, monkeypatch):
-    calls, real = [], type(subject).generate
-    def mortal(self, *args, **kw):
+    calls, real = [], steering.write_steered
+    def mortal(*args, **kw):
         calls.append(1)
         if len(calls) == 2: raise KeyboardInterrupt
-        return real(self, *args, **kw)
-    monkeypatch.setattr(type(subject), "generate", mortal)
+        return real(*args, **kw)
+    monkeypatch.setattr(steering, "write_steered", mortal)
     with pytest.raises(KeyboardInterrupt): steer(source, subject, sae, SAID, CFG, 0, tmp_path, layer=4)
     assert [p.name for p in tmp_path.glob("parts-*/*")] == ["00000.parquet"]
     steer(source, subject, sae, SAID, CFG, 0, tmp_path, layer=4)
-    assert len(calls) == 2 + 2                                    # 14 reports are 3 batches of 5; the first was kept
-    for name in ("generations.parquet", "judgements.parquet"):
+    assert len(calls) == 2 + 3                                    # 7 reports a study are 2 batches of 4; the first was kept
+    for name in ("generations.parquet", "judgements.parquet", "verdicts.parquet", "steering.json"):
         assert (tmp_path / name).read_bytes() == (run / name).read_bytes()
 
 
 def test_parts_of_other_settings_are_not_used(source, subject, sae, tmp_path, monkeypatch):
-    def stop(self, *args, **kw): raise KeyboardInterrupt
+    def stop(*args, **kw): raise KeyboardInterrupt
     old = tmp_path / "parts-000000000000"
     old.mkdir()
     (old / "00000.parquet").write_bytes(b"of another plan")
+    monkeypatch.setattr(steering, "write_steered", stop)
+    with pytest.raises(KeyboardInterrupt): steer(source, subject, sae, SAID, CFG, 0, tmp_path, layer=4)
+
+
+def test_judging_again_generates_nothing(run, source, subject, sae, tmp_path, monkeypatch):
+    def never(*args, **kw): raise AssertionError("a report was written")
+    for file in run.iterdir(): shutil.copy(file, tmp_path)
     with monkeypatch.context() as m:
-        m.setattr(type(subject), "generate", stop)
-        with pytest.raises(KeyboardInterrupt): steer(source, subject, sae, SAID, CFG, 0, tmp_path, layer=4)
+        m.setattr(steering, "write_steered", never)
+        m.setattr(type(subject), "generate", never)
+        steer(source, subject, sae, SAID, CFG.model_copy(update={"max_perplexity": 1e-6}), 0, tmp_path, layer=4)
+        assert (tmp_path / "generations.parquet").read_bytes() == (run / "generations.parquet").read_bytes()
+        assert set(read_table(tmp_path / "judgements.parquet").to_pandas().query("method == 'add'").outcome) == {"degenerate"}
+        with pytest.raises(AssertionError):      # other texts are needed
+            steer(source, subject, sae, SAID, CFG.model_copy(update={"positions": "prompt"}), 0, tmp_path, layer=4)
+
+
+def test_a_strength_that_breaks_every_report_is_said(source, subject, sae, tmp_path, capsys):
+    steer(source, subject, sae, SAID, CFG.model_copy(update={"max_perplexity": 1e-6}), 0, tmp_path, layer=4)
+    assert "α = 30 makes every report unreadable" in capsys.readouterr().out
+    assert any("α = -30" in n for n in read_json(tmp_path / "steering.json")["notes"])
+
+
+@pytest.mark.parametrize("changes", [{"method": "clamp", "alphas": (0.0, 40.0)}, {"method": "scale", "alphas": (0.0, 5.0)},
+                                     {"together": True}, {"without_image": True}, {"features": [1]}])
+def test_every_way_of_steering_runs_and_is_told_apart(source, subject, sae, tmp_path, changes):
+    cfg = SteeringConfig(**{**CFG.model_dump(), "studies": 1, "compare": ("random", "other_feature"), **changes})
+    judged = steer(source, subject, sae, SAID, cfg, 0, tmp_path, layer=4).to_pandas()
+    written = read_table(tmp_path / "generations.parquet").to_pandas()
+    assert set(judged[~judged.control].method) == {cfg.method} and {"random", "other_feature"} <= set(judged.method)
+    if cfg.method != "add":           # the controls have each feature's own coefficient, whose size depends on the text
+        assert set(written[written.method == "random"].stands_for) == {1, 4} and written.norm.isna().all()
+    if cfg.together: assert written[written.method == "add"].features.map(list).tolist() == [[1, 4]] * 2
+    if cfg.without_image: assert set(judged[judged.image == "blank"].control) == {True}
+
+
+def test_blank_pictures_need_pictures(source, sae, tmp_path, monkeypatch):
+    blind = random_mini(0)
+    lay_out = blind.lay_out
+    blind.lay_out = lambda study, report: replace(lay_out(study, report), pixels=None)
+    with pytest.raises(UserError, match="steering.without_image needs pictures"):
+        steer(source, blind, sae, SAID, CFG.model_copy(update={"without_image": True}), 0, tmp_path, layer=4)
+
+
+def test_a_study_without_the_picture_that_is_needed_is_named(subject, sae, tmp_path):
+    bare = [Study(f"{split}{i}", f"{split}-p{i}", split, {"findings": "Effusion."}, {}) for split in ("train", "test") for i in range(2)]
+    with pytest.raises(UserError, match="has no frontal view"): steer(Source("table:here", bare), subject, sae, SAID, CFG, 0, tmp_path, layer=4)
+
+
+def test_a_language_model_judges_and_replays(run, source, subject, sae, tmp_path):
+    for file in run.iterdir(): shutil.copy(file, tmp_path)
+    with JudgeServer() as server:
+        cfg = CFG.model_copy(update={"judges": ("rules", "openai"), "endpoint": EndpointConfig(base_url=server.url, model="judge", concurrency=4)})
+        steer(source, subject, sae, SAID, cfg, 0, tmp_path, layer=4)
+        asked = len(server.bodies)
+        assert asked and server.keys == {"Bearer none"}
+        pairs = {b["messages"][1]["content"] for b in server.bodies}
+        assert len(pairs) == asked and not any("α" in p or "30" in p for p in pairs)       # each pair once, and not how hard it was pushed
+    before = {n: (tmp_path / n).read_bytes() for n in ("judgements.parquet", "verdicts.parquet", "ledger.sqlite")}
+    told = read_json(tmp_path / "steering.json")
+    assert told["judges"] == ["rules", "openai"] and told["agreement"][0]["pairs"] == read_table(tmp_path / "judgements.parquet").num_rows
+    steer(source, subject, sae, SAID, cfg, 0, tmp_path, layer=4)              # the server is gone: the ledger answers
+    assert {n: (tmp_path / n).read_bytes() for n in before} == before
+
+
+def test_a_judge_that_fails_is_named_and_the_rest_is_kept(run, source, subject, sae, tmp_path):
+    for file in run.iterdir(): shutil.copy(file, tmp_path)
+    cfg = CFG.model_copy(update={"judges": ("rules", "openai"), "endpoint": EndpointConfig(base_url="http://127.0.0.1:9/v1", attempts=2)})
+    with pytest.raises(UserError, match="steering.endpoint.base_url"): steer(source, subject, sae, SAID, cfg, 0, tmp_path, layer=4)
+    for name in ("generations", "judgements"): assert (tmp_path / f"{name}.parquet").read_bytes() == (run / f"{name}.parquet").read_bytes()
 
 
 def test_nothing_to_steer_is_an_empty_table_not_a_failure(source, subject, sae, tmp_path):
     table = steer(source, subject, sae, SAID.slice(0, 1), SteeringConfig(), 0, tmp_path, layer=4)
+    assert "nothing was steered" in read_json(tmp_path / "steering.json")["notes"][0]
     assert table.num_rows == 0 and read_table(tmp_path / "generations.parquet").num_rows == 0
     summary = steering_summary(table)
     assert summary["features"] == 0 and summary["unchanged"] is None and summary["sign_spearman"] is None
@@ -308,7 +389,7 @@ def test_shares_add_up_to_one_and_leave_the_controls_out(run):
     for control in (False, True):
         summary = steering_summary(table, control)
         assert sum(summary[o] for o in OUTCOMES) == pytest.approx(1)
-        assert summary["reports"] == table.filter(pc.equal(table["control"], control)).num_rows
+        assert summary["reports"] == table.filter(pc.equal(table["method"], "random" if control else "add")).num_rows
     assert set(steering_summary(table)) == {"features", "alphas", "reports", "unchanged", "on_target_only", "mixed", "off_target_only",
                                             "degenerate", "sign_spearman"}
 
