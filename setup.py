@@ -20,7 +20,7 @@ setup(
     license="Apache-2.0",
     url=cfg["git_url"],
     packages=find_packages(include=["saerad", "saerad.*"]),
-    package_data={"saerad": ["assets/*", "assets/*/*"]},
+    package_data={"saerad": ["assets/*", "assets/*/*", "assets/*/*/*"]},
     include_package_data=False,
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),

@@ -7,12 +7,12 @@ __all__ = ['STAGES', 'PACKAGE', 'SUMMARY', 'app', 'ConfigPath', 'Settings', 'Out
            'SubjectSection', 'Config', 'known_keys', 'nearest_key', 'with_settings', 'validated', 'changed',
            'load_config', 'Stage', 'code_version', 'plan', 'Run', 'files_of', 'is_finished', 'remove', 'locked',
            'do_subject', 'do_extract', 'do_train', 'do_evaluate', 'do_exemplars', 'do_interpret', 'do_steer',
-           'do_figures', 'do_atlas', 'summarise', 'check', 'check_studies', 'model_folder', 'model_settings',
-           'model_shape', 'check_room', 'check_endpoint', 'run_config', 'do_stage', 'versions', 'peak_memory',
-           'write_config', 'model_hash', 'start', 'run_command', 'studies', 'doctor', 'convert', 'review_pack',
-           'review_score', 'mini_train', 'bench', 'bench_table', 'main', 'told', 'excuse']
+           'do_portray', 'do_figures', 'do_atlas', 'summarise', 'check', 'check_studies', 'model_folder',
+           'model_settings', 'model_shape', 'check_room', 'check_endpoint', 'run_config', 'do_stage', 'versions',
+           'peak_memory', 'write_config', 'model_hash', 'start', 'run_command', 'studies', 'doctor', 'convert',
+           'review_pack', 'review_score', 'mini_train', 'bench', 'bench_table', 'main', 'told', 'excuse']
 
-# %% ../nbs/13_run.ipynb #c5761de7
+# %% ../nbs/13_run.ipynb #fd42f6eb
 import difflib
 import errno
 import fcntl
@@ -53,6 +53,7 @@ from .figures import FiguresConfig
 from .grammar import CONCEPTS
 from .interpretation import InterpretationConfig, description_names_truth, interpretation_summary
 from .mini import DecoderConfig
+from .portraits import PortraitsConfig
 from .sae import MatryoshkaSAE, SAEConfig
 from .steering import SteeringConfig, steering_summary
 from .store import Store
@@ -60,7 +61,7 @@ from .studies import SPLITS, Source, StudiesConfig, describe, open_source
 from .subjects import Subject, SubjectConfig, find_checkpoint, hash_checkpoint, open_subject
 from .training import TrainingConfig
 
-# %% ../nbs/13_run.ipynb #74640703
+# %% ../nbs/13_run.ipynb #bfad3773
 class SubjectSection(SubjectConfig):
     """The subject model, and how it is taught where `model` is "trained"."""
     decoder: DecoderConfig = DecoderConfig()
@@ -76,6 +77,7 @@ class Config(Section):
     exemplars: ExemplarsConfig = ExemplarsConfig()
     interpretation: InterpretationConfig = InterpretationConfig()
     steering: SteeringConfig = SteeringConfig()
+    portraits: PortraitsConfig = PortraitsConfig()
     figures: FiguresConfig = FiguresConfig()
     atlas: AtlasConfig = AtlasConfig()
     seed: int = 0
@@ -148,7 +150,7 @@ def load_config(path: Path | str, settings: Sequence[str] = ()) -> Config:
     config = validated(with_settings(values or {}, settings), f"{path} or the settings beside it" if settings else str(path))
     return config if config.out else config.model_copy(update={"out": f"runs/{path.stem}"})
 
-# %% ../nbs/13_run.ipynb #eaf23a5c
+# %% ../nbs/13_run.ipynb #5ae026c4
 @dataclass(frozen=True)
 class Stage:
     """What one stage depends on, what it owns, and how it is done."""
@@ -170,8 +172,9 @@ STAGES = {s.name: s for s in (
     Stage("interpret", ("interpretation",), ("exemplars",), ("interpretation", "endpoint", "lexical"), ("interpretations/interpretations.parquet",)),
     Stage("steer", ("steering",), ("evaluate", "interpret"), ("steering", "interventions", "judges", "effects", "findings", "grammar"), ("steering",),
           keeps=("steering/generations.parquet", "steering/ledger.sqlite")),
+    Stage("portray", ("portraits",), ("train",), ("portraits",), ("portraits",), ("studies", "model")),
     Stage("figures", ("figures",), ("steer",), ("figures",), ("figures",)),
-    Stage("atlas", ("atlas",), ("figures",), ("atlas",), ("atlas", "report.html")))}
+    Stage("atlas", ("atlas",), ("figures", "portray"), ("atlas",), ("atlas", "report.html")))}
 
 # %% ../nbs/13_run.ipynb #1e674c2e
 PACKAGE = Path(saerad.__file__).parent
@@ -276,7 +279,11 @@ def do_steer(run: Run) -> None:
           run.config.extraction.layer, read_table(concepts) if concepts.exists() else None)
     analyse(run / "steering", run.subject, run.sae, read_table(said), reader_of(run.source), run.config.seed, some_activations(run.store, run.sae))
 
-# %% ../nbs/13_run.ipynb #1be5db97
+# %% ../nbs/13_run.ipynb #ccec6326
+def do_portray(run: Run) -> None:
+    from saerad.portraits import portray
+    portray(run.source, run.subject, run.sae, run.config.extraction.layer, run.config.portraits, run / "portraits")
+
 def do_figures(run: Run) -> None:
     from saerad.figures import draw_figures
     draw_figures(run.out, run.config.figures)
@@ -527,22 +534,24 @@ def convert(src: Path, dst: Path, to: Annotated[str, typer.Option("--to", help="
     from saerad.sae import convert as write
     print(write(src, dst, to))
 
-# %% ../nbs/13_run.ipynb #6a231510
+# %% ../nbs/13_run.ipynb #644f63b3
 review = typer.Typer(no_args_is_help=True, help="Have people judge features.")
 app.add_typer(review, name="review")
 
 @review.command("pack")
 def review_pack(run: Annotated[Path, typer.Argument(help="folder of a run")], out: Out = None,
-                features: Annotated[int, typer.Option(help="how many of the best described features")] = 50) -> None:
-    """Make a sheet of features that a radiologist can rate."""
-    from saerad.atlas import review_pack as pack
-    print(pack(run, out or run / "review", features))
+                features: Annotated[str, typer.Option(help="top:N for the best described ones, or numbers like 12,405")] = "top:50",
+                controls: Annotated[float, typer.Option(min=0, max=0.9, help="share of items with another feature's description")] = 0.2) -> None:
+    """Make one offline page on which a radiologist can rate features, and its key."""
+    from saerad.review import review_pack as pack
+    print(pack(run, out or run / "review", features, controls))
 
 @review.command("score")
-def review_score(sheet: Annotated[Path, typer.Argument(help="a sheet that was filled in")]) -> None:
-    """Say what the ratings on a sheet come to."""
-    from saerad.atlas import review_score as score
-    print(json.dumps(score(sheet), indent=1))
+def review_score(answers: Annotated[list[Path], typer.Argument(help="the files that readers exported")],
+                 key: Annotated[Path | None, typer.Option(help="the pack's key.json (default: beside the first file)")] = None) -> None:
+    """Say how far readers agree with each other and with the automatic scores."""
+    from saerad.review import review_score as score
+    print(json.dumps(score(answers, key), indent=1))
 
 # %% ../nbs/13_run.ipynb #5bdc645e
 mini = typer.Typer(no_args_is_help=True, help="Small subject models.")

@@ -1,125 +1,297 @@
 // The atlas in the browser. Data arrive by <script>, because a page opened from disk may not fetch; text is only ever set as text.
 "use strict";
-const saerad = { rows: [], columns: [], chunks: {}, sort: ["f1", -1], page: 0, size: 100 };
+const saerad = { rows: [], columns: [], chunks: {}, state: {} };
 const $ = id => document.getElementById(id);
+const INK = "#1d1d1b", BLUE = "#0072B2", RUST = "#A03C14", SOFT = "#62625c";
+const OUTCOMES = { unchanged: "#E9E4DA", on_target_only: "#2A9D78", mixed: "#E69F00", off_target_only: "#A03C14", degenerate: "#2B2B2B" };
+const RANGES = ["f1", "density", "steerability"], CHOICES = ["level", "mainly", "view", "finding", "status"];
 
-const there = children => children.flat(Infinity).filter(child => child != null);
+const there = children => children.flat(Infinity).filter(child => child != null && child !== false);
 
 function el(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) if (value !== false && value != null) node.setAttribute(name, value);
+  const node = tag.startsWith("svg:") ? document.createElementNS("http://www.w3.org/2000/svg", tag.slice(4)) : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) if (value !== false && value != null) node.setAttribute(name, value === true ? "" : value);
   node.append(...there(children));
   return node;
 }
 
-const show = (value, column) => value == null ? "–" : typeof value !== "number" || column.whole ? String(value)
-  : column.percent ? `${(100 * value).toPrecision(2)} %` : value.toFixed(2);
+const plain = name => String(name).replaceAll("_", " ");
+const percent = share => share == null ? "–" : share === 0 ? "0 %" : share < 0.0001 ? `${(100 * share).toExponential(0)} %` : `${Number((100 * share).toPrecision(2))} %`;
+const show = (value, column) => value == null || value === "" ? "–" : typeof value !== "number" ? plain(value) : column.whole ? String(value)
+  : column.percent ? percent(value) : value.toFixed(2);
+
+// ---- the address: everything that a link must bring back
+const read = () => Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+
+function address(changes) {
+  const next = { ...saerad.state, ...changes };
+  const kept = Object.entries(next).filter(([, value]) => value !== "" && value != null);
+  return "#" + new URLSearchParams(kept).toString();
+}
+
+function set(changes) {                       // typing is no step of the history, opening a feature is
+  history.replaceState(null, "", address(changes));
+  saerad.state = read();
+  filter();
+}
 
 // ---- the table
 saerad.start = table => {
   saerad.columns = table.columns;
-  saerad.chunkSize = table.chunk;
-  saerad.published = table.published;
+  saerad.table = table;
   const names = table.columns.map(column => column.name);
   saerad.rows = table.rows.map(values => {
-    const row = Object.fromEntries(names.map((name, i) => [name, values[i]]));
-    row.searched = `${row.feature} ${row.description} ${row.target ?? ""}`.toLowerCase();
+    const row = {};
+    for (let i = 0; i < names.length; i++) row[names[i]] = values[i];
+    row.searched = `${row.feature} ${row.description ?? ""} ${row.finding ?? ""}`.toLowerCase();
     return row;
   });
-  $("table").tHead.append(el("tr", {}, table.columns.map(column => {
-    const button = el("button", { type: "button", title: column.about }, column.title);
-    button.onclick = () => { saerad.sort = [column.name, saerad.sort[0] === column.name ? -saerad.sort[1] : column.text ? 1 : -1]; saerad.page = 0; list(); };
-    return el("th", { scope: "col", "data-name": column.name, class: column.text ? null : "number" }, button);
-  })));
-  for (const id of ["search", "least", "everything"]) $(id).oninput = () => { saerad.page = 0; list(); };
-  window.onhashchange = route;
-  list();
+  saerad.byFeature = new Map(saerad.rows.map(row => [row.feature, row]));
+  saerad.state = read();
+  for (const name of CHOICES) options(name);
+  build();
+  controls();
+  document.addEventListener("DOMContentLoaded", route);   // the plotting library is read after the table is there
+  window.addEventListener("hashchange", route);
+  window.addEventListener("keydown", keys);
   route();
 };
 
-function matching() {
-  const words = $("search").value.toLowerCase().split(/\s+/).filter(Boolean), least = Number($("least").value) || 0;
-  const [name, direction] = saerad.sort;
-  const kept = saerad.rows.filter(row => words.every(word => row.searched.includes(word))
-    && (row.f1 == null ? $("everything").checked && !least : row.f1 >= least));
-  return kept.sort((a, b) => {                      // rows without a value come last, whichever way the column is sorted
-    const x = a[name], y = b[name];
-    if (x == null || y == null) return (x == null) - (y == null) || a.feature - b.feature;
-    return (typeof x === "string" ? x.localeCompare(y) : x - y) * direction || a.feature - b.feature;
-  });
+function options(name) {
+  const counts = new Map();
+  for (const row of saerad.rows) for (const value of String(row[name] ?? "").split("; ")) if (value) counts.set(value, (counts.get(value) ?? 0) + 1);
+  const values = [...counts.keys()].sort((a, b) => isNaN(a) || isNaN(b) ? a.localeCompare(b) : a - b);
+  $(name).replaceChildren(el("option", { value: "" }, "any"), ...values.map(value => el("option", { value }, `${plain(value)} (${counts.get(value)})`)));
+  $(name).closest("label").hidden = !values.length;
 }
 
-function list() {
-  const rows = matching(), pages = Math.max(1, Math.ceil(rows.length / saerad.size)), from = saerad.page * saerad.size;
-  for (const th of $("table").tHead.rows[0].cells) {
-    const sorted = th.dataset.name === saerad.sort[0];
-    if (sorted) th.setAttribute("aria-sort", saerad.sort[1] > 0 ? "ascending" : "descending"); else th.removeAttribute("aria-sort");
+function build() {
+  const { Tabulator, ...modules } = vendoredTable;
+  Tabulator.registerModule(Object.values(modules));
+  const narrow = window.matchMedia("(max-width: 48rem)").matches;
+  saerad.grid = new Tabulator($("table"), {
+    data: saerad.rows, index: "feature", height: narrow ? "62vh" : "66vh", layout: narrow ? "fitData" : "fitColumns", headerSortElement: "<span></span>",
+    placeholder: "No feature fits. Clear a filter.", columnHeaderSortMulti: false, rowHeight: narrow ? 50 : 31, initialSort: sorted(), renderVerticalBuffer: 300,
+    columns: saerad.columns.map(column => ({
+      field: column.name, title: column.title, visible: !narrow || Boolean(column.narrow),
+      width: narrow && column.name === "description" ? 205 : column.width, widthGrow: column.name === "description" ? 4 : undefined, minWidth: column.width || 58,
+      hozAlign: column.text ? "left" : "right", headerHozAlign: column.text ? "left" : "right", resizable: !narrow && "header",
+      headerSortStartingDir: column.text ? "asc" : "desc", titleFormatter: () => el("button", { type: "button", title: column.about }, column.title),
+      sorter: column.text ? "string" : "number", sorterParams: { alignEmptyValues: "bottom" },
+      formatter: cell => {
+        const row = cell.getData(), text = show(row[column.name], column);
+        if (column.text && text.length > 8) cell.getElement().title = text;
+        return column.name === "feature" ? el("a", { href: address({ feature: row.feature }) }, text) : document.createTextNode(text);
+      } })),
+  });
+  saerad.grid.on("tableBuilt", () => { saerad.ready = true; filter(); });
+  saerad.grid.on("dataSorted", sorters => {
+    if (!saerad.ready || !sorters.length) return;
+    const [name, direction] = [sorters[0].field, sorters[0].dir];
+    const sort = name === "f1" && direction === "desc" ? "" : `${name}:${direction}`;
+    if ((saerad.state.sort ?? "") !== sort) { history.replaceState(null, "", address({ sort })); saerad.state = read(); links(); }
+  });
+  saerad.grid.on("dataFiltered", (_, rows) => { $("count").textContent = `${rows.length.toLocaleString("en")} of ${saerad.rows.length.toLocaleString("en")} features`; });
+  saerad.grid.on("rowClick", (event, row) => { if (!event.target.closest("a") && !String(getSelection())) location.hash = address({ feature: row.getData().feature }); });
+}
+
+const links = () => document.querySelectorAll("#table .tabulator-row a").forEach(a => { a.href = address({ feature: a.textContent }); });
+
+function sorted() {
+  const [name, direction] = (saerad.state.sort ?? "f1:desc").split(":");
+  const known = saerad.columns.some(column => column.name === name);
+  return [{ column: known ? name : "f1", dir: direction === "asc" ? "asc" : "desc" }];
+}
+
+function filter() {
+  if (!saerad.ready) return;
+  const { search = "", ...state } = saerad.state, words = search.toLowerCase().split(/\s+/).filter(Boolean);
+  const limits = RANGES.map(name => [name, number(state[`${name}-from`], -Infinity), number(state[`${name}-to`], Infinity), name === "density" ? 100 : 1])
+    .filter(([, low, high]) => low > -Infinity || high < Infinity);
+  const chosen = CHOICES.filter(name => state[name]).map(name => [name, state[name]]);
+  saerad.grid.setFilter(row => words.every(word => row.searched.includes(word))
+    && limits.every(([name, low, high, unit]) => row[name] != null && row[name] * unit >= low && row[name] * unit <= high)
+    && chosen.every(([name, value]) => String(row[name] ?? "").split("; ").includes(value)));
+  $("clear").hidden = !(words.length || limits.length || chosen.length);
+  links();
+}
+
+const number = (text, otherwise) => text == null || text === "" || isNaN(text) ? otherwise : Number(text);
+
+function controls() {
+  const ids = ["search", ...RANGES.flatMap(name => [`${name}-from`, `${name}-to`]), ...CHOICES];
+  for (const id of ids) $(id).addEventListener("input", () => set({ [id]: $(id).value }));
+  $("clear").addEventListener("click", () => { set(Object.fromEntries(ids.map(id => [id, ""]))); fill(ids); $("search").focus(); });
+  saerad.fill = () => fill(ids);
+  $("more").open = ids.slice(1).some(id => saerad.state[id]) || !window.matchMedia("(max-width: 48rem)").matches;
+}
+
+function fill(ids) { for (const id of ids) if ($(id).value !== (saerad.state[id] ?? "")) $(id).value = saerad.state[id] ?? ""; }
+
+function keys(event) {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName), open = !$("feature").hidden;
+  if (event.key === "/" && !typing && !open) { event.preventDefault(); $("search").focus(); }
+  else if (event.key === "Escape" && open) location.hash = address({ feature: "" });
+  else if (open && !typing && (event.key === "ArrowLeft" || event.key === "ArrowRight")) $(event.key === "ArrowLeft" ? "previous" : "next")?.click();
+  else if (!open && (event.key === "ArrowDown" || event.key === "ArrowUp") && (event.target.id === "search" || event.target.closest?.("#table"))) {
+    const all = [...document.querySelectorAll("#table .tabulator-row a")], at = all.indexOf(document.activeElement);
+    const next = all[event.key === "ArrowDown" ? at + 1 : at - 1];
+    if (next) { event.preventDefault(); next.focus(); } else if (at === 0) $("search").focus();
   }
-  $("table").tBodies[0].replaceChildren(...rows.slice(from, from + saerad.size).map(row => el("tr", {}, saerad.columns.map(column => {
-    const value = show(row[column.name], column);
-    return el("td", { class: column.text ? null : "number" }, column.name === "feature" ? el("a", { href: `#feature=${row.feature}` }, value) : value);
-  }))));
-  $("count").textContent = `${rows.length} of ${saerad.rows.length} features`;
-  const turn = (text, step) => {
-    const button = el("button", { type: "button", disabled: saerad.page + step < 0 || saerad.page + step >= pages ? "" : null }, text);
-    button.onclick = () => { saerad.page += step; list(); };
-    return button;
-  };
-  $("pages").replaceChildren(turn("‹ back", -1), `page ${saerad.page + 1} of ${pages}`, turn("on ›", 1));
 }
 
 // ---- one feature
 saerad.put = (chunk, features) => { saerad.chunks[chunk] = features; route(); };
 
 function route() {
-  const match = /^#feature=(\d+)$/.exec(location.hash), row = match && saerad.rows.find(row => row.feature === Number(match[1]));
+  saerad.state = read();
+  const row = saerad.state.feature == null ? null : saerad.byFeature.get(Number(saerad.state.feature));
+  const back = $("list").hidden;
   $("list").hidden = Boolean(row);
   $("feature").hidden = !row;
-  if (!row) return;
-  const chunk = Math.floor(row.feature / saerad.chunkSize);
+  document.body.classList.toggle("one", Boolean(row));
+  if (!row) {
+    saerad.shown = null;
+    saerad.fill();
+    if (saerad.ready) {
+      const [{ column, dir }] = sorted(), now = saerad.grid.getSorters()[0];
+      if (!now || now.field !== column || now.dir !== dir) saerad.grid.setSort(column, dir);
+      if (!back) filter(); else { saerad.grid.redraw(); filter(); if (saerad.last != null) saerad.grid.scrollToRow(saerad.last, "center", false).catch(() => {}); }
+    }
+    return;
+  }
+  const chunk = Math.floor(row.feature / saerad.table.chunk);
   if (!(chunk in saerad.chunks)) {
     saerad.chunks[chunk] = null;
-    document.body.append(el("script", { src: `data/features-${String(chunk).padStart(4, "0")}.js` }));
+    const script = el("script", { src: `data/features-${String(chunk).padStart(4, "0")}.js` });
+    script.onerror = () => $("feature").replaceChildren(home(), el("p", { class: "notice" }, `The file ${script.getAttribute("src")} is missing beside this page; copy the whole folder of the atlas.`));
+    document.body.append(script);
   }
-  if (saerad.chunks[chunk]) feature(row, saerad.chunks[chunk][row.feature]);
-  else $("feature").replaceChildren("Reading …");
+  if (!saerad.chunks[chunk] || typeof vendoredPlot === "undefined") { $("feature").replaceChildren("Reading …"); return; }
+  if (saerad.shown === row.feature) return;
+  saerad.shown = saerad.last = row.feature;
+  feature(row, saerad.chunks[chunk][row.feature]);
 }
 
-const score = (name, value, about = "") => el("li", {}, el("small", {}, name), el("b", {}, value == null ? "–" : value.toFixed(2)), el("small", {}, about));
+const home = () => el("a", { href: address({ feature: "" }) }, "‹ all features");
+const section = (title, ...children) => el("section", {}, el("h2", {}, title), children);
+const note = text => el("p", { class: "notice" }, text);
+const score = (name, value, about = "", control = false) => el("li", { class: control ? "control" : null }, el("small", {}, name), el("b", {}, value == null ? "–" : value.toFixed(2)), about ? el("small", {}, about) : null);
+const feature_link = number => el("a", { href: address({ feature: number }) }, String(number));
+
+function order() {
+  const rows = saerad.ready ? saerad.grid.getRows("active").map(row => row.getData().feature) : saerad.rows.map(row => row.feature);
+  return rows.length ? rows : saerad.rows.map(row => row.feature);
+}
+
+function feature(row, data) {
+  const all = order(), at = all.indexOf(row.feature);
+  const step = (id, text, other) => other == null ? null : el("a", { id, href: address({ feature: other }) }, text);
+  const share = el("button", { type: "button" }, "Copy link");
+  share.onclick = async () => { const url = location.href.split("#")[0] + `#feature=${row.feature}`; try { await navigator.clipboard.writeText(url); share.textContent = "Copied"; } catch { window.prompt("The link to this feature:", url); } };
+  const left = what => saerad.table.published ? note(`${what} were left out of this published atlas.`) : note(`This run has no ${what.toLowerCase()} of the feature.`);
+  document.title = `Feature ${row.feature}`;
+  $("feature").replaceChildren(...there([
+    el("nav", { "aria-label": "Features" }, home(), step("previous", "‹ previous", at > 0 ? all[at - 1] : null), step("next", "next ›", at >= 0 ? all[at + 1] : null), share),
+    el("h1", {}, `Feature ${row.feature}`),
+    el("p", { class: "description" }, row.description || `No description: ${data.reason || plain(row.status ?? "not examined")}.`),
+    data.tags.length ? el("ul", { class: "tags", "aria-label": "Properties" }, data.tags.map(tag => el("li", {}, tag))) : null,
+    el("ul", { class: "scores", "aria-label": "Scores" }, score("F1", row.f1, data.interval), score("precision", row.precision), score("recall", row.recall),
+      score("F1 with another feature's description", row.shuffled_f1, "control", true), score("F1 of always saying yes", data.always_yes_f1, "control", true)),
+    el("p", { class: "where" }, data.about),
+    el("div", { class: "cards" }, card("How strongly it fires", histogram(data)), card("Where it fires", places(data)), card("Words it votes for", votes(data)), card("Nearest features", neighbours(data))),
+    section("On the films", data.films.length ? [el("div", { class: "films" }, data.films.map(film)), el("p", { class: "where" }, data.films_about)] : left("Films")),
+    section("In the text", data.groups.length ? contexts(data) : left("Contexts")),
+    section("What pushing on it does", data.doses.length ? [el("p", { class: "where" }, data.steering), el("div", { class: "cards two" }, card("What becomes of the reports", outcomes(data)), card("More push, more change?", dose(data)))] : note("This feature was not steered."),
+      data.steered.map(pair), data.doses.length && !data.steered.length ? left("Steered reports") : null)]));
+  $("feature").focus({ preventScroll: true });
+  window.scrollTo(0, 0);
+}
+
+const card = (title, body) => el("section", { class: "card" }, el("h3", {}, title), body);
+
+// ---- its charts
+function chart(label, options) {
+  try { const node = vendoredPlot.plot({ width: 340, style: { background: "none", color: INK, fontSize: "12px", overflow: "visible" }, ...options }); node.setAttribute("role", "img"); node.setAttribute("aria-label", label); return node; }
+  catch (error) { console.error(error); return note("This chart could not be drawn."); }
+}
+
+function histogram(data) {
+  const { counts, edges } = data.histogram;
+  const total = counts.reduce((a, b) => a + b, 0);
+  if (!total) return note(data.histogram.why);
+  const bins = counts.map((count, i) => ({ count, low: edges[i], high: edges[i + 1] })).filter(bin => bin.count || true);
+  return [chart(`Histogram of ${total} activations; most are between ${bins.reduce((a, b) => b.count > a.count ? b : a).low.toPrecision(2)} and ${bins.reduce((a, b) => b.count > a.count ? b : a).high.toPrecision(2)}.`, {
+    height: 150, marginLeft: 44, marginBottom: 34, x: { type: "log", label: "activation (normalised units)", labelAnchor: "center", labelArrow: "none", ticks: 4, tickFormat: d => Number(d.toPrecision(2)) }, y: { label: "tokens", labelArrow: "none", ticks: 4, grid: true },
+    marks: [vendoredPlot.rectY(bins, { x1: "low", x2: "high", y: "count", fill: BLUE, insetLeft: 0.5 }), vendoredPlot.ruleY([0])] }), el("p", { class: "where" }, data.histogram.about)];
+}
+
+function places(data) {
+  const rows = Object.entries(data.places).map(([name, share]) => ({ name: plain(name), share })).filter(row => row.share > 0.0005);
+  if (!rows.length) return note("It never fired.");
+  return chart(`Shares of its firings: ${rows.map(row => `${row.name} ${Math.round(100 * row.share)} percent`).join(", ")}.`, {
+    height: 34 + 24 * rows.length, marginLeft: 84, marginRight: 40, marginTop: 4, marginBottom: 24, x: { label: null, domain: [0, 1], tickFormat: d => `${100 * d} %`, ticks: 3 }, y: { label: null, domain: rows.map(row => row.name) },
+    marks: [vendoredPlot.barX(rows, { x: "share", y: "name", fill: BLUE, insetTop: 3, insetBottom: 3 }), vendoredPlot.text(rows, { x: "share", y: "name", text: row => percent(row.share), dx: 4, textAnchor: "start" })] });
+}
+
+function outcomes(data) {
+  const rows = data.doses.flatMap(d => Object.keys(OUTCOMES).map(kind => ({ alpha: d.name, kind: plain(kind), share: d[kind] })));
+  const label = data.doses.map(d => `${d.name}: ${Object.keys(OUTCOMES).map(kind => `${plain(kind)} ${Math.round(100 * d[kind])} percent`).join(", ")}`).join("; ");
+  return [chart(label, { height: 46 + 26 * data.doses.length, marginLeft: 64, marginTop: 4, marginBottom: 36, x: { label: "share of reports", labelAnchor: "center", labelArrow: "none", domain: [0, 1], ticks: 4 }, y: { label: null, domain: data.doses.map(d => d.name) },
+    color: { domain: Object.keys(OUTCOMES).map(plain), range: Object.values(OUTCOMES) },
+    marks: [vendoredPlot.barX(rows, { x: "share", y: "alpha", fill: "kind", stroke: INK, strokeWidth: 0.3, insetTop: 3, insetBottom: 3 })] }),
+    el("ul", { class: "legend" }, Object.entries(OUTCOMES).map(([kind, colour]) => el("li", {}, el("i", { style: `background:${colour}` }), plain(kind))))];
+}
+
+function dose(data) {
+  const rows = data.doses.flatMap(d => ["changed", "on target"].map(kind => ({ kind, alpha: d.alpha, share: kind === "changed" ? 1 - d.unchanged : d.on_target_only + d.mixed })));
+  return [chart(data.doses.map(d => `at ${d.name} ${Math.round(100 * (1 - d.unchanged))} percent changed`).join(", "), {
+    height: 190, marginLeft: 40, marginBottom: 36, x: { label: data.unit, labelAnchor: "center", labelArrow: "none" }, y: { label: "share of reports", domain: [0, 1], grid: true, ticks: 4, labelArrow: "none" },
+    color: { domain: ["changed", "on target"], range: [INK, "#2A9D78"] }, symbol: { domain: ["changed", "on target"], range: ["circle", "diamond"] },
+    marks: [vendoredPlot.ruleX([0], { stroke: "#bbb" }), vendoredPlot.lineY([...rows, ...(data.doses.some(d => d.alpha < 0) && data.doses.some(d => d.alpha > 0) ? ["changed", "on target"].map(kind => ({ kind, alpha: 0, share: 0 })) : [])].sort((a, b) => a.alpha - b.alpha), { x: "alpha", y: "share", stroke: "kind" }),
+      vendoredPlot.dot(rows, { x: "alpha", y: "share", stroke: "kind", fill: "kind", symbol: "kind", r: 4 })] }),
+    el("ul", { class: "legend" }, el("li", {}, el("i", { style: `background:${INK};border-radius:50%` }), "changed"), el("li", {}, el("i", { style: "background:#2A9D78;transform:rotate(45deg)" }), "changed on target (also with other changes)"))];
+}
+
+function votes(data) {
+  if (!data.promoted.length) return note("The words were not computed in this run; `saerad portray` does it.");
+  const list = (title, words, kind) => el("div", {}, el("h4", {}, title), el("ol", { class: `words ${kind}` }, words.map(([word, vote]) => el("li", {}, el("code", {}, word), el("small", {}, vote.toFixed(2))))));
+  return [el("div", { class: "votes" }, list("promoted", data.promoted, "up"), list("suppressed", data.suppressed, "down")), el("p", { class: "where" }, "Decoder row through the unembedding: a hint, since the layers in between are left out.")];
+}
+
+function neighbours(data) {
+  if (!data.neighbours.length) return note("Not computed in this run; `saerad portray` does it.");
+  return [el("ol", { class: "near" }, data.neighbours.map(([other, cosine]) => el("li", {}, feature_link(other), el("small", {}, cosine.toFixed(2)), el("span", {}, saerad.byFeature.get(other)?.description || "no description")))), el("p", { class: "where" }, "By the cosine of the decoder rows.")];
+}
+
+// ---- its exemplars
+function film(shown) {
+  const { columns, rows, patches, activations, boxes } = shown, top = Math.max(...activations, 1e-9), width = 100 / columns, height = 100 / rows;
+  const best = patches[activations.indexOf(Math.max(...activations))];
+  const cell = (patch, i) => el("svg:rect", { x: (patch % columns) * width, y: Math.floor(patch / columns) * height, width, height, fill: "#F0A000", "fill-opacity": (0.08 + 0.55 * activations[i] / top).toFixed(3) }, el("svg:title", {}, activations[i].toFixed(2)));
+  const box = b => [el("svg:rect", { class: "box", x: b.left, y: b.top, width: b.width, height: b.height }), el("svg:rect", { class: "box dashed", x: b.left, y: b.top, width: b.width, height: b.height })];
+  return el("figure", {}, el("svg:svg", { viewBox: "0 0 100 100", role: "img", "aria-label": `${shown.title}; strongest at patch row ${Math.floor(best / columns) + 1} of ${rows}, column ${best % columns + 1} of ${columns}` },
+    el("svg:image", { href: shown.film, width: 100, height: 100, preserveAspectRatio: "none" }), patches.map(cell), boxes.map(box)),
+    el("figcaption", {}, el("b", {}, shown.title), boxes.length ? el("ul", {}, boxes.map(b => el("li", {}, b.text))) : null));
+}
 
 function tokens(context, top) {
-  if (context.film) return [el("img", { src: context.film, alt: `film of study ${context.study}` })];
   return context.tokens.map((token, i) => {
     const strength = Math.min(1, Math.max(0, context.activations[i] / top));
-    return el("span", { class: i === context.peak ? "token peak" : "token", title: context.activations[i].toFixed(2),
-      style: strength > 0 ? `background: rgba(0, 114, 178, ${(0.08 + 0.47 * strength).toFixed(3)})` : null }, token);
+    return el("span", { class: i === context.peak ? "token peak" : "token", title: strength > 0 ? context.activations[i].toFixed(2) : null,
+      style: strength > 0 ? `background: rgba(0, 114, 178, ${(0.06 + 0.44 * strength).toFixed(3)})` : null }, token);
   });
+}
+
+function contexts(data) {
+  const top = Math.max(1e-9, ...data.groups.flatMap(group => group.contexts.flatMap(context => context.activations)));
+  return [el("p", { class: "where" }, "The darker a word, the stronger the feature; the strongest is underlined, and pointing at a word shows its activation. Tenths are of the feature's own firings, by strength."),
+    data.groups.map((group, i) => el("details", { class: "decile", open: i < 2 }, el("summary", {}, group.title), group.contexts.map(context =>
+      el("div", { class: "context" }, el("small", {}, context.place), el("span", { class: "window" }, tokens(context, top))))))];
 }
 
 const changed = parts => parts.map(([kind, text]) => kind === "=" ? text : el(kind === "-" ? "del" : "ins", {}, text));
 
-const bars = (shares, kind = "") => el("div", { class: "bars" }, Object.entries(shares).map(([name, share]) =>
-  [el("span", {}, name.replaceAll("_", " ")), el("div", { class: `bar ${kind}`, style: `width: ${(100 * share).toFixed(1)}%` }), el("span", {}, `${(100 * share).toFixed(0)} %`)]));
-
-function feature(row, data) {
-  const top = Math.max(1e-9, ...data.exemplars.flatMap(context => context.activations));
-  const order = matching().map(other => other.feature), at = order.indexOf(row.feature);
-  const step = (text, other) => other == null ? null : el("a", { href: `#feature=${other}` }, text);
-  const left = what => el("p", { class: "notice" }, saerad.published ? `${what} were left out of this atlas.` : `There are no ${what.toLowerCase()}.`);
-  $("feature").replaceChildren(...there([
-    el("nav", { "aria-label": "Features" }, el("a", { href: "#" }, "‹ all features"), step("previous", at > 0 ? order[at - 1] : null), step("next", at >= 0 ? order[at + 1] : null)),
-    el("h1", {}, `Feature ${row.feature}`),
-    el("p", { class: "description" }, row.description || `No description: ${data.reason || row.status}.`),
-    el("ul", { class: "scores" }, score("F1", row.f1, data.interval), score("precision", row.precision), score("recall", row.recall),
-      score("F1, another feature's description", row.shuffled_f1, "control"), score("F1, always yes", data.always_yes_f1, "control")),
-    el("p", { class: "where" }, data.about),
-    el("h2", {}, "Where it fires"), Object.keys(data.places).length ? bars(data.places) : left("Shares"),
-    el("h2", {}, "Contexts in which it fires"), data.exemplars.length ? data.exemplars.map(context =>
-      el("div", { class: "context" }, el("small", {}, context.place), tokens(context, top))) : left("Contexts"),
-    el("h2", {}, "What pushing on it does"),
-    Object.keys(data.outcomes).length ? [el("p", { class: "where" }, data.steering), Object.entries(data.outcomes).map(([name, shares]) => [el("h3", {}, name), bars(shares)])] : el("p", { class: "notice" }, "This feature was not steered."),
-    data.steered.map(pair => el("div", { class: "pair" }, el("h3", {}, pair.title), el("p", {}, changed(pair.parts.filter(p => p[0] !== "+"))), el("p", {}, changed(pair.parts.filter(p => p[0] !== "-"))))),
-    Object.keys(data.outcomes).length && !data.steered.length ? left("Steered reports") : null]));
-  $("feature").focus();
-  window.scrollTo(0, 0);
-}
+const pair = shown => el("section", { class: "pair" }, el("h3", {}, shown.title),
+  el("div", {}, el("h4", {}, "as it is"), el("p", {}, changed(shown.parts.filter(p => p[0] !== "+")))), el("div", {}, el("h4", {}, "while pushed"), el("p", {}, changed(shown.parts.filter(p => p[0] !== "-")))));

@@ -1,0 +1,1 @@
+export { plot, rectY, barX, barY, ruleX, ruleY, lineY, dot, areaY, axisX, axisY, text } from "@observablehq/plot";

@@ -1,0 +1,1 @@
+export { Tabulator, FilterModule, SortModule, FormatModule, InteractionModule, ResizeTableModule, ResizeColumnsModule } from "tabulator-tables";
