@@ -23,14 +23,14 @@ from .findings import PHANTOM_KINDS, SEVERITIES, Finding, read_findings
 from .studies import Source, Study
 from .subjects import MEAN, STD, new_mini, plain_pieces, prepare_picture, quiet, trace_origins, train_tokenizer
 
-# %% ../nbs/02a_mini.ipynb #c6a127ae
+# %% ../nbs/02a_mini.ipynb #312f9596
 class MiniConfig(Section):
     """How `mini` is taught; epochs are passes over the training split."""
     vision_epochs: int = 10      # the vision tower on labels, before anything is written
     vision_batch: int = 32
     vision_lr: float = 1e-3
     place_weight: float = 4.0    # of "what is in this patch?" beside the questions about the whole picture
-    epochs: int = 5              # the projector and the decoder on reports, the tower kept as it is
+    epochs: int = 8              # the projector and the decoder on reports, the tower kept as it is
     batch: int = 32
     lr: float = 1e-3
     look_weight: float = 1.0     # of the question "what is there?" asked halfway up the decoder; 0 leaves it out
