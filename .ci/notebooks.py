@@ -1,5 +1,7 @@
 """The book's own tools: check, test, execute, readme, site. Run by the Makefile; needs no Quarto and no git."""
 import argparse
+import ast
+import builtins
 import difflib
 import filecmp
 import os
@@ -71,6 +73,7 @@ def check_notebook(path: Path) -> list[str]:
     if nb.metadata.get("kernelspec") != KERNEL: problems.append(f"{name}: kernelspec {nb.metadata.get('kernelspec')}, not {KERNEL}")
     code = [c for c in nb.cells if c.cell_type == "code" and not SKIP.search(c.source)]
     shown = [c for c in code if not re.search(r"(?m)^#\|\s*(export|hide|default_exp)", c.source)]
+    problems += check_opening(nb, name)
     if any(last_is_a_value(c.source) for c in shown) and not any(c.outputs for c in shown): problems.append(f"{name}: was never executed")
     for i, cell in enumerate(nb.cells):
         if cell.cell_type != "code": continue
@@ -79,6 +82,40 @@ def check_notebook(path: Path) -> list[str]:
             problems.append(f"{name}, cell {i}: ends in a value but shows none: execute it again")
         problems += [f"{name}, cell {i}: the output holds {what}" for what, pattern in UNSTABLE.items() if re.search(pattern, outputs_of(cell))]
     return problems
+
+
+def check_opening(nb, name: Path) -> list[str]:
+    """nbdev takes the first Markdown cell for title and description, and leaves out of the page whatever else it holds."""
+    first = next((c.source.strip() for c in nb.cells if c.cell_type == "markdown"), "")
+    if re.fullmatch(r"# .+(\n> .+)?(\n- [\w-]+: .+)*", first): return []
+    return [f"{name}: the first Markdown cell must hold the title and a line of description after `>`, and nothing else"]
+
+
+TEXT = {"Float", "Int", "Int32", "Int64", "Bool", "UInt8", "Shaped", "Literal", "Annotated"}  # whose brackets hold text that is no name
+
+
+def unresolved(module: Path) -> list[str]:
+    """Annotations in quotes that name what is defined only further down: the site reads them where they stand."""
+    known, problems = set(dir(builtins)), []
+    for node in ast.parse(module.read_text()).body:
+        if isinstance(node, ast.ClassDef): known.add(node.name)
+        for inner in ast.walk(node):
+            if not isinstance(inner, (ast.FunctionDef, ast.AnnAssign)): continue
+            said = [inner.annotation] if isinstance(inner, ast.AnnAssign) else [inner.returns, *(a.annotation for a in ast.walk(inner.args)
+                                                                                             if isinstance(a, ast.arg))]
+            quoted = [text for a in said if a is not None for text in quotes(a)]
+            problems += [f"{module.relative_to(ROOT)}:{inner.lineno}: the annotation {q!r} names what is not there yet" for q in quoted
+                         if not {n.id for n in ast.walk(ast.parse(q, mode="eval")) if isinstance(n, ast.Name)} <= known]
+        known |= {a.asname or a.name.split(".")[0] for n in ast.walk(node) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+        known |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)} | {getattr(node, "name", "")}
+    return problems
+
+
+def quotes(annotation: ast.AST) -> list[str]:
+    """Text in an annotation that stands for a type."""
+    if isinstance(annotation, ast.Constant): return [annotation.value] if isinstance(annotation.value, str) else []
+    if isinstance(annotation, ast.Subscript) and getattr(annotation.value, "id", "") in TEXT: return []
+    return [q for child in ast.iter_child_nodes(annotation) for q in quotes(child)]
 
 
 def last_is_a_value(source: str) -> bool:
@@ -116,6 +153,7 @@ def check_readme() -> list[str]:
 
 def check() -> int:
     problems = check_export() + check_readme() + [p for nb in notebooks() for p in check_notebook(nb)]
+    problems += [p for module in sorted((ROOT / "saerad").glob("[!_]*.py")) for p in unresolved(module)]
     for problem in problems: print(problem)
     print(f"{len(notebooks())} notebooks, {len(problems)} problems")
     return bool(problems)
