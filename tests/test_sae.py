@@ -8,7 +8,7 @@ import safetensors.torch as st
 import torch
 
 from saerad.core import UserError
-from saerad.sae import FORMATS, MatryoshkaSAE, SAEConfig, convert, doctor, encode_rows, folded, read_sae
+from saerad.sae import MatryoshkaSAE, SAEConfig, encode_rows
 
 
 @pytest.fixture
@@ -125,6 +125,21 @@ def test_sparse_rows_equal_dense_ones(sae, x):
     with pytest.raises(UserError, match="width 16.*width 3"): encode_rows(sae, Rows(torch.zeros(2, 3)), np.array([0]))
 
 
+def test_a_topk_kind_keeps_k_for_every_token(x):
+    sae = MatryoshkaSAE.from_config(16, SAEConfig(k=5, group_fractions=(1.0,), selection="token"))
+    sae.threshold.fill_(0.0)
+    pre = sae.preactivations(x)
+    z = sae.encode(x)
+    assert torch.equal(z > 0, (pre >= pre.sort(dim=1, descending=True).values[:, 4:5]) & (pre > 0))
+    assert torch.equal(z[z > 0], pre[z > 0]) and sae.kind == "topk"
+    assert torch.equal(torch.cat([sae.encode(row[None]) for row in x]) > 0, z > 0)
+
+
+def test_kinds_have_names():
+    kinds = {((1,), "batch"): "batch_topk", ((1, 2), "batch"): "matryoshka_batch_topk", ((3,), "token"): "topk", ((1, 2), "token"): "matryoshka_topk"}
+    for (sizes, selection), kind in kinds.items(): assert MatryoshkaSAE(2, sizes, 1, selection=selection).kind == kind
+
+
 # --- files
 
 def test_saved_and_loaded_is_the_same_and_equal_saes_give_equal_bytes(sae, x, tmp_path):
@@ -161,112 +176,3 @@ def test_other_damage_is_named(sae, tmp_path):
     cfg = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in cfg.items() if k != "group_sizes"}))
     with pytest.raises(UserError, match="group_sizes"): MatryoshkaSAE.load(tmp_path)
-
-
-# --- other layouts
-
-def test_folding_the_scale_changes_units_and_nothing_else(sae, x):
-    other = MatryoshkaSAE(16, sae.group_sizes, sae.k)
-    other.load_state_dict(folded(sae.tensors()))
-    assert torch.allclose(other.encode(x), sae.encode(x) * 7.5, atol=1e-4)
-    assert torch.allclose(other(x), sae(x), atol=1e-4)
-
-
-@pytest.mark.parametrize("to", FORMATS)
-def test_round_trips(sae, x, tmp_path, to):
-    sae.save(tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "out", to)
-    convert(tmp_path / "out", tmp_path / "back", "saerad")
-    back = MatryoshkaSAE.load(tmp_path / "back")
-    assert torch.allclose(back(x), sae(x), atol=1e-4)
-    assert torch.equal(back.encode(x) > 0, sae.encode(x) > 0)
-    assert (back.k, back.group_sizes) == (sae.k, sae.group_sizes)
-    convert(tmp_path / "back", tmp_path / "again", to)           # a second trip loses nothing at all
-    ours, theirs = read_sae(tmp_path / "out").tensors, read_sae(tmp_path / "again").tensors
-    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
-
-
-def test_dictionary_learning_layout_by_its_own_formula(sae, x, tmp_path):
-    sae.save(tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "dl", "dictionary_learning")
-    state = torch.load(tmp_path / "dl/ae.pt", weights_only=True)
-    assert state["k"].dtype == torch.int32 and state["threshold"].dtype == torch.float32 and state["group_sizes"].dtype == torch.int64
-    post = ((x - state["b_dec"]) @ state["W_enc"] + state["b_enc"]).relu()
-    kept = post * (post > state["threshold"])
-    assert torch.allclose(kept @ state["W_dec"] + state["b_dec"], sae(x), atol=1e-4)
-
-
-def test_sae_lens_layout_by_its_own_formula(sae, x, tmp_path):
-    sae.save(tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "sl", "sae_lens")
-    cfg, state = json.loads((tmp_path / "sl/cfg.json").read_text()), st.load_file(tmp_path / "sl/sae_weights.safetensors")
-    assert cfg["architecture"] == "jumprelu" and cfg["apply_b_dec_to_input"] and state["threshold"].shape == (64,)
-    pre = (x - state["b_dec"]) @ state["W_enc"] + state["b_enc"]
-    assert torch.allclose((pre.relu() * (pre > state["threshold"])) @ state["W_dec"] + state["b_dec"], sae(x), atol=1e-4)
-    del cfg["metadata"]                         # as SAELens itself would write it
-    (tmp_path / "sl/cfg.json").write_text(json.dumps(cfg | {"apply_b_dec_to_input": False}))
-    st.save_file(state | {"b_enc": state["b_enc"] - state["b_dec"] @ state["W_enc"]}, tmp_path / "sl/sae_weights.safetensors")
-    found = read_sae(tmp_path / "sl")
-    assert found.k is None and found.group_sizes == (64,)
-    assert torch.allclose(found.sae()(x), sae(x), atol=1e-3)
-    with pytest.raises(UserError, match="does not say its k"): convert(tmp_path / "sl", tmp_path / "no", "dictionary_learning")
-    assert not (tmp_path / "no").exists()
-
-
-def test_a_training_backup_keeps_its_norm_factor_as_the_scale(sae, x, tmp_path):
-    t = sae.tensors()
-    state = {n: t[n] for n in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
-    state |= {"k": torch.tensor(8, dtype=torch.int32), "group_sizes": torch.tensor(sae.group_sizes)}
-    torch.save({"step": 10, "ae": state, "optimizer": {}, "config": {}, "norm_factor": 7.5}, tmp_path / "ae.pt")
-    assert torch.equal(read_sae(tmp_path / "ae.pt").sae()(x), sae(x))
-    assert "backup" in doctor(tmp_path)
-
-
-@pytest.mark.parametrize("bias", ["b_dec", "bias"])
-def test_one_group_kinds_have_transposed_weights(sae, x, tmp_path, bias):
-    t = folded(sae.tensors())
-    torch.save({"encoder.weight": t["W_enc"].T.clone(), "encoder.bias": t["b_enc"], "decoder.weight": t["W_dec"].T.clone(), bias: t["b_dec"],
-                "k": torch.tensor(8), "threshold": t["threshold"]}, tmp_path / "ae.pt")
-    found = read_sae(tmp_path)
-    assert found.group_sizes == (64,) and torch.allclose(found.sae()(x), sae(x), atol=1e-4)
-
-
-class Bomb:
-    def __reduce__(self): return os.mkdir, (os.environ["BOMB"],)
-
-
-def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
-    torch.save({"W_enc": Bomb()}, tmp_path / "ae.pt")
-    with pytest.raises(UserError, match="refused"): read_sae(tmp_path)
-    assert not (tmp_path / "exploded").exists()
-
-
-def test_unknown_checkpoints_say_what_was_found(tmp_path):
-    with pytest.raises(UserError, match="does not exist"): doctor(tmp_path / "nothing")
-    (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(UserError, match="found notes.txt"): doctor(tmp_path)
-    torch.save({"encoder": torch.zeros(1)}, tmp_path / "ae.pt")
-    with pytest.raises(UserError, match="no W_enc among encoder"): doctor(tmp_path)
-    torch.save([1, 2], tmp_path / "ae.pt")
-    with pytest.raises(UserError, match="list"): doctor(tmp_path)
-    (tmp_path / "ae.pt").write_bytes(b"cut off")
-    with pytest.raises(UserError): doctor(tmp_path)
-
-
-def test_doctor_names_what_costs_most(sae, tmp_path):
-    t = sae.tensors()
-    torch.save({n: t[n] for n in ("W_enc", "b_enc", "W_dec", "b_dec")} | {"W_dec": 2 * t["W_dec"], "k": torch.tensor(8),
-               "threshold": torch.tensor(-1.0), "group_sizes": torch.tensor([32, 16, 8, 4, 4])}, tmp_path / "ae.pt")
-    said = doctor(tmp_path)
-    for word in ("dictionary_learning", "reversed", "never set", "not of length 1", "16 → 64", "8"): assert word in said
-    with pytest.raises(UserError, match="never set"): convert(tmp_path, tmp_path / "out", "saerad")
-    assert not (tmp_path / "out").exists()
-    sae.save(tmp_path / "good")
-    assert "note" not in doctor(tmp_path / "good") and "ascending" in doctor(tmp_path / "good")
-
-
-def test_convert_refuses_a_full_folder_and_an_unknown_layout(sae, tmp_path):
-    sae.save(tmp_path / "ours")
-    with pytest.raises(UserError, match="not empty"): convert(tmp_path / "ours", tmp_path / "ours", "sae_lens")
-    with pytest.raises(UserError, match="choose one of"): convert(tmp_path / "ours", tmp_path / "new", "sparse")

@@ -8,19 +8,28 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch as st
 import torch
 
+from saerad import kernels
 from saerad.core import UserError, rng
 from saerad.sae import MatryoshkaSAE, SAEConfig
 from saerad.training import (
+    Job,
     Trainer,
     TrainingConfig,
+    ahead,
+    aux_gradients,
     aux_loss,
     batch_topk,
     begin,
+    dense_loss,
     geometric_median,
+    memory_needed,
     reconstruction_loss,
+    reference_loss,
     train_sae,
+    train_saes,
 )
 
 D = 12
@@ -65,6 +74,8 @@ def make(cfg: SAEConfig, seed: int = 0) -> tuple[MatryoshkaSAE, torch.Tensor]:
     return sae, torch.randn(40, D, generator=draw, dtype=torch.float64)
 
 
+NATIVE = ["native"] if kernels.native() else []
+
 CASES = {
     "ascending": SAEConfig(k=5), "reversed": SAEConfig(k=5, group_order="reversed"),
     "weights": SAEConfig(k=5, level_weights=(0.5, 0.0, 3.0, 1.0, 2.0)), "one group": SAEConfig(k=5, group_fractions=(1.0,)),
@@ -72,9 +83,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_loss_and_gradients_are_those_of_the_definition(name):
+@pytest.mark.parametrize("loss", [reference_loss, reconstruction_loss, dense_loss])
+def test_loss_and_gradients_are_those_of_the_definition(name, loss):
     sae, x = make(CASES[name])
-    found = reconstruction_loss(sae, x, batch_topk(sae.preactivations(x).detach(), sae.k))
+    found = loss(sae, x, batch_topk(sae.preactivations(x).detach(), sae.k))
     expected = plain_loss(sae, x, sae.k)
     expected.backward()
     assert found.value == pytest.approx(expected.item(), rel=1e-12)
@@ -173,16 +185,149 @@ def test_dead_features_come_back():
     assert dead[0.0] > 0.3 > 0.1 > dead[1.0]
 
 
+@pytest.mark.parametrize("k", [1, 3, 28, 60])
+def test_aux_gradients_by_hand_are_those_of_automatic_differentiation(k):
+    sae, x = make(SAEConfig(k=5))
+    residual, dead = torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64), torch.arange(20, 48)
+    expected = aux_loss(sae, x, residual, dead, k)
+    expected.backward()
+    value, found = aux_gradients(sae, x, residual, dead, k)
+    assert value == pytest.approx(expected.item(), rel=1e-12)
+    rows = {"W_enc": sae.W_enc.grad.T[dead], "W_dec": sae.W_dec.grad[dead], "b_enc": sae.b_enc.grad[dead], "b_dec": sae.b_dec.grad}
+    for name, grad in rows.items():
+        assert torch.allclose(found[name], grad, rtol=1e-9, atol=1e-13), name
+
+
+# --- engines
+
+ENGINES = ["reference", "dense", "sparse", *NATIVE]
+KINDS = {"matryoshka": SAEConfig(k=4), "reversed, weighted": SAEConfig(k=4, group_order="reversed", level_weights=(1, 0, 2, 1, 3)),
+         "batch topk": SAEConfig(k=4, group_fractions=(1.0,)), "topk": SAEConfig(k=4, group_fractions=(1.0,), selection="token"),
+         "matryoshka topk": SAEConfig(k=4, selection="token")}
+
+
+def steps(engine: str, shape: SAEConfig, n: int = 12, **settings) -> tuple[MatryoshkaSAE, list[dict[str, float]]]:
+    cfg = TrainingConfig(engine=engine, precision="float32", **({"steps": 60, "batch_size": 128, "lr": 3e-3, "start_rows": 512} | settings))
+    trainer, log = Trainer(begin(Vectors(), shape, cfg, 0), cfg), []
+    for _, _, x in Vectors().batches("train", 128, 0):
+        log.append(trainer.advance(x))
+        if trainer.step == n: return trainer, log
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_every_engine_takes_the_steps_of_the_reference(engine, kind):
+    ours, log = steps(engine, KINDS[kind])
+    theirs, expected = steps("reference", KINDS[kind])
+    assert ours.engine == engine
+    for a, b in zip(log, expected, strict=True): assert a == pytest.approx(b, rel=2e-4, abs=1e-6)
+    for name, p in ours.sae.named_parameters(): assert torch.allclose(p, theirs.sae.get_parameter(name), atol=2e-4), name
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_every_engine_revives_as_the_reference_does(engine):
+    dead = {"dead_after": 0.001, "aux_k": 3, "aux_alpha": 1.0, "clip": 0.05}
+    (ours, log), (theirs, expected) = (steps(e, SAEConfig(k=1), **dead) for e in (engine, "reference"))
+    assert max(m["aux"] for m in log) > 0 and max(m["dead"] for m in log) > 0.1
+    for a, b in zip(log, expected, strict=True): assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+    for name, p in ours.sae.named_parameters(): assert torch.allclose(p, theirs.sae.get_parameter(name), atol=1e-3), name
+
+
+@pytest.mark.skipif(not NATIVE, reason="no C++ compiler")
+@pytest.mark.parametrize("selection", ["batch", "token"])
+def test_a_search_in_bfloat16_keeps_what_float32_keeps(selection):
+    cfg = TrainingConfig(engine="native", precision="bfloat16", steps=10, batch_size=256)
+    trainer = Trainer(MatryoshkaSAE.from_config(96, SAEConfig(k=9, selection=selection)), cfg)
+    for seed in range(4):
+        x = torch.randn(256, 96, generator=torch.Generator().manual_seed(seed)) / 96 ** 0.5
+        expected = trainer.select(x, 256)
+        step = kernels.Step(x, trainer.sae.W_enc.detach().T, trainer.sae.W_dec.detach(), trainer.sae.group_sizes, trainer.sae.level_weights)
+        places, value, cut = (trainer.search if selection == "batch" else trainer.search_by_token)(step, x)
+        assert torch.equal(places.row_of() * 384 + places.col, expected.row * 384 + expected.col)
+        assert torch.allclose(value, expected.value, rtol=1e-5) and cut == pytest.approx(expected.cut, rel=1e-5)
+
+
+@pytest.mark.skipif(not NATIVE, reason="no C++ compiler")
+def test_a_margin_that_is_too_small_is_widened():
+    trainer = Trainer(MatryoshkaSAE.from_config(96, SAEConfig(k=9)), TrainingConfig(engine="native", precision="bfloat16", batch_size=256))
+    x = torch.randn(256, 96, generator=torch.Generator().manual_seed(0)) / 96 ** 0.5
+    step = kernels.Step(x, trainer.sae.W_enc.detach().T, trainer.sae.W_dec.detach(), trainer.sae.group_sizes, trainer.sae.level_weights)
+    narrow, wide = trainer.search(step, x, margin=1e-6), trainer.search(step, x, margin=0.5)
+    assert torch.equal(narrow[0].col, wide[0].col) and narrow[2] == wide[2]
+
+
+def test_the_faster_engine_is_measured():
+    trainer = Trainer(MatryoshkaSAE.from_config(96, SAEConfig(k=9)), TrainingConfig(engine="dense", batch_size=256))
+    assert trainer.faster(torch.randn(64, 96)) in ("sparse", "dense")
+
+
+def test_threads_do_not_change_a_bit():
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(steps(NATIVE[0] if NATIVE else "sparse", SAEConfig(k=4), n=3)[0].sae.W_dec.detach().clone())
+    finally: torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+def test_engines_and_devices_that_cannot_work_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "native", lambda: None)
+    sae = MatryoshkaSAE.from_config(D, SAEConfig(k=3))
+    assert Trainer(sae, TrainingConfig()).engine == "sparse"
+    with pytest.raises(UserError, match="compiler"): Trainer(sae, TrainingConfig(engine="native"))
+    for device, word in (("tpu", "use auto"), ("cuda:7" if not torch.cuda.is_available() else "meta", "CUDA|use auto")):
+        with pytest.raises(UserError, match=word): train_sae(Vectors(), SAEConfig(k=3), TrainingConfig(device=device), 0, tmp_path / "a")
+
+
+def test_more_dictionary_than_memory_says_what_fits(monkeypatch, tmp_path):
+    monkeypatch.setattr("saerad.training.memory_free", lambda device: memory_needed(D, 8 * D, 128))
+    with pytest.raises(UserError, match="sae.expansion 8 fits"):
+        train_sae(Vectors(), SAEConfig(k=3, expansion=64), TrainingConfig(batch_size=128), 0, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_several_saes_on_one_stream_are_those_that_train_alone(tmp_path):
+    store = Vectors()
+    shapes = {"a": SAEConfig(k=3), "b": SAEConfig(k=5, expansion=2, group_order="reversed"), "c": SAEConfig(k=3)}
+    shorter = SETTINGS.model_copy(update={"steps": 60})
+    jobs = [Job(store, s, shorter if n == "b" else SETTINGS, int(n == "c"), tmp_path / n) for n, s in shapes.items()]
+    assert [sae.k for sae in train_saes(jobs, 0)] == [3, 5, 3]
+    for job in jobs[:2]:
+        train_sae(store, job.sae, job.training, 0, tmp_path / "alone" / job.out.name)
+        for name in ("sae.safetensors", "metrics.jsonl"):
+            assert (job.out / name).read_bytes() == (tmp_path / "alone" / job.out.name / name).read_bytes()
+    assert not torch.equal(*(st.load_file(tmp_path / n / "sae.safetensors")["W_dec"] for n in "ac"))
+    other = Job(store, shapes["a"], SETTINGS.model_copy(update={"batch_size": 64}), 0, tmp_path / "d")
+    with pytest.raises(UserError, match="batch_size differs"): train_saes([jobs[0], other], 0)
+
+
+def test_the_next_batch_is_read_ahead_and_errors_arrive():
+    made = []
+    def items():
+        for i in range(3):
+            made.append(i)
+            yield i
+        raise RuntimeError("the disk")
+    reader = ahead(items())
+    assert next(reader) == 0
+    assert next(reader) == 1 and made[:2] == [0, 1]
+    assert next(reader) == 2
+    with pytest.raises(RuntimeError, match="the disk"): next(reader)
+
+
 # --- a step
 
-def test_decoder_rows_stay_at_length_one_and_move_sideways():
-    cfg = TrainingConfig(steps=50, batch_size=64, lr=1e-2, start_rows=256)
+@pytest.mark.parametrize("engine", ["sparse", *NATIVE])
+def test_decoder_rows_stay_at_length_one_and_move_sideways(engine):
+    cfg = TrainingConfig(steps=50, batch_size=64, lr=1e-2, start_rows=256, engine=engine)
     trainer = Trainer(begin(Vectors(), SAEConfig(k=3), cfg, 0), cfg)
     x = Vectors().x[:64]
     for _ in range(5):
         before = trainer.sae.W_dec.detach().clone()
         trainer.advance(x)
         assert torch.allclose(trainer.sae.W_dec.norm(dim=1), torch.ones(48), atol=1e-6)
+        if trainer.engine == "native": continue                      # it never writes gradients down
         assert (trainer.sae.W_dec.grad * before).sum(1).abs().max() < 1e-6
         norm = torch.stack([p.grad.norm() for p in trainer.sae.parameters()]).norm()
         assert norm <= cfg.clip * 1.001
@@ -261,7 +406,7 @@ def test_killed_and_resumed_ends_with_the_same_bytes(tmp_path):
     env = os.environ | {"TQDM_DISABLE": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-c", RUN.format(here=str(Path(__file__).parent)), str(tmp_path / "killed")]
     process = subprocess.Popen(command, env=env)
-    log, deadline = tmp_path / "killed/metrics.jsonl", time.monotonic() + 60
+    log, deadline = tmp_path / "killed/metrics.jsonl", time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         if log.exists() and log.read_text().count("\n") > 14: break          # about a third of the way
         time.sleep(0.005)

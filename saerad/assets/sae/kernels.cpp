@@ -1,0 +1,294 @@
+// What a training step does behind the selection, for processors. saerad/kernels.py compiles this file once a machine and calls it;
+// nbs/06a_kernels.ipynb explains it, tests/test_kernels.py holds it to the plain formulas. No dependency but a C++17 compiler.
+//
+// The residual stream is walked in blocks of BLOCK dimensions: one block of everything that is gathered fits a core's cache. Work is
+// split over tokens or over features, and what belongs to one token or feature is always added up in the same order by one thread:
+// the result does not depend on the number of threads.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+namespace {
+
+constexpr long BLOCK = 128;
+
+template <class F> void parallel(long threads, long n, long grain, F work) {
+    std::atomic<long> next{0};
+    auto loop = [&] {
+        for (long begin; (begin = next.fetch_add(grain)) < n;)
+            for (long i = begin, end = std::min(n, begin + grain); i < end; ++i) work(i);
+    };
+    std::vector<std::thread> others;
+    for (long t = 1; t < std::min(threads, (n + grain - 1) / grain); ++t) others.emplace_back(loop);
+    loop();
+    for (auto& other : others) other.join();
+}
+
+// BLOCK numbers in registers.
+template <class T> struct Block {
+    typedef T V __attribute__((vector_size(64)));
+    static constexpr int N = BLOCK * sizeof(T) / 64;
+    V v[N];
+    static Block zero() { Block b; for (int i = 0; i < N; ++i) b.v[i] = V{}; return b; }
+    static Block load(const T* p) { Block b; std::memcpy(b.v, p, sizeof b.v); return b; }
+    static Block load(const T* p, long n) {                        // the last block may be short
+        if (n >= BLOCK) return load(p);
+        Block b = zero();
+        std::memcpy(b.v, p, n * sizeof(T));
+        return b;
+    }
+    void store(T* p) const { std::memcpy(p, v, sizeof v); }
+    void store(T* p, long n) const { std::memcpy(p, v, std::min(n, BLOCK) * sizeof(T)); }
+    void add(T s, const Block& o) { for (int i = 0; i < N; ++i) v[i] += s * o.v[i]; }
+    T dot(const Block& o) const {
+        V a = v[0] * o.v[0], b = v[1] * o.v[1];
+        for (int i = 2; i < N; i += 2) { a += v[i] * o.v[i]; b += v[i + 1] * o.v[i + 1]; }
+        a += b;
+        typedef T H __attribute__((vector_size(32)));
+        typedef T Q __attribute__((vector_size(16)));
+        H h[2]; std::memcpy(h, &a, 64); h[0] += h[1];
+        Q q[2]; std::memcpy(q, h, 32); q[0] += q[1];
+        T s = 0;
+        for (unsigned i = 0; i < 16 / sizeof(T); ++i) s += q[0][i];
+        return s;
+    }
+};
+
+}  // namespace
+
+// All arrays of one step. n tokens, d dimensions, `width` features; the kept entries once by token (row_*) and once by feature (col_*).
+template <class T> struct Step {
+    long n, d, width, groups, threads;
+    const long* group_end;            // [groups] first feature after each group
+    const T* level;                   // [groups] 2 / tokens * weight of each level
+    const T* x;                       // [blocks, n, BLOCK] normalised, less b_dec, padded with zeros
+    const long* row_ptr; const int* col; const T* value;          // by token
+    const long* col_ptr; const int* row; const T* strength;       // by feature; the same values in that order
+    T* W_dec; T* W_enc;               // [width, d] both
+    T* slope;                         // [kept] by feature: derivative of the loss by each activation
+    T* G;                             // [groups, n, BLOCK] scratch
+    T* pack;                          // [width, BLOCK] scratch
+    double* levels;                   // [n, groups] squared errors
+    double* along; double* square;    // [width] gradient of a decoder row along it; squared lengths of both rows' gradients
+    double* norm;                     // [width] squared length of the new decoder row
+    T* b_dec; T* b_enc;               // gradients
+    T* residual;                      // [n, d] or null
+    const int* extra; const T* extra_dec; const T* extra_enc;     // [width] row of an added gradient, or -1; may be null
+    T* grad_dec; T* grad_enc;         // [width, d] to write gradients instead of changing weights, or null
+    T* m_dec; T* v_dec; T* m_enc; T* v_enc;
+    T clip, rate, beta1, beta2, eps, root2;                       // rate: over the first correction; root2: root of the second
+};
+
+namespace {
+
+// One block of all errors, and from them the gradients G of each group's share of the reconstruction, for every token.
+template <class T> void decode(const Step<T>& s, long b, bool measure) {
+    const long at = b * BLOCK, len = std::min(BLOCK, s.d - at);
+    parallel(s.threads, s.width, 256, [&](long f) { Block<T>::load(s.W_dec + f * s.d + at, len).store(s.pack + f * BLOCK); });
+    const T* x = s.x + b * s.n * BLOCK;
+    parallel(s.threads, s.n, 32, [&](long i) {
+        Block<T> e = Block<T>::zero(), c = e;
+        e.add(-1, Block<T>::load(x + i * BLOCK));
+        long j = s.row_ptr[i];
+        const long end = s.row_ptr[i + 1];
+        for (long g = 0; g < s.groups; ++g) {
+            for (; j < end && s.col[j] < s.group_end[g]; ++j) {
+                if (j + 4 < end)
+                    for (long k = 0; k < BLOCK; k += 64 / sizeof(T)) __builtin_prefetch(s.pack + s.col[j + 4] * BLOCK + k);
+                e.add(s.value[j], Block<T>::load(s.pack + s.col[j] * BLOCK));
+            }
+            if (measure) s.levels[i * s.groups + g] += e.dot(e);
+            e.store(s.G + (g * s.n + i) * BLOCK);
+        }
+        if (measure && s.residual) {
+            Block<T> r = Block<T>::zero();
+            r.add(-1, e);
+            r.store(s.residual + i * s.d + at, len);
+        }
+        for (long g = s.groups - 1; g >= 0; --g) {
+            T* place = s.G + (g * s.n + i) * BLOCK;
+            c.add(s.level[g], Block<T>::load(place));
+            c.store(place);
+        }
+    });
+}
+
+template <class T> const T* gathered(const Step<T>& s, long f) {
+    return s.G + (std::upper_bound(s.group_end, s.group_end + s.groups, f) - s.group_end) * s.n * BLOCK;
+}
+
+template <class T> Block<T> start(const Step<T>& s, const T* extra, long f, long at, long len) {
+    if (!s.extra || s.extra[f] < 0) return Block<T>::zero();
+    return Block<T>::load(extra + s.extra[f] * s.d + at, len);
+}
+
+template <class T> Block<T> gather(const Step<T>& s, Block<T> sum, const T* from, const T* by, long f) {
+    for (long j = s.col_ptr[f]; j < s.col_ptr[f + 1]; ++j) sum.add(by[j], Block<T>::load(from + s.row[j] * BLOCK));
+    return sum;
+}
+
+template <class T> void adam(const Step<T>& s, T* __restrict w, T* __restrict m, T* __restrict v, const Block<T>& gradient, long len) {
+    T g[BLOCK];
+    gradient.store(g);
+    const T keep1 = s.beta1, take1 = 1 - s.beta1, keep2 = s.beta2, take2 = 1 - s.beta2, by = 1 / s.root2, rate = s.rate, eps = s.eps;
+    for (long k = 0; k < len; ++k) {
+        m[k] = keep1 * m[k] + take1 * g[k];
+        v[k] = keep2 * v[k] + take2 * g[k] * g[k];
+        w[k] -= rate * m[k] / (std::sqrt(v[k]) * by + eps);
+    }
+}
+
+// First pass: errors, slopes and the lengths of all gradients, none of which is kept.
+template <class T> void measure(const Step<T>& s) {
+    const long blocks = (s.d + BLOCK - 1) / BLOCK;
+    for (long b = 0; b < blocks; ++b) {
+        const long at = b * BLOCK, len = std::min(BLOCK, s.d - at);
+        decode(s, b, true);
+        parallel(s.threads, s.width + 1, 64, [&](long f) {
+            if (f == s.width) {                                    // the bias is in every level
+                Block<T> sum = Block<T>::zero();
+                for (long i = 0; i < s.n; ++i) sum.add(1, Block<T>::load(s.G + i * BLOCK));
+                sum.store(s.b_dec + at, len);
+                return;
+            }
+            const T* G = gathered(s, f);
+            const Block<T> w = Block<T>::load(s.pack + f * BLOCK);
+            Block<T> sum = start(s, s.extra_dec, f, at, len);
+            for (long j = s.col_ptr[f]; j < s.col_ptr[f + 1]; ++j) {
+                const Block<T> here = Block<T>::load(G + s.row[j] * BLOCK);
+                s.slope[j] += here.dot(w);
+                sum.add(s.strength[j], here);
+            }
+            s.along[f] += sum.dot(w);
+            s.square[f] += sum.dot(sum);
+        });
+    }
+}
+
+template <class T> void measure_encoder(const Step<T>& s) {
+    parallel(s.threads, s.width, 256, [&](long f) {
+        s.square[f] -= s.along[f] * s.along[f];                    // of the decoder's gradient only what turns the row
+        for (long j = s.col_ptr[f]; j < s.col_ptr[f + 1]; ++j) s.b_enc[f] += s.slope[j];
+    });
+    for (long b = 0, at = 0; at < s.d; ++b, at += BLOCK)
+        parallel(s.threads, s.width, 64, [&](long f) {
+            Block<T> sum = start(s, s.extra_enc, f, at, std::min(BLOCK, s.d - at));
+            sum = gather(s, sum, s.x + b * s.n * BLOCK, s.slope, f);
+            s.square[f] += sum.dot(sum);
+        });
+}
+
+// Second pass: every gradient again, block by block, and at once into the weights (or, for tests, out).
+template <class T> void apply(const Step<T>& s) {
+    const long blocks = (s.d + BLOCK - 1) / BLOCK;
+    for (long b = 0; b < blocks; ++b) {
+        const long at = b * BLOCK, len = std::min(BLOCK, s.d - at);
+        decode(s, b, false);
+        parallel(s.threads, s.width, 64, [&](long f) {
+            const long here = f * s.d + at;
+            Block<T> dec = gather(s, start(s, s.extra_dec, f, at, len), gathered(s, f), s.strength, f);
+            Block<T> enc = gather(s, start(s, s.extra_enc, f, at, len), s.x + b * s.n * BLOCK, s.slope, f);
+            if (s.grad_dec) {
+                dec.store(s.grad_dec + here, len);
+                enc.store(s.grad_enc + here, len);
+                return;
+            }
+            dec.add(-T(s.along[f]), Block<T>::load(s.pack + f * BLOCK));
+            Block<T> clipped = Block<T>::zero();
+            clipped.add(s.clip, dec);
+            adam(s, s.W_dec + here, s.m_dec + here, s.v_dec + here, clipped, len);
+            clipped = Block<T>::zero();
+            clipped.add(s.clip, enc);
+            adam(s, s.W_enc + here, s.m_enc + here, s.v_enc + here, clipped, len);
+            const Block<T> w = Block<T>::load(s.W_dec + here, len);
+            s.norm[f] += w.dot(w);
+        });
+    }
+    if (s.grad_dec) return;
+    parallel(s.threads, s.width, 64, [&](long f) {
+        const T by = T(1 / std::sqrt(s.norm[f]));
+        for (long k = 0; k < s.d; ++k) s.W_dec[f * s.d + k] *= by;
+    });
+}
+
+// Activations before selection at chosen places, features outside and tokens inside, so that each encoder row is read once a block.
+template <class T> void values(const Step<T>& s, const T* b_enc, T* out) {
+    for (long b = 0, at = 0; at < s.d; ++b, at += BLOCK)
+        parallel(s.threads, s.width, 64, [&](long f) {
+            const Block<T> w = Block<T>::load(s.W_enc + f * s.d + at, std::min(BLOCK, s.d - at));
+            for (long j = s.col_ptr[f]; j < s.col_ptr[f + 1]; ++j)
+                out[j] = (b ? out[j] : b_enc[f]) + w.dot(Block<T>::load(s.x + (b * s.n + s.row[j]) * BLOCK));
+        });
+}
+
+}  // namespace
+
+extern "C" {
+
+long saerad_block() { return BLOCK; }
+
+// Of n bfloat16 numbers the bits of the want-th largest positive one; 0 when there are fewer. Positive ones sort like their bits.
+long saerad_cut(const uint16_t* pre, long n, long want, long threads) {
+    const long parts = n < (1 << 18) ? 1 : std::max(1L, threads);         // a thread costs as much as 100,000 numbers
+    std::vector<std::vector<unsigned>> counts(parts, std::vector<unsigned>(1 << 15));
+    parallel(threads, parts, 1, [&](long p) {
+        unsigned* mine = counts[p].data();
+        for (long i = n * p / parts, end = n * (p + 1) / parts; i < end; ++i)
+            if (pre[i] - 1u < 0x7fffu) ++mine[pre[i]];
+    });
+    long seen = 0;
+    for (long bits = (1 << 15) - 1; bits > 0; --bits) {
+        for (const auto& one : counts) seen += one[bits];
+        if (seen >= want) return bits;
+    }
+    return 0;
+}
+
+// How many entries of each row have at least these bits; with `col`, their columns as well, from ptr[row] on.
+void saerad_above(const uint16_t* pre, long rows, long width, long bits, long* count, const long* ptr, int* col, long threads) {
+    const unsigned low = std::max(1L, bits), span = 0x8000u - low;
+    parallel(threads, rows, std::max(8L, (1 << 17) / width), [&](long i) {
+        const uint16_t* row = pre + i * width;
+        if (!col) {
+            long sum = 0;
+            for (long k = 0; k < width; ++k) sum += uint16_t(row[k] - low) < span;
+            count[i] = sum;
+            return;
+        }
+        int* out = col + ptr[i];
+        for (long from = 0; from < width; from += 32) {
+            const long to = std::min(width, from + 32);
+            unsigned any = 0;
+            for (long k = from; k < to; ++k) any |= uint16_t(row[k] - low) < span;
+            if (!any) continue;
+            for (long k = from; k < to; ++k)
+                if (uint16_t(row[k] - low) < span) *out++ = int(k);
+        }
+    });
+}
+
+// From places by row the same places by column: col_ptr [width + 1], and for each its row and its number by row.
+void saerad_transpose(long rows, long width, const long* row_ptr, const int* col, long* col_ptr, int* row, int* number) {
+    std::fill(col_ptr, col_ptr + width + 1, 0);
+    for (long j = 0; j < row_ptr[rows]; ++j) ++col_ptr[col[j] + 1];
+    for (long f = 0; f < width; ++f) col_ptr[f + 1] += col_ptr[f];
+    std::vector<long> next(col_ptr, col_ptr + width);
+    for (long i = 0; i < rows; ++i)
+        for (long j = row_ptr[i]; j < row_ptr[i + 1]; ++j) {
+            const long place = next[col[j]]++;
+            row[place] = int(i);
+            number[place] = int(j);
+        }
+}
+
+#define BOTH(name, type)                                                                                       \
+    void saerad_values_##name(const Step<type>* s, const type* b_enc, type* out) { values(*s, b_enc, out); }   \
+    void saerad_measure_##name(const Step<type>* s) { measure(*s); measure_encoder(*s); }                      \
+    void saerad_apply_##name(const Step<type>* s) { apply(*s); }
+BOTH(f32, float)
+BOTH(f64, double)
+}
