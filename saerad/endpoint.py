@@ -425,7 +425,7 @@ def ask_for(self: Endpoint, messages: Sequence[Message], parse: Callable[[str], 
                 {"role": "user", "content": f"That could not be read. Answer again with {wanted} and nothing else."}]
     return Answer(None, "parse failure")
 
-# %% ../nbs/08b_endpoint.ipynb #36b59ba6
+# %% ../nbs/08b_endpoint.ipynb #cc60aa46
 MOST_IN_A_BATCH = 20_000    # below what endpoints take in one file
 
 @patch
@@ -441,8 +441,10 @@ def hand_in(self: Endpoint, say: Callable[[str], None] = print) -> int:
             some = dict(sorted(self.waiting.items())[:MOST_IN_A_BATCH])
             write_json(note, {"id": self._submit(some), "requests": some})
         held = read_json(note)
-        while (batch := self.client.batches.retrieve(held["id"])).status in ("validating", "in_progress", "finalizing"): time.sleep(self.cfg.batch_poll_s)
-        if batch.status != "completed": raise UserError(f"{self.cfg.base_url} ended batch {batch.id} as {batch.status!r}; delete {note} and run again.")
+        while (batch := self.client.batches.retrieve(held["id"])).status in ("validating", "in_progress", "finalizing"):
+            time.sleep(self.cfg.batch_poll_s)
+        if batch.status != "completed":
+            raise UserError(f"{self.cfg.base_url} ended batch {batch.id} as {batch.status!r}; delete {note} and run again.")
         lines = self.client.files.content(batch.output_file_id).text.splitlines() if batch.output_file_id else []
     except openai.APIStatusError as e:
         raise UserError(f"{self.cfg.base_url} takes no batches (HTTP {e.status_code}); set interpretation.batch to false.") from e

@@ -146,7 +146,7 @@ class Sample:
         order = np.argsort(self.tickets[group, :held])
         return self.rows[group, order], self.values[group, order]
 
-# %% ../nbs/08_exemplars.ipynb #f5ed41a1
+# %% ../nbs/08_exemplars.ipynb #70431037
 PLACES = ("image", "boilerplate", "indication", "technique", "comparison", "prior_report", "findings")
 VIEWS = ("frontal", "lateral", "prior")
 EDGES = np.array([m * 2.0**e for e in range(-8, 8) for m in (1, 1.5)])   # lower edges of the 32 bins; the outer ones are open
@@ -163,7 +163,7 @@ class Tally:
         self.total, self.offset, self.max = np.zeros(features), np.zeros(features), torch.zeros(features)
 
     def add(self, tokens: int, feature: np.ndarray, value: np.ndarray, place: np.ndarray, view: np.ndarray, offset: np.ndarray) -> None:
-        """Count a block of `tokens`: the feature and value of each firing, and where (indices of `PLACES` and `VIEWS`, tokens of the section before)."""
+        """Count a block of `tokens`: feature and value of each firing, and where (indices of `PLACES`, `VIEWS`; tokens of the section before)."""
         self.tokens += tokens
         n = len(self.total)
         for table, column in ((self.fires, place), (self.histogram, bins(value))):
@@ -351,7 +351,7 @@ def texts(tokens: pa.Table, rows: np.ndarray) -> pa.Array:
     if isinstance(text, pa.ChunkedArray): text, section = text.chunk(0), section.chunk(0)
     return pc.if_else(pc.equal(section, "image"), "[image]", text)
 
-# %% ../nbs/08_exemplars.ipynb #301e1c68
+# %% ../nbs/08_exemplars.ipynb #854cefe4
 @patch
 def summary(self: Collector, levels: list[int], chosen: list[Chosen]) -> pa.Table:
     """A row for every feature: how often, how strongly and where it fires, how many contexts it got, and its status.
@@ -365,7 +365,8 @@ def summary(self: Collector, levels: list[int], chosen: list[Chosen]) -> pa.Tabl
     count = {r: [int((c.role == i).sum()) for c in chosen] for i, r in enumerate(ROLES)}
     return pa.table({"feature": np.arange(self.features, dtype=np.int32), "level": np.array(levels, np.int16),
                      "density": fires / max(self.tally.tokens, 1), "prevalence": self.fired[0].mean(0),
-                     "max": self.tally.max.numpy(), "mean_active": self.tally.total / some, "deciles": [self._deciles(f) for f in range(self.features)],
+                     "max": self.tally.max.numpy(), "mean_active": self.tally.total / some,
+                     "deciles": [self._deciles(f) for f in range(self.features)],
                      **{f"in_{p}": self.tally.fires[:, i] / some for i, p in enumerate(PLACES)},
                      **{f"view_{v}": self.tally.views[:, i] / some for i, v in enumerate(VIEWS)}, "offset": self.tally.offset / some,
                      "histogram": pa.array(list(self.tally.histogram), pa.list_(pa.int64())),
@@ -442,7 +443,7 @@ def _write(collector: Collector, path: Path, group: int = 32) -> list[Chosen]:
             chosen += [replace(c, values=np.zeros((0, 0), np.float32)) for c in here]  # the values are on disk now
     return chosen
 
-# %% ../nbs/08_exemplars.ipynb #02fb207c
+# %% ../nbs/08_exemplars.ipynb #d971be7c
 @dataclass(frozen=True, eq=False)
 class Context:
     """A window of text and where it stood, without any activation."""
@@ -451,6 +452,7 @@ class Context:
     section: str
     view: str                  # of an image token, else ""
     offset: int                # tokens of the section before this window
+    low: int = field(default=-1, kw_only=True)    # store row of its first token
     study: str = field(default="", kw_only=True)
     patch: tuple[int, int] = field(default=(-1, -1), kw_only=True)       # row and column of an image token
     stated: tuple[str, ...] = field(default=(), kw_only=True)            # what the report of its study states
@@ -511,7 +513,7 @@ class _Ranged:
         some = [i for i, (low, high) in enumerate(self.ranges) if high >= first and low < last]
         return self.file.read_row_groups(some).filter((pc.field("feature") >= first) & (pc.field("feature") < last))
 
-# %% ../nbs/08_exemplars.ipynb #12c93414
+# %% ../nbs/08_exemplars.ipynb #5e7d3e8d
 @patch
 def contexts(self: Exemplars, step: int = 32) -> Iterator[FeatureContexts]:
     """Every feature with status "ok" in turn, `step` features read at once; raises `UserError` for a leak between the sides."""
@@ -550,9 +552,9 @@ def _of(self: Exemplars, feature: int, prevalence: float, table: pa.Table) -> Fe
 @patch
 def _plain(self: Exemplars, table: pa.Table) -> list[Context]:
     "The contexts of some rows, without activations."
-    columns = [table[c].to_pylist() for c in ("row", "section", "view", "offset", "study", "patch_row", "patch_col")]
-    return [Context(row, tuple(tokens), section, view, offset, study=study, patch=(patch_row, patch_col), stated=self.stated.get(study, ()))
-            for row, section, view, offset, study, patch_row, patch_col, tokens in zip(*columns, _lists(table["tokens"]), strict=True)]
+    columns = [table[c].to_pylist() for c in ("row", "section", "view", "offset", "study", "patch_row", "patch_col", "peak")]
+    return [Context(row, tuple(tokens), section, view, offset, low=row - peak, study=study, patch=(y, x), stated=self.stated.get(study, ()))
+            for row, section, view, offset, study, y, x, peak, tokens in zip(*columns, _lists(table["tokens"]), strict=True)]
 
 def _lists(column: pa.ChunkedArray) -> list[list[Any]]:
     "A column of lists as Python lists; much faster than converting each list by itself."

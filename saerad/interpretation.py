@@ -9,7 +9,7 @@ __all__ = ['T', 'Marked', 'LINE', 'SOURCE', 'COLUMNS', 'IDLE', 'KNOWN_COLUMNS', 
            'examination', 'repeated', 'read_descriptions', 'compare', 'interpretation_summary', 'names',
            'description_names_truth']
 
-# %% ../nbs/09_interpretation.ipynb #83a88cbf
+# %% ../nbs/09_interpretation.ipynb #015bda87
 import base64
 import io
 import re
@@ -44,7 +44,7 @@ from saerad.endpoint import (
     tokens_in,
 )
 from .exemplars import Context, Example, Exemplars, ExemplarsConfig, FeatureContexts
-from .lexical import Bits, Clause, Window, describe, find_rule, read_rule, window, words
+from .lexical import Bits, Clause, Window, describe, find_rule, read_rule, strongest, window, words
 from .protocols import Protocol as Shown
 from .protocols import detect_prompt, explain_prompt, fuzz_items, fuzz_prompt, read_protocol
 from .sae import MatryoshkaSAE
@@ -76,7 +76,7 @@ def protocol_of(cfg: InterpretationConfig) -> Shown:
     own = {k: getattr(cfg, k) for k in ("contexts_per_prompt", "scale", "tell_section")}
     return read_protocol(cfg.protocol).model_copy(update={k: v for k, v in own.items() if v is not None})
 
-# %% ../nbs/09_interpretation.ipynb #04d33d6b
+# %% ../nbs/09_interpretation.ipynb #05db0504
 @dataclass(frozen=True)
 class Explanation:
     """A feature's description, and why there is none if there is none."""
@@ -90,11 +90,12 @@ class Interpreter(Protocol):
     """Describes features and predicts from descriptions."""
     name: str
     def explain(self, contexts: FeatureContexts) -> Explanation: ...
-    def detect(self, explanation: Explanation, contexts: Sequence[Context], troubles: Counter[str], pictures: bool = False) -> "list[bool | None]": ...
+    def detect(self, explanation: Explanation, contexts: Sequence[Context], troubles: Counter[str],
+               pictures: bool = False) -> "list[bool | None]": ...
     def fuzz(self, explanation: Explanation, items: Sequence[Marked], troubles: Counter[str]) -> "list[bool | None]": ...
     def close(self) -> None: ...
 
-# %% ../nbs/09_interpretation.ipynb #30ee8296
+# %% ../nbs/09_interpretation.ipynb #fd41e355
 class Lexical:
     """The baseline of `saerad.lexical` behind the interface; `background` are contexts of the explaining side."""
     name = "lexical"
@@ -107,7 +108,8 @@ class Lexical:
     def explain(self, contexts: FeatureContexts) -> Explanation:
         silent = [*contexts.silent, *(contexts.near_silent if self.protocol.near else ())]
         rule = find_rule(contexts.active, silent, self.background, contexts.prevalence, self.protocol.tell_study)
-        return Explanation(contexts.feature, describe(rule))
+        more = strongest(contexts.active, self.protocol.tell_study) if self.protocol.order == "spread" else ""
+        return Explanation(contexts.feature, describe(rule) + more)
 
     def detect(self, explanation: Explanation, contexts: Sequence[Context], troubles: Counter[str], pictures: bool = False) -> list[bool | None]:
         rule = self._rule(explanation.text)
@@ -260,14 +262,15 @@ def at_prevalence(recall: float, mistaken: float, prevalence: float) -> tuple[fl
     hits, wrong = prevalence * recall, (1 - prevalence) * mistaken
     return _share(hits, hits + wrong), _share(2 * hits, hits + wrong + prevalence)
 
-# %% ../nbs/09_interpretation.ipynb #441d1e1e
+# %% ../nbs/09_interpretation.ipynb #0cf1ea72
 def estimate(features: pd.DataFrame, cfg: InterpretationConfig, some: Iterable[FeatureContexts] = ()) -> dict[str, Any]:
-    """What interpreting a table of features needs at most, repairs and retries not counted: {features, explain, detect, calls, tokens_in, tokens_out, cost}.
+    """What interpreting a table of features needs at most, repairs and retries not counted.
 
-    Tokens are counted on the prompts of `some` features and None without; cost is None without prices.
+    Keys: features, explain, detect, calls, tokens_in, tokens_out, cost. Tokens are counted on the prompts of `some` features and None without; cost is None without prices.
     """
     ok, protocol = features[features.status == "ok"], protocol_of(cfg)
-    if cfg.interpreter == "lexical": return {"features": len(ok), **dict.fromkeys(("explain", "detect", "calls", "tokens_in", "tokens_out"), 0), "cost": None}
+    nothing = dict.fromkeys(("explain", "detect", "calls", "tokens_in", "tokens_out"), 0)
+    if cfg.interpreter == "lexical": return {"features": len(ok), **nothing, "cost": None}
     counts = np.minimum(ok.score_active, protocol.score_active) + np.minimum(ok.score_silent, protocol.score_silent) + protocol.score_near
     control = np.minimum(counts, protocol.control) if cfg.shuffled and len(ok) > 1 else 0 * counts
     prompts = sum(np.ceil(n / protocol.contexts_per_prompt).sum() for n in (counts, control, counts if cfg.images else 0 * counts))
@@ -285,7 +288,8 @@ def estimate(features: pd.DataFrame, cfg: InterpretationConfig, some: Iterable[F
 def _tokens(f: FeatureContexts, cfg: InterpretationConfig, protocol: Shown) -> tuple[int, int, float]:
     "About how many tokens a feature's explanation takes, an empty detection prompt, and each context in one."
     batch = f.scoring[:protocol.contexts_per_prompt]
-    examined, empty = (tokens_in(detect_prompt("A description of about seventy characters, which is what most are.", b, protocol), cfg) for b in (batch, batch[:0]))
+    said = "A description of about seventy characters, which is what most are."
+    examined, empty = (tokens_in(detect_prompt(said, b, protocol), cfg) for b in (batch, batch[:0]))
     return tokens_in(explain_prompt(f, protocol), cfg), empty, (examined - empty) / max(len(batch), 1)
 
 # %% ../nbs/09_interpretation.ipynb #4978471f
@@ -302,7 +306,7 @@ def planned(features: int, exemplars: ExemplarsConfig) -> tuple[pd.DataFrame, li
     table = pd.DataFrame({"status": "ok", "score_active": exemplars.score_active, "score_silent": exemplars.score_silent}, index=range(features))
     return table, [one]
 
-# %% ../nbs/09_interpretation.ipynb #ff393d5c
+# %% ../nbs/09_interpretation.ipynb #03a45e8f
 SOURCE = pa.struct([("source", pa.string()), ("contexts", pa.int32()), ("mistaken", pa.float64()), ("f1", pa.float64()), ("f1_low", pa.float64()),
                     ("f1_high", pa.float64())])
 COLUMNS = pa.schema([("feature", pa.int32()), ("level", pa.int16()), ("density", pa.float64()), ("interpreter", pa.string()),
@@ -318,9 +322,9 @@ def interpret(exemplars: Path | str, cfg: InterpretationConfig, seed: int, sourc
               sae: MatryoshkaSAE | None = None) -> pd.DataFrame:
     """Explain and score every feature of an `exemplars/` folder; writes `interpretations.parquet` and `ledger.sqlite` into `out`.
 
-    A feature that cannot be scored has status "unscored" and a reason. Of the source only `may_leave` is read, and its pictures where `cfg.images`. Raises
-    `UserError` for an endpoint that is not there or may not see the text, exemplars of another SAE than `sae`, more calls than `cfg.max_calls`, or a budget that does
-    not last for one feature.
+    A feature that cannot be scored has status "unscored" and a reason. Of the source only `may_leave` is read, and its pictures where
+    `cfg.images`. Raises `UserError` for an endpoint that is not there or may not see the text, exemplars of another SAE than `sae`, more
+    calls than `cfg.max_calls`, or a budget that does not last for one feature.
     """
     table, out = Exemplars(exemplars, sae), Path(out)
     needed = check_needs(table, cfg)
@@ -338,7 +342,7 @@ def interpret(exemplars: Path | str, cfg: InterpretationConfig, seed: int, sourc
         ledger.close()
     return read_table(out / "interpretations.parquet").to_pandas()
 
-# %% ../nbs/09_interpretation.ipynb #a820545d
+# %% ../nbs/09_interpretation.ipynb #730dd060
 def check_needs(table: Exemplars, cfg: InterpretationConfig) -> dict[str, Any]:
     """The estimate for a table of exemplars; raises `UserError` when the config does not allow that many calls or cannot pay for one feature."""
     some = [f for f, _ in zip(table.contexts(), range(5), strict=False)] if cfg.interpreter == "openai" else []
@@ -357,8 +361,9 @@ def check_needs(table: Exemplars, cfg: InterpretationConfig) -> dict[str, Any]:
 def tell_estimate(needed: Mapping[str, Any], cfg: InterpretationConfig) -> str:
     """An estimate in one line."""
     if cfg.interpreter == "lexical": return f"{needed['features']:,} features, no call: the baseline asks nobody"
-    cost = "no prices given" if needed["cost"] is None else f"cost about {needed['cost']:,.2f} at {cfg.price_in:g} in and {cfg.price_out:g} out a million tokens"
-    tokens = "" if needed["tokens_in"] is None else f", about {needed['tokens_in'] / 1e6:,.3g} M tokens in and {needed['tokens_out'] / 1e6:,.3g} M out"
+    cost, tokens = "no prices given", ""
+    if needed["cost"] is not None: cost = f"cost about {needed['cost']:,.2f} at {cfg.price_in:g} in and {cfg.price_out:g} out a million tokens"
+    if needed["tokens_in"] is not None: tokens = f", about {needed['tokens_in'] / 1e6:,.3g} M tokens in and {needed['tokens_out'] / 1e6:,.3g} M out"
     return f"{needed['features']:,} features, at most {needed['calls']:,} calls to {host_of(cfg.base_url)}{tokens}; {cost}"
 
 # %% ../nbs/09_interpretation.ipynb #b282bfde
@@ -398,7 +403,7 @@ def _in_order(work: Callable[[FeatureContexts], T], items: Iterable[FeatureConte
         while waiting: yield waiting.popleft().result()
     finally: pool.shutdown(wait=True, cancel_futures=True)
 
-# %% ../nbs/09_interpretation.ipynb #c8cf5b34
+# %% ../nbs/09_interpretation.ipynb #487fd756
 def _rows(table: Exemplars, cfg: InterpretationConfig, seed: int, interpreter: Interpreter) -> Iterator[dict[str, Any]]:
     "The rows of `interpretations.parquet`, one for every feature."
     workers = cfg.concurrency if cfg.interpreter == "openai" else 0
@@ -411,7 +416,8 @@ def _rows(table: Exemplars, cfg: InterpretationConfig, seed: int, interpreter: I
     found = {r["feature"]: r for r in progress(scored, "interpretation: scoring", total)}
     for f in table.features.itertuples():
         common = {"feature": f.feature, "level": f.level, "density": f.density, "interpreter": interpreter.name, "prevalence": f.prevalence,
-                  "protocol": Path(cfg.protocol).stem, "negatives": "random", "parse_failures": 0, "refusals": 0, "scored_contexts": 0, "by_source": []}
+                  "protocol": Path(cfg.protocol).stem, "negatives": "random", "parse_failures": 0, "refusals": 0, "scored_contexts": 0,
+                  "by_source": []}
         yield {**common, **found.get(f.feature, {"status": "unscored", "reason": f.status, "explanation": ""})}
 
 def _explanations(table: Exemplars, cfg: InterpretationConfig, interpreter: Interpreter, workers: int, total: int) -> dict[int, Explanation]:
@@ -428,7 +434,7 @@ def _others(explanations: Mapping[int, Explanation], seed: int) -> dict[int, Exp
     order = rng(seed, "interpretation", "shuffled").permutation(some).tolist()
     return {f: explanations[o] for f, o in zip(order, order[1:] + order[:1], strict=True) if f != o}
 
-# %% ../nbs/09_interpretation.ipynb #80d006f8
+# %% ../nbs/09_interpretation.ipynb #37c6e276
 def examination(f: FeatureContexts, protocol: Shown, seed: int) -> tuple[list[Context], np.ndarray, np.ndarray]:
     """Contexts, truth and source ("" for active ones) of a feature's examination, in a random order."""
     active, silent = (np.flatnonzero(f.truth == t) for t in (True, False))
@@ -464,19 +470,23 @@ def _scored(interpreter: Interpreter, own: Explanation, other: Explanation | Non
     else: row |= {k: v for k, v in vars(mine).items() if k != "contexts"} | {"status": "scored"} | _beside(truth, said, source, f, draw, cfg)
     step = protocol.contexts_per_prompt
     asked = -(-min(len(contexts), protocol.control) // step) * step   # whole prompts, so that they begin like the feature's own
-    if other and asked: row["shuffled_f1"] = score(truth[:asked][plain[:asked]], np.array(interpreter.detect(other, contexts[:asked], troubles), object)[plain[:asked]], draw, 1).f1
+    if other and asked:
+        others = np.array(interpreter.detect(other, contexts[:asked], troubles), object)
+        row["shuffled_f1"] = score(truth[:asked][plain[:asked]], others[plain[:asked]], draw, 1).f1
     if protocol.fuzz_prompt: row["fuzz_f1"] = _fuzzed(interpreter, own, f, protocol, seed, troubles)
     if cfg.images: row |= _visual(interpreter.detect(own, contexts, troubles, pictures=True), truth, plain, mine.f1, draw)
     return row
 
-def _beside(truth: np.ndarray, said: np.ndarray, source: np.ndarray, f: FeatureContexts, draw: np.random.Generator, cfg: InterpretationConfig) -> dict[str, Any]:
+def _beside(truth: np.ndarray, said: np.ndarray, source: np.ndarray, f: FeatureContexts, draw: np.random.Generator,
+            cfg: InterpretationConfig) -> dict[str, Any]:
     "Scores by source of the negatives, against all near misses together, and at the feature's own prevalence."
     rows = by_source(truth, said, source, draw, cfg.bootstrap)
     near = by_source(truth, said, np.where(np.isin(source, ["", "random"]), source, "near"), draw, 1)
     recall = np.mean([bool(s) for s, t in zip(said, truth, strict=True) if t and s is not None] or [np.nan])
     mistaken = next((r["mistaken"] for r in rows if r["source"] == "random"), float("nan"))
     precision, f1 = at_prevalence(float(recall), mistaken, f.prevalence)
-    return {"by_source": rows, "near_f1": next((r["f1"] for r in near if r["source"] == "near"), None), "deployment_precision": precision, "deployment_f1": f1}
+    against_near = next((r["f1"] for r in near if r["source"] == "near"), None)
+    return {"by_source": rows, "near_f1": against_near, "deployment_precision": precision, "deployment_f1": f1}
 
 def _fuzzed(interpreter: Interpreter, own: Explanation, f: FeatureContexts, protocol: Shown, seed: int, troubles: Counter[str]) -> float:
     "F1 of telling right marks from moved ones; NaN without answers."
@@ -503,7 +513,7 @@ def repeated(descriptions: Sequence[str], share: float = 0.8) -> list[int]:
         for w in said: holders.setdefault(w, []).append(said)
     return [heads[t] if d else -1 for t, d in zip(told, descriptions, strict=True)]
 
-# %% ../nbs/09_interpretation.ipynb #c553f0c9
+# %% ../nbs/09_interpretation.ipynb #e6e5b037
 KNOWN_COLUMNS = {"feature": ("feature", "feature_id", "feature_index", "latent", "latent_id", "neuron", "index", "id"),
                  "explanation": ("explanation", "description", "interpretation", "label", "text"),
                  "f1": ("f1", "f1_score", "detection_f1", "score")}
@@ -520,7 +530,8 @@ def read_descriptions(path: Path | str, columns: Mapping[str, str] | None = None
     out = pd.DataFrame({name: table[c] for name, c in found.items() if c})
     numbers = out.feature.astype(str).str.extract(r"(\d+)$")[0]   # such as 12 or layers.15/latent_12
     if numbers.isna().any(): raise UserError(f"{path} has the feature {out.feature[numbers.isna()].iloc[0]!r}; it must end in a number.")
-    return out.assign(feature=numbers.astype(int), explanation=out.explanation.fillna("").astype(str)).drop_duplicates("feature").reset_index(drop=True)
+    out = out.assign(feature=numbers.astype(int), explanation=out.explanation.fillna("").astype(str))
+    return out.drop_duplicates("feature").reset_index(drop=True)
 
 def _column_of(table: pd.DataFrame, name: str, path: Path, columns: Mapping[str, str]) -> str | None:
     "The column of a table that holds `name`."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REACH', 'PREFIX', 'NOTHING', 'Sets', 'words', 'Window', 'window', 'Clause', 'describe', 'read_rule', 'Bits',
-           'Evidence', 'candidates', 'choose_rule', 'find_rule']
+           'Evidence', 'candidates', 'choose_rule', 'find_rule', 'strongest']
 
 # %% ../nbs/08a_lexical.ipynb #ff494a5d
 import re
@@ -115,14 +115,17 @@ def _phrase(c: Clause, named: Sequence[str]) -> str:
              f'where the report states "{c.stated}"' if c.stated else ""]
     return " ".join(p for p in parts if p)
 
-# %% ../nbs/08a_lexical.ipynb #54a38bbf
+# %% ../nbs/08a_lexical.ipynb #6d950c58
 _PHRASE = re.compile(r'(?:(?P<near>near)|on|anywhere)(?: (?P<words>"[^"]*"(?:, "[^"]*")*))?'
                      r'(?: (?P<relation>before|after) "(?P<other>[^"]*)")?(?: without "(?P<without>[^"]*)" before it)?'
                      r'(?: in (?P<place>[a-z ]+?))?(?P<opens> at the start of the section)?'
                      r'(?: where the report states "(?P<stated>[^"]*)")?(?=; |\.$)')
 
+_STRONGEST = re.compile(r' Strongest (?:where the report states|with) "[^"]*"\.$')
+
 def read_rule(text: str) -> tuple[Clause, ...]:
     """The rule that a sentence of `describe` states; raises `ValueError` for any other sentence."""
+    text = _STRONGEST.sub("", text)   # says nothing about whether the feature fires
     if text == NOTHING: return ()
     rule, at = [], len(PREFIX)
     while text.startswith(PREFIX) and (m := _PHRASE.match(text, at)):
@@ -191,9 +194,10 @@ class Evidence:
         found, wrong = self.rates(sets)
         return 2 * found / (found + wrong + 1)
 
-# %% ../nbs/08a_lexical.ipynb #6bb91162
-def candidates(active: Bits, peaks: dict[str, int], least: int = 2) -> list[Clause]:
-    """Clauses that hold in at least `least` active windows; `peaks` gives for a word the windows that it is the peak of."""
+# %% ../nbs/08a_lexical.ipynb #98b13989
+def candidates(active: Bits, peaks: dict[str, int]) -> list[Clause]:
+    """Clauses that hold in a twentieth of the active windows, two at least; `peaks` gives for a word the windows that it is the peak of."""
+    least = max(2, active.count // 20)
     found = [Clause(w) for w, bits in active.single.items() if bits.bit_count() >= least]
     for (a, b), bits in active.pairs.items():
         if bits.bit_count() < least: continue
@@ -203,8 +207,8 @@ def candidates(active: Bits, peaks: dict[str, int], least: int = 2) -> list[Clau
     found += [Clause(opens=True)]
     placed = [replace(c, place=p) for c in [Clause(), *found] for p in active.places]
     plain = [c for c in found + placed if active.of(c).bit_count() >= least]
-    told = [s for s, bits in active.stated.items() if 4 * bits.bit_count() >= active.count]  # of a quarter of the active windows at least
-    simple = [c for c in plain if not c.relation and not c.opens and not c.near]
+    told = [s for s, bits in active.stated.items() if 5 * bits.bit_count() >= active.count]  # of a fifth of the active windows at least
+    simple = [c for c in plain if not c.relation and not c.opens and (c.word in peaks or not c.word)]
     studies = [replace(c, stated=s) for c in [Clause(), *simple] for s in told]
     return sorted(plain + [c for c in studies if active.of(c).bit_count() >= least])
 
@@ -260,3 +264,18 @@ def find_rule(active: Sequence[Example], silent: Sequence[Context], background: 
         at = words(c.tokens, c.offset == 0)[1][c.peak]
         if at >= 0: peaks[w.words[at]] = peaks.get(w.words[at], 0) | 1 << i
     return choose_rule(Evidence(Bits(seen), Bits(window(c, tell_study) for c in silent), background, prevalence), peaks)
+
+# %% ../nbs/08a_lexical.ipynb #4cc75743
+def strongest(active: Sequence[Example], tell_study: bool = False, least: int = 30, apart: float = 0.3) -> str:
+    """A sentence on what sets the strongest fifth of at least `least` active contexts apart from the others; "" where nothing does."""
+    if len(active) < least: return ""
+    order = sorted(range(len(active)), key=lambda i: -max(active[i].activations))
+    seen = [window(c, tell_study) for c in active]
+    top, rest = order[:len(order) // 5], order[len(order) // 5:]
+    def gain(held: list[bool]) -> tuple[float, float]:
+        share = sum(held[i] for i in top) / len(top)
+        return share - sum(held[i] for i in rest) / len(rest), share
+    found = [(*gain([p in w.stated for w in seen]), "where the report states", p) for p in sorted({p for w in seen for p in w.stated})]
+    found += [(*gain([p in w.single for w in seen]), "with", p) for p in sorted({p for i in top for p in seen[i].single})]
+    found = [f for f in found if f[0] >= apart and f[1] >= 0.6]
+    return f' Strongest {max(found)[2]} "{max(found)[3]}".' if found else ""

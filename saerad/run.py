@@ -9,8 +9,9 @@ __all__ = ['STAGES', 'PACKAGE', 'SUMMARY', 'app', 'ConfigPath', 'Settings', 'Out
            'do_subject', 'do_extract', 'do_train', 'do_evaluate', 'do_exemplars', 'do_interpret', 'do_steer',
            'do_portray', 'do_figures', 'do_atlas', 'summarise', 'check', 'check_studies', 'model_folder',
            'model_settings', 'model_shape', 'check_room', 'check_endpoint', 'run_config', 'do_stage', 'versions',
-           'peak_memory', 'write_config', 'model_hash', 'start', 'run_command', 'studies', 'doctor', 'convert',
-           'review_pack', 'review_score', 'mini_train', 'bench', 'bench_table', 'main', 'told', 'excuse']
+           'peak_memory', 'write_config', 'model_hash', 'start', 'run_command', 'interpret_command', 'estimate_of',
+           'studies', 'doctor', 'convert', 'review_pack', 'review_score', 'mini_train', 'bench', 'bench_table', 'main',
+           'told', 'excuse']
 
 # %% ../nbs/13_run.ipynb #fd42f6eb
 import difflib
@@ -47,13 +48,14 @@ from .atlas import AtlasConfig
 from .core import Section, UserError, content_hash, file_hash, read_json, read_table, write_beside, write_json
 from .endpoint import check_destination, host_of
 from .evaluation import EvaluationConfig
-from .exemplars import ExemplarsConfig
+from .exemplars import Exemplars, ExemplarsConfig
 from .extraction import ExtractionConfig
 from .figures import FiguresConfig
 from .grammar import CONCEPTS
-from .interpretation import InterpretationConfig, description_names_truth, interpretation_summary
+from .interpretation import InterpretationConfig, check_needs, description_names_truth, estimate, interpretation_summary, planned, tell_estimate
 from .mini import DecoderConfig
 from .portraits import PortraitsConfig
+from .protocols import read_protocol
 from .sae import MatryoshkaSAE, SAEConfig
 from .steering import SteeringConfig, steering_summary
 from .store import Store
@@ -157,7 +159,7 @@ class Stage:
     name: str
     sections: tuple[str, ...]       # of the config
     needs: tuple[str, ...]          # earlier stages
-    modules: tuple[str, ...]        # whose code counts
+    modules: tuple[str, ...]        # whose code counts; or folders of the package
     owns: tuple[str, ...]           # files and folders of the run that only this stage writes
     outside: tuple[str, ...] = ()   # "studies", "model": what comes from outside the run
     keeps: tuple[str, ...] = ()     # files that know themselves under which settings they were made: they stay when those change
@@ -168,20 +170,22 @@ STAGES = {s.name: s for s in (
     Stage("train", ("sae", "training"), ("extract",), ("sae", "training", "kernels", "ranks"),
           ("sae/sae.safetensors", "sae/config.json", "sae/metrics.jsonl", "sae/checkpoint")),
     Stage("evaluate", ("evaluation",), ("train",), ("evaluation",), ("sae/evaluation.json", "sae/concepts.parquet")),
-    Stage("exemplars", ("exemplars",), ("train",), ("exemplars",), ("exemplars",)),
-    Stage("interpret", ("interpretation",), ("exemplars",), ("interpretation", "endpoint", "lexical"), ("interpretations/interpretations.parquet",)),
+    Stage("exemplars", ("exemplars",), ("train",), ("exemplars", "negatives", "findings"), ("exemplars",)),
+    Stage("interpret", ("interpretation",), ("exemplars",),
+          ("interpretation", "endpoint", "lexical", "protocols", "assets/protocols", "assets/prompts"), ("interpretations/interpretations.parquet",)),
     Stage("steer", ("steering",), ("evaluate", "interpret"), ("steering", "interventions", "judges", "effects", "findings", "grammar"), ("steering",),
           keeps=("steering/generations.parquet", "steering/ledger.sqlite")),
     Stage("portray", ("portraits",), ("train",), ("portraits",), ("portraits",), ("studies", "model")),
     Stage("figures", ("figures",), ("steer",), ("figures",), ("figures",)),
     Stage("atlas", ("atlas",), ("figures", "portray"), ("atlas",), ("atlas", "report.html")))}
 
-# %% ../nbs/13_run.ipynb #1e674c2e
+# %% ../nbs/13_run.ipynb #41d2af3a
 PACKAGE = Path(saerad.__file__).parent
 
 def code_version(modules: Sequence[str]) -> str:
-    """Hash of the source of some of saerad's modules."""
-    return content_hash([file_hash(PACKAGE / f"{m}.py") for m in modules])
+    """Hash of the source of some of saerad's modules, or of all files in folders of the package."""
+    files = [f for m in modules for f in (sorted((PACKAGE / m).glob("*.*")) if (PACKAGE / m).is_dir() else [PACKAGE / f"{m}.py"])]
+    return content_hash([file_hash(f) for f in files])
 
 def plan(config: Config, studies: str, model: str) -> dict[str, str]:
     """Key of every stage, in order, given the hashes of the studies and of the model."""
@@ -262,14 +266,16 @@ def do_evaluate(run: Run) -> None:
     from saerad.evaluation import evaluate
     evaluate(run.store, run.sae, run.subject, run.source, run.config.evaluation, run / "sae")
 
-# %% ../nbs/13_run.ipynb #46f5bf0a
+# %% ../nbs/13_run.ipynb #372366dc
 def do_exemplars(run: Run) -> None:
     from saerad.exemplars import collect_exemplars
+    from saerad.negatives import add_near_misses
     collect_exemplars(run.store, run.sae, run.config.exemplars, run.config.seed, run / "exemplars")
+    add_near_misses(run.store, run.sae, run.config.exemplars, run.config.seed, run / "exemplars")
 
 def do_interpret(run: Run) -> None:
     from saerad.interpretation import interpret
-    interpret(run / "exemplars", run.config.interpretation, run.config.seed, run.source, run / "interpretations")
+    interpret(run / "exemplars", run.config.interpretation, run.config.seed, run.source, run / "interpretations", run.sae)
 
 def do_steer(run: Run) -> None:
     from saerad.effects import analyse, some_activations
@@ -400,10 +406,11 @@ def check_room(run: Run, d: int) -> None:
     raise UserError(f"the store needs about {needed / 1e9:.1f} GB, but {place} has {free / 1e9:.1f} GB free; "
                     "make room, or choose another folder with --out.")
 
-# %% ../nbs/13_run.ipynb #5992e89f
+# %% ../nbs/13_run.ipynb #4db868a0
 def check_endpoint(run: Run) -> None:
     """The interpreter's endpoint answers and may see the text."""
     cfg = run.config.interpretation
+    read_protocol(cfg.protocol)
     if cfg.interpreter == "lexical": return
     check_destination(cfg, run.source.may_leave)
     if (run / "interpretations/ledger.sqlite").exists(): return  # answers that are there already need no endpoint
@@ -505,14 +512,33 @@ def run_command(config: ConfigPath, settings: Settings = None, out: Out = None, 
     """Do the whole study that a config describes."""
     start(config, settings, out, first, check, "atlas")
 
-# %% ../nbs/13_run.ipynb #ec4a8860
+# %% ../nbs/13_run.ipynb #10a499b2
 def _add_stage(name: str) -> None:
     def command(config: ConfigPath, settings: Settings = None, out: Out = None, first: From = None, check: Check = False) -> None:
         start(config, settings, out, first, check, name)
     app.command(name, help=f"Do a run up to the stage {name!r}; what is finished is skipped.")(command)
 
 for _name in STAGES:
-    if _name != "subject": _add_stage(_name)
+    if _name not in ("subject", "interpret"): _add_stage(_name)
+
+@app.command("interpret")
+def interpret_command(config: ConfigPath, settings: Settings = None, out: Out = None, first: From = None, check: Check = False,
+                      estimate: Annotated[bool, typer.Option("--estimate", help="say what it would cost, and do nothing")] = False) -> None:
+    """Do a run up to the stage 'interpret'; what is finished is skipped."""
+    if not estimate: return start(config, settings, out, first, check, "interpret")
+    read = load_config(config, settings or [])
+    print(f"{config}: {estimate_of(Run(read, out or Path(read.out)))}")
+
+def estimate_of(run: Run) -> str:
+    """What interpreting would need and cost, by the run's exemplars, or before there are any as if every feature had all its contexts."""
+    cfg, made = run.config.interpretation, run / "exemplars/features.parquet"
+    if made.exists(): return tell_estimate(check_needs(Exemplars(run / "exemplars"), cfg), cfg)
+    table, some = planned(run.config.sae.expansion * _width(run.config), run.config.exemplars)
+    return tell_estimate(estimate(table, cfg, some), cfg) + "; all features counted, for there are no exemplars yet"
+
+def _width(config: Config) -> int:
+    "Width of the residual stream; MAIRA-2's is known without its gated files."
+    return 4096 if config.subject.model == "microsoft/maira-2" else model_shape(config)[0]
 
 # %% ../nbs/13_run.ipynb #2d192017
 @app.command()
