@@ -344,6 +344,7 @@ def _judged(run: RunTables) -> pd.DataFrame:
     "Judgements with degenerate reports as an outcome of their own."
     table = run.table("steering/judgements.parquet")
     if "control" not in table: table["control"] = False
+    if "method" in table: table = table[~table.control | ((table.method == "random") & (table["image"] == "shown"))]
     return table.assign(outcome=table.outcome.where(~table.degenerate.astype(bool), "degenerate"))
 
 def draw_steering(numbers: pd.DataFrame, ax: Axes) -> None:

@@ -35,10 +35,11 @@ from .store import Store
 from .studies import Source, Study
 from .subjects import Subject
 
-# %% ../nbs/10b_methods.ipynb #ddf0cf93
+# %% ../nbs/10b_methods.ipynb #6a767a29
 class MethodsConfig(Section):
     """How large the comparison of methods is."""
     min_f1: float = Field(0.9, ge=0, le=1)          # of a concept's feature, over tokens of test patients
+    at_least: int = Field(8, ge=2)                  # where fewer concepts reach it, the best so many are taken
     doses: tuple[float, ...] = (0.3, 0.6, 1.2)      # both signs; in typical residual lengths (the SAE's scale)
     validation_studies: int = Field(6, ge=1)        # on which each concept's and method's dose is chosen
     test_studies: int = Field(16, ge=2)
@@ -74,12 +75,14 @@ def _threshold(z: np.ndarray, there: np.ndarray) -> tuple[float, float]:
     levels = [0.0, *np.quantile(z[z > 0], np.linspace(0.05, 0.9, 19))] if (z > 0).any() else [0.0]
     return max((_f1(z > level, there), float(level)) for level in levels)
 
-# %% ../nbs/10b_methods.ipynb #f14fa932
+# %% ../nbs/10b_methods.ipynb #7e90642d
 def targets_of(features: pd.DataFrame, source: Source, cfg: MethodsConfig) -> dict[str, Target]:
-    """Target of every concept that has a good enough feature and can be stated in the findings."""
+    """Target of every concept that has a good enough feature and can be stated in the findings, the best features first."""
     said = {name for s in source.split("train")[:300] for w in s.truth.words.get("findings", ()) for name in w.concepts}
-    good = features[(features.f1 >= cfg.min_f1) & features.concept.isin(said)]
-    return {name: t for name in good.concept if (t := target_of(name.replace("_", " ")))}
+    named = {name: target_of(name.replace("_", " ")) for name in features.sort_values("f1", ascending=False).concept if name in said}
+    able = [name for name, target in named.items() if target]
+    good = set(features[features.f1 >= cfg.min_f1].concept)
+    return {name: named[name] for i, name in enumerate(able) if name in good or i < cfg.at_least}
 
 # %% ../nbs/10b_methods.ipynb #615bb986
 @dataclass(frozen=True)

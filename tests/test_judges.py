@@ -88,6 +88,8 @@ def test_judges_follow_the_source():
     assert judges_of(phantom, JudgeConfig()) == ("parser", "rules") and judges_of(real, JudgeConfig()) == ("rules",)
     with pytest.raises(UserError, match="phantom's reports only"): judges_of(real, JudgeConfig(judges=("parser",)))
     with pytest.raises(UserError, match="different judges"): judges_of(real, JudgeConfig(judges=("rules", "rules")))
+    with pytest.raises(UserError, match="steering.endpoint.allow_text_to"): judges_of(real, JudgeConfig(judges=("rules", "openai")))
+    assert judges_of(phantom, JudgeConfig(judges=("openai",), endpoint=EndpointConfig(base_url="http://127.0.0.1:1/v1"))) == ("openai",)
     assert not Target()
 
 
