@@ -7,7 +7,7 @@ __all__ = ['SHARES', 'EFFECTS', 'PREDICTORS', 'share_interval', 'outcome_shares'
            'output_scores', 'geometry', 'co_activation', 'some_activations', 'predicted_steerability',
            'prediction_quality', 'analyse', 'steerability']
 
-# %% ../nbs/10a_effects.ipynb #f0a9a7d5
+# %% ../nbs/10a_effects.ipynb #70288ded
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from jaxtyping import Float
 from scipy import sparse
 from scipy.stats import spearmanr
 from sklearn.linear_model import RidgeCV
-from sklearn.model_selection import LeaveOneOut, cross_val_predict
+from sklearn.model_selection import KFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
@@ -148,13 +148,14 @@ def some_activations(store: Store, sae: MatryoshkaSAE, most: int = 20_000) -> sp
     rows = store.where("train")
     return encode_rows(sae, store, rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(int)])
 
-# %% ../nbs/10a_effects.ipynb #515a749c
+# %% ../nbs/10a_effects.ipynb #dc48c164
 def predicted_steerability(table: pd.DataFrame, predictors: Sequence[str] = PREDICTORS, measured: str = "measured") -> pd.DataFrame:
-    """`table` with `predicted`: each feature's from a ridge regression on the other features (none of its own are seen)."""
+    """`table` with `predicted`: from a ridge regression on the features outside a feature's own fifth."""
     used = [p for p in predictors if p in table and table[p].notna().all() and table[p].nunique() > 1]
     if len(table) < 4 or not used: return table.assign(predicted=float("nan"))
     model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-1, 3, 9)))
-    return table.assign(predicted=cross_val_predict(model, table[used].to_numpy(), table[measured].to_numpy(), cv=LeaveOneOut()))
+    hands = KFold(min(5, len(table)), shuffle=True, random_state=0)
+    return table.assign(predicted=cross_val_predict(model, table[used].to_numpy(), table[measured].to_numpy(), cv=hands))
 
 def prediction_quality(table: pd.DataFrame, seed: int = 0, shuffles: int = 200, **kwargs: Any) -> dict[str, float]:
     """Spearman's ρ between predicted and measured, and the share of `shuffles` with measurements shuffled that do as well (p)."""

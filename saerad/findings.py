@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PHANTOM_KINDS', 'KINDS', 'SIDES', 'ZONES', 'SEVERITIES', 'CHANGES', 'CERTAINTIES', 'NAMES', 'NOT_MEANT',
            'CLAUSE_STARTS', 'ADVICE', 'CUES', 'ATTRIBUTES', 'ATTRIBUTE_WORDS', 'ENDOTRACHEAL_ZONES', 'NORMAL_SUBJECTS',
-           'NORMAL_WORDS', 'OUTSIDE', 'MARKS', 'Finding', 'Reading', 'phrases', 'mentions', 'sentences', 'certainty_of',
-           'attributes_of', 'denied_by_normality', 'Statement', 'statements', 'read_findings', 'describe_finding',
-           'marked']
+           'NORMAL_WORDS', 'OUTSIDE', 'CHEXPERT', 'MARKS', 'Finding', 'Reading', 'phrases', 'mentions', 'sentences',
+           'certainty_of', 'attributes_of', 'denied_by_normality', 'Statement', 'statements', 'read_findings',
+           'chexpert', 'describe_finding', 'marked']
 
 # %% ../nbs/00a_findings.ipynb #9f6e7551
 import html
@@ -327,6 +327,26 @@ def read_findings(text: str) -> Reading:
     silent = "\n".join(m.group() for i, m in enumerate(_SENTENCE.finditer(text)) if i not in heard)
     unread = [s for s in sentences(silent) if not _OUTSIDE.search(s)]
     return Reading(tuple(dict.fromkeys(s.finding for s in said)), tuple(unread))
+
+# %% ../nbs/00a_findings.ipynb #5216ea97
+CHEXPERT: dict[str, tuple[str, ...]] = {
+    "Enlarged Cardiomediastinum": ("enlarged_mediastinum",), "Cardiomegaly": ("cardiomegaly",), "Lung Opacity": ("opacity",),
+    "Lung Lesion": ("nodule",), "Edema": ("oedema",), "Consolidation": ("consolidation",), "Pneumonia": ("pneumonia",),
+    "Atelectasis": ("atelectasis",), "Pneumothorax": ("pneumothorax",), "Pleural Effusion": ("effusion",),
+    "Pleural Other": ("pleural_other",), "Fracture": ("fracture",),
+    "Support Devices": ("endotracheal_tube", "enteric_tube", "central_line", "picc", "chest_tube", "pacemaker",
+                        "sternotomy_wires", "support_device")}
+
+def chexpert(reading: Reading) -> dict[str, int | None]:
+    """The fourteen CheXpert labels of a reading: 1 present, -1 uncertain, 0 absent (or resolved), None not mentioned."""
+    value = {"present": 1, "uncertain": -1, "absent": 0}
+    said: dict[str, list[int]] = {}
+    for f in reading.findings: said.setdefault(f.kind, []).append(0 if f.change == "resolved" else value[f.certainty])
+    def strongest(kinds: tuple[str, ...]) -> int | None:
+        return max((v for k in kinds for v in said.get(k, ())), key=(0, -1, 1).index, default=None)
+    labels = {name: strongest(kinds) for name, kinds in CHEXPERT.items()}
+    found = any(v for kind, values in said.items() if kind not in CHEXPERT["Support Devices"] for v in values)
+    return {"No Finding": None if found else 1} | labels
 
 # %% ../nbs/00a_findings.ipynb #203ec6ca
 MARKS = {"present": "#f6b48f", "uncertain": "#f7dc8b", "absent": "#b5d9f0"}

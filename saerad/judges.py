@@ -8,7 +8,7 @@ __all__ = ['LINES', 'TUBES', 'LOOSE_NAMES', 'LOOSE_WORDS', 'NOT_A_PROMISE', 'ATT
            'repeats', 'unread_share', 'broken', 'is_critical', 'harms_of', 'Judgement', 'judge', 'judges_of',
            'reader_named', 'reader_of', 'judge_prompt', 'parse_verdict', 'Verdict', 'LanguageJudge', 'agreement']
 
-# %% ../nbs/09b_judges.ipynb #827d316c
+# %% ../nbs/09b_judges.ipynb #0af00e07
 import json
 import re
 from collections import Counter
@@ -24,7 +24,7 @@ from pydantic import Field
 from sklearn.metrics import cohen_kappa_score
 
 from .core import Section, UserError, rng
-from .endpoint import Endpoint, EndpointConfig, Ledger, Message
+from .endpoint import Endpoint, EndpointConfig, Ledger, Message, check_destination
 from saerad.findings import (
     ATTRIBUTE_WORDS,
     SEVERITIES,
@@ -242,15 +242,17 @@ def judge(baseline: str, steered: str, target: Target, reader: Reader = read_fin
                      repeats(steered), round(unread_share(steered, new), 4), why,
                      () if why else harms_of(old, found))
 
-# %% ../nbs/09b_judges.ipynb #807ee634
+# %% ../nbs/09b_judges.ipynb #929a4f2b
 def judges_of(source: Source, cfg: JudgeConfig) -> tuple[str, ...]:
-    """Names of the judges, the one whose verdict counts first; raises `UserError` for one that cannot judge this source."""
+    """Names of the judges, the one whose verdict counts first; raises `UserError` for one that cannot judge this source or may not see it."""
     phantom = source.spec.startswith("phantom:")
     if cfg.judges is None: return ("parser", "rules") if phantom else ("rules",)
     if not cfg.judges or len(set(cfg.judges)) < len(cfg.judges):
         raise UserError(f"steering.judges is {list(cfg.judges)}; name one or more different judges.")
     if "parser" in cfg.judges and not phantom:
         raise UserError(f"steering.judges names the parser, which reads phantom's reports only, and not {source.spec}; use rules.")
+    if "openai" in cfg.judges:
+        with _named(): check_destination(cfg.endpoint, source.may_leave)
     return cfg.judges
 
 def reader_named(judge: str) -> Reader:

@@ -20,6 +20,7 @@ from saerad.findings import (
     Finding,
     Reading,
     certainty_of,
+    chexpert,
     describe_finding,
     marked,
     mentions,
@@ -108,6 +109,18 @@ def test_marks_escape_and_keep_the_text():
     page = marked(text)
     assert "<b>" not in page and page.count("<mark") == 2
     assert re.sub("<[^>]*>", "", page) == "A &lt;b&gt;small&lt;/b&gt; effusion &amp; no nodule."
+
+
+@pytest.mark.parametrize(("text", "labels"), [
+    ("Clear lungs. No effusion. Left PICC.", {"No Finding": 1, "Consolidation": 0, "Lung Opacity": 0, "Pleural Effusion": 0, "Support Devices": 1}),
+    ("Possible pneumonia. No pneumothorax.", {"No Finding": None, "Pneumonia": -1, "Pneumothorax": 0}),
+    ("Small left effusion. No right effusion.", {"No Finding": None, "Pleural Effusion": 1}),
+    ("The chest tube has been removed.", {"No Finding": 1, "Support Devices": 0}),
+    ("The chest tube has been removed. Left PICC.", {"No Finding": 1, "Support Devices": 1}),
+    ("Hiatal hernia.", {"No Finding": None}), ("", {"No Finding": 1})])
+def test_chexpert_labels(text, labels):
+    told = chexpert(read_findings(text))
+    assert len(told) == 14 and {k: v for k, v in told.items() if v is not None} == {k: v for k, v in labels.items() if v is not None}
 
 
 WORDS = ["no", "small", "left", "right", "effusion", "pneumothorax", "may", "but", "there", "is", "not", "excluded", "heart", "normal",

@@ -18,8 +18,8 @@ from saerad import steering
 from saerad.core import UserError, read_json, read_table
 from saerad.endpoint import EndpointConfig
 from saerad.findings import Finding, Reading, read_findings
-from saerad.sae import MatryoshkaSAE
 from saerad.judges import OUTCOMES, Target, differences, direction, judge, on_target, reader_of, repeats, target_of
+from saerad.sae import MatryoshkaSAE
 from saerad.steering import (
     SteeringConfig,
     choose_features,
