@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['T', 'TOKEN_SCHEMA', 'DTYPES', 'PART', 'BLOCK', 'CHUNK', 'KINDS', 'NAMED', 'MEMORY', 'pack_rows', 'unpack_rows',
-           'checksum', 'StoreWriter', 'Store', 'ahead']
+           'checksum', 'StoreWriter', 'Store', 'ahead', 'deal']
 
 # %% ../nbs/04_store.ipynb #315e6b96
 import errno
@@ -287,7 +287,7 @@ def _sweep(folder: Path, keep: Callable[[str], bool], part: int | None = None) -
             if not name[3] or int(name[3]) // (1 if name[2] == "part" else PART) != part: continue
         path.unlink(missing_ok=True)
 
-# %% ../nbs/04_store.ipynb #1144dfc3
+# %% ../nbs/04_store.ipynb #1f11b65a
 def _reopen(folder: Path, key: str) -> None:
     "Make unfinished parts of a finished store with this key; remove the record of one with another."
     if not (folder / "store.json").exists(): return
@@ -310,7 +310,8 @@ def _split(folder: Path, meta: dict[str, Any]) -> None:
     for p, end in enumerate(meta["parts"]):
         shards = [s for s in meta["shards"] if len(meta["parts"]) == 1 or int(re.sub(r"\D", "", s["file"])) // PART == p]
         problems = [q for q in meta["problems"] if begin <= q["number"] < end]
-        write_json(folder / _part(p), {"key": meta["key"], "shards": shards, "problems": problems, "finished": end})
+        whole = all(_holds(folder / s["file"], s["xxh3"]) for s in shards)
+        write_json(folder / _part(p), {"key": meta["key"], "shards": shards, "problems": problems, "finished": end if whole else None})
         begin = end
 
 # %% ../nbs/04_store.ipynb #c75ccfd5
@@ -611,7 +612,7 @@ def _pool_size(self: Store, rows: int, batch_size: int, memory: int) -> int:
     size = memory // 3 // sum(int(np.prod(shape)) * kind.itemsize for shape, kind in self._kinds().values())
     return max(1, min(rows, size // batch_size * batch_size or size))
 
-# %% ../nbs/04_store.ipynb #060372bc
+# %% ../nbs/04_store.ipynb #5084d341
 @patch
 def batches(self: Store, split: str, batch_size: int, seed: int, start: int = 0,
             memory: int = MEMORY) -> Iterator[tuple[int, np.ndarray, Tensor]]:
@@ -625,13 +626,12 @@ def batches(self: Store, split: str, batch_size: int, seed: int, start: int = 0,
         has = ", ".join(self.meta["splits"])
         raise UserError(f"The store {self.folder} has no rows of the split {split!r}; it has {has}.")
     size = self._pool_size(sum(s.rows for s in shares), batch_size, memory)
-    return self._deal(self._filled(shares, start * batch_size, seed, split, size), batch_size, start)
+    return deal(ahead(self._filled(shares, start * batch_size, seed, split, size)), batch_size, start)
 
-@patch
-def _deal(self: Store, pools: Iterator[tuple[int, dict[str, np.ndarray]]], size: int, step: int) -> Iterator[tuple[int, np.ndarray, Tensor]]:
-    "Batches from pools; one that reaches the end of a pool takes its last rows from the next."
+def deal(pools: Iterator[tuple[int, dict[str, np.ndarray]]], size: int, step: int) -> Iterator[tuple[int, np.ndarray, Tensor]]:
+    """Batches of `size` rows from pools in order, from `step` on; one that reaches the end of a pool takes its last rows from the next."""
     rest: list[dict[str, np.ndarray]] = []
-    for first, pool in ahead(pools):
+    for first, pool in pools:
         at, n = max(step * size - first, 0), len(pool["order"])
         while at < n:
             end = at + size - sum(len(r["order"]) for r in rest)
