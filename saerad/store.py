@@ -140,17 +140,17 @@ def _give_up(path: Path, handle: int) -> None:
     path.unlink(missing_ok=True)
     os.close(handle)
 
-# %% ../nbs/04_store.ipynb #9c9d58d0
+# %% ../nbs/04_store.ipynb #a5f3b548
 class StoreWriter:
     """Write a store, or one part of it, study by study; one that was killed goes on where it was and ends with the same bytes.
 
     `key` is the hash of everything the rows depend on: files of another key are removed first. `next_study` says with which
     study to begin; `add` or `skip` is then called once for each from there on. Memory: two shards.
-    Raises `UserError` where another process writes the same part or the disk is full.
+    `seed` draws the order of the rows within shards. Raises `UserError` where another process writes the same part or the disk is full.
     """
     def __init__(self, folder: Path | str, key: str, d: int, dtype: str = "float32", rows_per_shard: int = 16384,
-                 made_from: dict[str, Any] | None = None, part: int = 0, parts: int = 1, first_study: int = 0):
-        self.folder, self.key, self.d, self.dtype = Path(folder), key, d, dtype
+                 made_from: dict[str, Any] | None = None, part: int = 0, parts: int = 1, first_study: int = 0, seed: int = 0):
+        self.seed, self.folder, self.key, self.d, self.dtype = seed, Path(folder), key, d, dtype
         self.rows_per_shard, self.made_from, self.part, self.parts = rows_per_shard, made_from or {}, part, parts
         self._lock = _take(self._lock_file)
         try:
@@ -175,12 +175,12 @@ class StoreWriter:
         self._thread.shutdown()
         _give_up(self._lock_file, self._lock)
 
-# %% ../nbs/04_store.ipynb #c0cc8b49
+# %% ../nbs/04_store.ipynb #9e45643b
 @patch
 def _begin_shard(self: StoreWriter, i: int) -> None:
     "Turn to the other buffer; its rows go to random places."
     self.begun, self.buffer, self.filled, self.pending = i, self._buffers[i % 2], 0, []
-    self.places = rng(0, "shard", self._number(i)).permutation(self.rows_per_shard)
+    self.places = rng(self.seed, "shard", self._number(i)).permutation(self.rows_per_shard)
 
 @patch
 def _number(self: StoreWriter, i: int) -> int:
