@@ -42,20 +42,21 @@ def write_plain(path: Path, x: torch.Tensor) -> None:
         for i in range(0, len(data), 16 * CHUNK): f.write(data[i:i + 16 * CHUNK])
 
 
-def read_plain(path: Path, shape: torch.Size) -> None:
-    """The same bytes out of one file, batch after batch, in order."""
-    with open(path, "rb") as f:
-        for _ in range(shape[0] // BATCH): torch.from_numpy(np.fromfile(f, np.float32, BATCH * shape[1]))
+def read_plain(path: Path, shape: torch.Size, epochs: int) -> None:
+    """The same bytes out of one file, batch after batch, in order, some times over."""
+    for _ in range(epochs):
+        with open(path, "rb") as f:
+            for _ in range(shape[0] // BATCH): torch.from_numpy(np.fromfile(f, np.float32, BATCH * shape[1]))
 
 
-def read_shuffled(store: Store) -> None:
-    """One epoch in shuffled batches."""
+def read_shuffled(store: Store, epochs: int) -> None:
+    """Some epochs in shuffled batches."""
     batches: Iterator = store.batches("train", BATCH, seed=0)
-    for _ in range(len(store) // BATCH): next(batches)
+    for _ in range(epochs * len(store) // BATCH): next(batches)
 
 
-def peer_reader(x: torch.Tensor, folder: Path) -> Callable[[], None] | None:
-    """One shuffled epoch of the same rows with Hugging Face datasets, from disk, where it is installed."""
+def peer_reader(x: torch.Tensor, folder: Path, epochs: int) -> Callable[[], None] | None:
+    """Some shuffled epochs of the same rows with Hugging Face datasets, from disk, where it is installed."""
     if not find_spec("datasets"): return None
     import datasets
     datasets.disable_progress_bars()
@@ -64,8 +65,9 @@ def peer_reader(x: torch.Tensor, folder: Path) -> Callable[[], None] | None:
     data = datasets.load_from_disk(folder).with_format("torch")
 
     def read() -> None:
-        shuffled = data.shuffle(seed=0)
-        for i in range(0, len(data) - BATCH, BATCH): shuffled[i:i + BATCH]
+        for seed in range(epochs):
+            shuffled = data.shuffle(seed=seed)
+            for i in range(0, len(data), BATCH): shuffled[i:i + BATCH]["x"]
     return read
 
 
@@ -95,22 +97,22 @@ def memory(gigabytes: float, temporary: str, d: int = 4096) -> tuple[float, floa
 
 def measure(quick: bool) -> tuple[str, dict, dict, dict]:
     """The shape, our gigabytes a second, theirs, and ours over theirs; where there is time, memory at three sizes of a store."""
-    rows, d, rounds = (1 << 15, 4096, 3) if quick else (1 << 17, 4096, 5)
+    rows, d, rounds, epochs = (1 << 15, 4096, 3, 4) if quick else (1 << 17, 4096, 5, 2)
     sizes = json.loads(os.environ.get("SAERAD_STORE_SIZES", "[]" if quick else "[1, 4, 16]"))
     x = torch.randn(rows, d, generator=torch_rng(0, "bench", "store"))
     tables = [tokens(i, min(STUDY, rows - begin)) for i, begin in enumerate(range(0, rows, STUDY))]
     with tempfile.TemporaryDirectory() as temporary:
         folder, plain = Path(temporary) / "activations", Path(temporary) / "plain"
         wrote = alternate(rounds, ours=lambda: write_store(folder, x, tables), plain=lambda: write_plain(plain, x))
-        store, peer = Store.open(folder), peer_reader(x, Path(temporary) / "datasets")
-        works = {"ours": lambda: read_shuffled(store), "plain": lambda: read_plain(plain, x.shape)}
+        store, peer = Store.open(folder), peer_reader(x, Path(temporary) / "datasets", epochs)
+        works = {"ours": lambda: read_shuffled(store, epochs), "plain": lambda: read_plain(plain, x.shape, epochs)}
         took = alternate(rounds, **works, **({"datasets": peer} if peer else {}))
         size = x.nbytes / 1e9
         del x, store, peer
         held = {f"memory_{gb}_gb": memory(gb, temporary) for gb in progress(sizes, "stores of several sizes")}
-    ours = {"sequential_write": size / wrote["ours"], "sequential_read": size / took["ours"], "peer_reader": size / took["ours"]}
-    peers = {"sequential_write": size / wrote["plain"], "sequential_read": size / took["plain"],
-             "peer_reader": size / took["datasets"] if "datasets" in took else None}
+    read = {name: epochs * size / seconds for name, seconds in took.items()}
+    ours = {"sequential_write": size / wrote["ours"], "sequential_read": read["ours"], "peer_reader": read["ours"]}
+    peers = {"sequential_write": size / wrote["plain"], "sequential_read": read["plain"], "peer_reader": read.get("datasets")}
     ratios = {k: ours[k] / peers[k] if peers[k] else None for k in ours}
     return f"{rows} rows of {d} float32, batches of {BATCH}, GB/s", ours | held, peers, ratios
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ExtractionConfig', 'kept_tokens', 'token_table', 'hooked_rows', 'residuals', 'batches_by_length', 'Laid', 'laid_out',
-           'windows_of', 'with_own_reports', 'to_host', 'one_behind', 'passes', 'hookpoints', 'rows_of', 'alone_at',
-           'folder_of', 'store_key', 'finished', 'world', 'parts_of', 'meet', 'extract']
+           'windows_of', 'with_own_reports', 'to_host', 'one_behind', 'passes', 'hookpoints', 'rows_of', 'read_windows',
+           'alone_at', 'folder_of', 'store_key', 'finished', 'world', 'parts_of', 'meet', 'extract']
 
 # %% ../nbs/03_extraction.ipynb #94eefc2e
 import os
@@ -188,13 +188,17 @@ def hookpoints(cfg: ExtractionConfig) -> list[int]:
     """The layers that are recorded, the main one first."""
     return list(dict.fromkeys([cfg.layer, *cfg.more_layers]))
 
-# %% ../nbs/03_extraction.ipynb #8b991daf
+# %% ../nbs/03_extraction.ipynb #9878daff
 def rows_of(subject: Subject, studies: Sequence[Study], cfg: ExtractionConfig) -> Iterator[Laid]:
     """Every study in order, with its kept rows by layer (on the host, in raw residual units) and their tokens, or with its problem.
 
     Raises `UserError` that names study and layer where the model's activations are not finite.
     """
-    for window, batch, landing in one_behind(passes(subject, windows_of(subject, studies, cfg), cfg)):
+    return read_windows(subject, windows_of(subject, studies, cfg), cfg)
+
+def read_windows(subject: Subject, windows: Iterator[list[Laid]], cfg: ExtractionConfig) -> Iterator[Laid]:
+    """The same for studies that have been laid out."""
+    for window, batch, landing in one_behind(passes(subject, windows, cfg)):
         sizes = [int(laid.keep.sum()) for laid in batch]
         for layer, landed in landing.items():
             for laid, rows in zip(batch, landed().split(sizes), strict=True): laid.rows[layer] = _finite(rows, laid.study, layer)
@@ -230,7 +234,7 @@ def finished(out: Path | str, key: str) -> Store | None:
         return None
     return store if store.meta["key"] == key else None
 
-# %% ../nbs/03_extraction.ipynb #02dba9bf
+# %% ../nbs/03_extraction.ipynb #9c9a4802
 def world() -> tuple[int, int]:
     """Rank of this process and number of ranks, as torchrun says; 0 of 1 for a process on its own."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -240,12 +244,14 @@ def parts_of(studies: int, cfg: ExtractionConfig, rank: int = 0, ranks: int = 1)
     size = cfg.studies_per_part
     return [(p, p * size, min((p + 1) * size, studies)) for p in range(rank, -(-studies // size), ranks)]
 
-def meet() -> None:
-    """Wait until all ranks of this torchrun are here, where there are several."""
-    if world()[1] == 1 or "MASTER_ADDR" not in os.environ: return
-    dist.init_process_group("gloo", timeout=timedelta(days=7))
+def meet(go: bool = True) -> bool:
+    """Wait until all ranks of this torchrun are here, where there are several; gives what the first rank says."""
+    if world()[1] == 1 or "MASTER_ADDR" not in os.environ: return go
+    if not dist.is_initialized(): dist.init_process_group("gloo", timeout=timedelta(days=7))
+    said = [go]
+    dist.broadcast_object_list(said, src=0)
     dist.barrier()
-    dist.destroy_process_group()
+    return said[0]
 
 # %% ../nbs/03_extraction.ipynb #a5ff8c1d
 def extract(source: Source, subject: Subject, cfg: ExtractionConfig, out: Path | str) -> Store | None:

@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'PACKAGE', 'SUMMARY', 'app', 'ConfigPath', 'Settings', 'Out', 'From', 'Check', 'StoreFolder', 'review',
            'mini', 'SubjectSection', 'Config', 'known_keys', 'nearest_key', 'with_settings', 'validated', 'changed',
            'load_config', 'Stage', 'code_version', 'plan', 'Run', 'files_of', 'is_finished', 'remove', 'locked',
-           'do_subject', 'do_extract', 'do_train', 'do_evaluate', 'do_exemplars', 'do_interpret', 'do_steer',
+           'do_subject', 'do_extract', 'assist', 'do_train', 'do_evaluate', 'do_exemplars', 'do_interpret', 'do_steer',
            'do_portray', 'do_figures', 'do_atlas', 'summarise', 'check', 'check_studies', 'model_folder',
            'model_settings', 'model_shape', 'check_room', 'check_endpoint', 'run_config', 'do_stage', 'versions',
            'peak_memory', 'write_config', 'model_hash', 'start', 'run_command', 'interpret_command', 'estimate_of',
@@ -49,7 +49,7 @@ from .core import Section, UserError, content_hash, file_hash, read_json, read_t
 from .endpoint import check_destination, host_of
 from .evaluation import EvaluationConfig
 from .exemplars import Exemplars, ExemplarsConfig
-from .extraction import ExtractionConfig
+from .extraction import ExtractionConfig, hookpoints, meet, world
 from .figures import FiguresConfig
 from .grammar import CONCEPTS
 from .interpretation import InterpretationConfig, check_needs, description_names_truth, estimate, interpretation_summary, planned, tell_estimate
@@ -256,7 +256,14 @@ def do_subject(run: Run) -> None:
 
 def do_extract(run: Run) -> None:
     from saerad.extraction import extract
+    meet()
     extract(run.source, run.subject, run.config.extraction, run / "activations")
+
+def assist(run: Run) -> dict[str, Any]:
+    """What a further rank of torchrun does: its share of the extraction, once the first rank has come to it."""
+    from saerad.extraction import extract
+    if meet(): extract(run.source, run.subject, run.config.extraction, run / "activations")
+    return {}
 
 def do_train(run: Run) -> None:
     from saerad.training import train_sae
@@ -355,8 +362,10 @@ def check(run: Run) -> None:
     """Raise `UserError` for whatever would stop the run later; writes nothing."""
     check_studies(run.source)
     d, layers = model_shape(run.config)
-    layer, sae = run.config.extraction.layer, run.config.sae
-    if not 0 <= layer < layers: raise UserError(f"extraction.layer is {layer}, but the subject model has layers 0 to {layers - 1}; choose one.")
+    sae = run.config.sae
+    for layer in hookpoints(run.config.extraction):
+        if 0 <= layer < layers: continue
+        raise UserError(f"extraction.layer is {layer}, but the subject model has layers 0 to {layers - 1}; choose one.")
     if sae.k > sae.expansion * d: raise UserError(f"sae.k is {sae.k}, but the dictionary has only {sae.expansion * d} features "
                                                   f"(expansion {sae.expansion} times width {d}); choose a smaller k.")
     check_room(run, d)
@@ -399,7 +408,7 @@ def model_shape(config: Config) -> tuple[int, int]:
 def check_room(run: Run, d: int) -> None:
     """The disk has room for the store, judged from the length of the texts."""
     characters = sum(len(text) for study in run.source for text in study.sections.values())
-    needed = characters / 4 * d * (2 if run.config.extraction.dtype == "bfloat16" else 4)
+    needed = characters / 4 * d * {"int8": 1, "bfloat16": 2, "float32": 4}[run.config.extraction.dtype] * len(hookpoints(run.config.extraction))
     place = next(p for p in (run.out.absolute(), *run.out.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
     if (run / "activations/store.json").exists() or needed < free: return
@@ -431,11 +440,14 @@ def run_config(config: Config, out: Path | str | None = None, first: str | None 
     names = [name for name in keys if list(STAGES).index(name) <= list(STAGES).index(last)]
     if first and first not in names: raise UserError(f"--from {first} is not a stage of this command; its stages are {', '.join(names)}.")
     forced = names[names.index(first):] if first else []
+    if world()[0]: return assist(run)
     if any(name in forced or not is_finished(run, STAGES[name], keys[name]) for name in names): check(run)
     with locked(run.out):
         write_config(run)
         for name in names:
-            if name not in forced and is_finished(run, STAGES[name], keys[name]): say(f"{name:<10} finished before")
+            if name not in forced and is_finished(run, STAGES[name], keys[name]):
+                say(f"{name:<10} finished before")
+                if name == "extract": meet(False)
             else: do_stage(run, STAGES[name], keys, name in forced, say)
             summary = summarise(run)
             write_json(run / "summary.json", summary)
@@ -503,6 +515,7 @@ def start(config: Path, settings: list[str] | None, out: Path | None, first: str
         print(f"{config}: nothing stands in the way; the run would be in {out}")
         return
     summary = run_config(read, out, first, last)
+    if not summary: return      # a rank that only helped
     print(json.dumps(summary, indent=1))
     if (out / "report.html").exists(): print(f"\nreport: {out / 'report.html'}")
     print(f"peak memory {peak_memory()} GB")

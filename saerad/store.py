@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['T', 'TOKEN_SCHEMA', 'DTYPES', 'PART', 'BLOCK', 'CHUNK', 'KINDS', 'NAMED', 'MEMORY', 'pack_rows', 'unpack_rows',
-           'checksum', 'StoreWriter', 'Store', 'ahead']
+           'checksum', 'StoreWriter', 'Store', 'ahead', 'deal']
 
 # %% ../nbs/04_store.ipynb #315e6b96
 import errno
@@ -140,17 +140,17 @@ def _give_up(path: Path, handle: int) -> None:
     path.unlink(missing_ok=True)
     os.close(handle)
 
-# %% ../nbs/04_store.ipynb #9c9d58d0
+# %% ../nbs/04_store.ipynb #a5f3b548
 class StoreWriter:
     """Write a store, or one part of it, study by study; one that was killed goes on where it was and ends with the same bytes.
 
     `key` is the hash of everything the rows depend on: files of another key are removed first. `next_study` says with which
     study to begin; `add` or `skip` is then called once for each from there on. Memory: two shards.
-    Raises `UserError` where another process writes the same part or the disk is full.
+    `seed` draws the order of the rows within shards. Raises `UserError` where another process writes the same part or the disk is full.
     """
     def __init__(self, folder: Path | str, key: str, d: int, dtype: str = "float32", rows_per_shard: int = 16384,
-                 made_from: dict[str, Any] | None = None, part: int = 0, parts: int = 1, first_study: int = 0):
-        self.folder, self.key, self.d, self.dtype = Path(folder), key, d, dtype
+                 made_from: dict[str, Any] | None = None, part: int = 0, parts: int = 1, first_study: int = 0, seed: int = 0):
+        self.seed, self.folder, self.key, self.d, self.dtype = seed, Path(folder), key, d, dtype
         self.rows_per_shard, self.made_from, self.part, self.parts = rows_per_shard, made_from or {}, part, parts
         self._lock = _take(self._lock_file)
         try:
@@ -175,12 +175,12 @@ class StoreWriter:
         self._thread.shutdown()
         _give_up(self._lock_file, self._lock)
 
-# %% ../nbs/04_store.ipynb #c0cc8b49
+# %% ../nbs/04_store.ipynb #9e45643b
 @patch
 def _begin_shard(self: StoreWriter, i: int) -> None:
     "Turn to the other buffer; its rows go to random places."
     self.begun, self.buffer, self.filled, self.pending = i, self._buffers[i % 2], 0, []
-    self.places = rng(0, "shard", self._number(i)).permutation(self.rows_per_shard)
+    self.places = rng(self.seed, "shard", self._number(i)).permutation(self.rows_per_shard)
 
 @patch
 def _number(self: StoreWriter, i: int) -> int:
@@ -287,7 +287,7 @@ def _sweep(folder: Path, keep: Callable[[str], bool], part: int | None = None) -
             if not name[3] or int(name[3]) // (1 if name[2] == "part" else PART) != part: continue
         path.unlink(missing_ok=True)
 
-# %% ../nbs/04_store.ipynb #1144dfc3
+# %% ../nbs/04_store.ipynb #1f11b65a
 def _reopen(folder: Path, key: str) -> None:
     "Make unfinished parts of a finished store with this key; remove the record of one with another."
     if not (folder / "store.json").exists(): return
@@ -310,7 +310,8 @@ def _split(folder: Path, meta: dict[str, Any]) -> None:
     for p, end in enumerate(meta["parts"]):
         shards = [s for s in meta["shards"] if len(meta["parts"]) == 1 or int(re.sub(r"\D", "", s["file"])) // PART == p]
         problems = [q for q in meta["problems"] if begin <= q["number"] < end]
-        write_json(folder / _part(p), {"key": meta["key"], "shards": shards, "problems": problems, "finished": end})
+        whole = all(_holds(folder / s["file"], s["xxh3"]) for s in shards)
+        write_json(folder / _part(p), {"key": meta["key"], "shards": shards, "problems": problems, "finished": end if whole else None})
         begin = end
 
 # %% ../nbs/04_store.ipynb #c75ccfd5
@@ -611,7 +612,7 @@ def _pool_size(self: Store, rows: int, batch_size: int, memory: int) -> int:
     size = memory // 3 // sum(int(np.prod(shape)) * kind.itemsize for shape, kind in self._kinds().values())
     return max(1, min(rows, size // batch_size * batch_size or size))
 
-# %% ../nbs/04_store.ipynb #060372bc
+# %% ../nbs/04_store.ipynb #5084d341
 @patch
 def batches(self: Store, split: str, batch_size: int, seed: int, start: int = 0,
             memory: int = MEMORY) -> Iterator[tuple[int, np.ndarray, Tensor]]:
@@ -625,13 +626,12 @@ def batches(self: Store, split: str, batch_size: int, seed: int, start: int = 0,
         has = ", ".join(self.meta["splits"])
         raise UserError(f"The store {self.folder} has no rows of the split {split!r}; it has {has}.")
     size = self._pool_size(sum(s.rows for s in shares), batch_size, memory)
-    return self._deal(self._filled(shares, start * batch_size, seed, split, size), batch_size, start)
+    return deal(ahead(self._filled(shares, start * batch_size, seed, split, size)), batch_size, start)
 
-@patch
-def _deal(self: Store, pools: Iterator[tuple[int, dict[str, np.ndarray]]], size: int, step: int) -> Iterator[tuple[int, np.ndarray, Tensor]]:
-    "Batches from pools; one that reaches the end of a pool takes its last rows from the next."
+def deal(pools: Iterator[tuple[int, dict[str, np.ndarray]]], size: int, step: int) -> Iterator[tuple[int, np.ndarray, Tensor]]:
+    """Batches of `size` rows from pools in order, from `step` on; one that reaches the end of a pool takes its last rows from the next."""
     rest: list[dict[str, np.ndarray]] = []
-    for first, pool in ahead(pools):
+    for first, pool in pools:
         at, n = max(step * size - first, 0), len(pool["order"])
         while at < n:
             end = at + size - sum(len(r["order"]) for r in rest)

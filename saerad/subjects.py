@@ -10,6 +10,7 @@ __all__ = ['TOKEN_SECTIONS', 'VIEWS', 'MEAN', 'STD', 'HEADINGS', 'SPECIALS', 'MA
            'processor_subject', 'chat_subject', 'SubjectConfig', 'find_checkpoint', 'hash_checkpoint', 'open_subject']
 
 # %% ../nbs/02_subjects.ipynb #1c9c49db
+import os
 import re
 import warnings
 from bisect import bisect_right
@@ -541,7 +542,8 @@ def _hash_of_file(file: Path) -> str:
 def open_subject(cfg: SubjectConfig = SubjectConfig()) -> Subject:
     """The subject model of a config; raises `UserError` when it is missing, damaged or asks for code that was not allowed."""
     folder = find_checkpoint(cfg)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"        # torchrun gives every process of a machine a number
+    device = (own if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     known = {"hash": hash_checkpoint(folder, cfg.dtype), "max_report_tokens": cfg.max_report_tokens}
     name = folder.name if folder == Path(cfg.model).expanduser() else cfg.model
     if read_json(folder / "config.json").get("model_type") == "maira2":

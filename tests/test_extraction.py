@@ -1,6 +1,7 @@
 """Extraction: the right tokens, the right vectors, and the same bytes whatever happens on the way."""
 import hashlib
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -14,19 +15,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from saerad.core import UserError, rng
 from saerad.extraction import (
     ExtractionConfig,
+    alone_at,
     batches_by_length,
     extract,
+    folder_of,
+    hooked_rows,
     kept_tokens,
+    parts_of,
     residuals,
     token_table,
 )
 from saerad.store import Store
 from saerad.studies import Picture, Source, Study
-from saerad.subjects import Prompt, Subject, random_mini
+from saerad.subjects import Prompt, Subject, plain_subject, random_mini, train_tokenizer
 
 WORDS = "the lungs are clear no small left right pleural effusion with mild cardiomegaly tube in place".split()
 SMALL = ExtractionConfig(layer=1, batch_size=2, rows_per_shard=150)
@@ -83,12 +90,25 @@ def prompt_of(*runs: tuple[str, str, int]) -> Prompt:
     ({"image_tokens": "none"}, [8, 9, 11, 12]),
     ({"image_tokens": "last_of_view"}, [3, 6, 8, 9, 11, 12]),
     ({"image_tokens": "all"}, [1, 2, 3, 5, 6, 8, 9, 11, 12]),
+    ({"image_tokens": "sample:9"}, [1, 2, 3, 5, 6, 8, 9, 11, 12]),
     ({"boilerplate": True}, [0, 4, 6, 7, 8, 9, 10, 11, 12, 13]),
 ])
 def test_token_filter(settings: dict, expected: list[int]) -> None:
     prompt = prompt_of(("boilerplate", "", 1), ("image", "frontal", 3), ("boilerplate", "", 1), ("image", "prior", 2),
                        ("boilerplate", "", 1), ("indication", "", 2), ("boilerplate", "", 1), ("findings", "", 2), ("boilerplate", "", 1))
     assert np.flatnonzero(kept_tokens(prompt, ExtractionConfig(**settings))).tolist() == expected
+
+
+def test_sampled_image_tokens() -> None:
+    """So many of each study, without repetition, the same ones every time, others for another study."""
+    prompt = prompt_of(("boilerplate", "", 1), ("image", "frontal", 60), ("findings", "", 2))
+    cfg = ExtractionConfig(image_tokens="sample:8")
+    kept = np.flatnonzero(kept_tokens(prompt, cfg))
+    assert len(kept) == 10 and set(kept[-2:]) == {61, 62} and kept[0] > 0
+    assert np.array_equal(kept, np.flatnonzero(kept_tokens(prompt, cfg)))
+    assert not np.array_equal(kept, np.flatnonzero(kept_tokens(replace(prompt, study="other"), cfg)))
+    for wrong in ("sample:0", "sample:", "some"):
+        with pytest.raises(ValidationError): ExtractionConfig(image_tokens=wrong)
 
 
 def test_token_filter_of_views_side_by_side_and_of_text_alone() -> None:
@@ -251,3 +271,166 @@ def test_generated_reports(subject: Subject, source: Source, tmp_path: Path) -> 
     for study, report in zip(some.split("train"), written, strict=True):
         text = "".join(t["text"] for t in tokens if t["study"] == study.study and t["section"] == "findings")
         assert letters(text) == letters(report) != letters(study.sections["findings"])
+
+
+# --- several hookpoints
+
+def test_several_hookpoints_are_what_each_would_have_been_alone(subject: Subject, source: Source, tmp_path: Path) -> None:
+    """One pass, three stores; each has the bytes of a run that recorded it alone, and deals the same tokens in the same order."""
+    cfg = SMALL.model_copy(update={"more_layers": (3, 0)})
+    extract(source, subject, cfg, tmp_path / "together")
+    for layer in (1, 3, 0):
+        extract(source, subject, alone_at(cfg, layer), tmp_path / str(layer))
+        found = {n: h for n, h in contents_of_files(folder_of(tmp_path / "together", cfg, layer)).items()}
+        assert found == contents(tmp_path / str(layer))
+    dealt = [next(Store.open(folder_of(tmp_path / "together", cfg, layer)).batches("train", 64, seed=5))[1] for layer in (1, 3, 0)]
+    assert np.array_equal(dealt[0], dealt[1]) and np.array_equal(dealt[0], dealt[2])
+
+
+def contents_of_files(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+def test_the_pass_ends_at_the_deepest_hookpoint(subject: Subject, source: Source) -> None:
+    prompts, ran = teacher_forced(subject, source)[:2], []
+    layers = next(m for name, m in subject.model.named_modules() if name.endswith("language_model.layers"))
+    hooks = [m.register_forward_hook(lambda m, i, o, n=n: ran.append(n)) for n, m in enumerate(layers)]
+    found = hooked_rows(subject, prompts, [4, 1], [np.ones(len(p), dtype=bool) for p in prompts])
+    for hook in hooks: hook.remove()
+    assert set(ran) <= {0, 1, 2, 3, 4} and sorted(found) == [1, 4]
+    for layer, rows in found.items(): assert torch.equal(rows, torch.cat(residuals(subject, prompts, layer)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_shorter_rows(dtype: str, whole: Store, subject: Subject, source: Source, tmp_path: Path) -> None:
+    """Rounding takes far less than a thousandth of the variance of real activations."""
+    store = extract(source, subject, SMALL.model_copy(update={"dtype": dtype}), tmp_path)
+    x, y = (s.read(s.where()) for s in (whole, store))
+    assert 0 < (x - y).square().sum() / (x - x.mean(0)).square().sum() < 5e-4
+    assert store.tokens.equals(whole.tokens)
+
+
+# --- several processes
+
+def in_parts(**more: object) -> ExtractionConfig: return SMALL.model_copy(update={"studies_per_part": 4} | more)
+
+
+def rank_of(n: int, of: int, folder: Path, monkeypatch: pytest.MonkeyPatch, subject: Subject, source: Source) -> Store | None:
+    """What rank `n` of `of` does and gives, in this process."""
+    monkeypatch.setenv("RANK", str(n))
+    monkeypatch.setenv("WORLD_SIZE", str(of))
+    try: return extract(source, subject, in_parts(), folder)
+    finally:
+        monkeypatch.delenv("RANK")
+        monkeypatch.delenv("WORLD_SIZE")
+
+
+def test_ranks_share_every_study() -> None:
+    for ranks in (1, 2, 3, 7):
+        parts = [p for r in range(ranks) for p in parts_of(22, in_parts(), r, ranks)]
+        assert sorted(parts) == parts_of(22, in_parts()) and sorted(i for _, a, b in parts for i in range(a, b)) == list(range(22))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_ranks_make_the_store_of_a_single_process(order: tuple[int, ...], whole: Store, subject: Subject, source: Source, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    extract(source, subject, in_parts(), tmp_path / "single")
+    found = [rank_of(n, 3, tmp_path / "shared", monkeypatch, subject, source) for n in order]
+    assert found[:2] == [None, None] and found[2] is not None
+    assert contents(tmp_path / "shared") == contents(tmp_path / "single")
+    every = np.arange(len(whole))
+    assert found[2].tokens.equals(whole.tokens) and torch.allclose(found[2].read(every), whole.read(every), rtol=1e-4, atol=1e-5)
+
+
+def test_a_lost_rank_is_made_up_by_the_next_start(subject: Subject, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 of 3 never came; a start with one process, or with two, ends with the same bytes and leaves finished parts alone."""
+    extract(source, subject, in_parts(), tmp_path / "single")
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        for n in (0, 2): assert rank_of(n, 3, folder, monkeypatch, subject, source) is None
+        before = (folder / "shard-00000.safetensors").stat().st_mtime_ns
+        for n in range(ranks): rank_of(n, ranks, folder, monkeypatch, subject, source)
+        assert contents(folder) == contents(tmp_path / "single")
+        assert (folder / "shard-00000.safetensors").stat().st_mtime_ns == before
+
+
+def test_only_the_damaged_part_is_made_again(subject: Subject, source: Source, tmp_path: Path) -> None:
+    extract(source, subject, in_parts(), tmp_path)
+    before, shard = contents(tmp_path), tmp_path / "shard-02001.safetensors"
+    stamps = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("shard*")}
+    shard.write_bytes(shard.read_bytes()[:-1])
+    extract(source, subject, in_parts(), tmp_path)
+    assert contents(tmp_path) == before
+    again = {name for name, stamp in stamps.items() if (tmp_path / name).stat().st_mtime_ns != stamp}
+    assert "shard-02001.safetensors" in again and {n[6:8] for n in again} == {"02"}
+
+
+# --- twenty kills
+
+def tiny() -> Subject:
+    """A text-only decoder that is as small as they come."""
+    tokenizer = train_tokenizer([" ".join(WORDS)] * 5, 300)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": len(tokenizer)}
+    return plain_subject(LlamaForCausalLM(LlamaConfig(**shape)), tokenizer, "tiny")
+
+
+MANY = ExtractionConfig(layer=0, batch_size=2, rows_per_shard=150, studies_per_part=20)
+
+
+def extract_tiny(folder: str, begun: object) -> None:
+    """What the process does that will be killed."""
+    torch.set_num_threads(1)
+    subject, source = tiny(), studies(40)
+    begun.set()
+    extract(source, subject, MANY, folder)
+
+
+def test_killed_at_twenty_random_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time a process of its own, each time another moment; going on ends with the bytes of an undisturbed run."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]))    # for the server of processes
+    context, threads = multiprocessing.get_context("forkserver"), torch.get_num_threads()
+    context.set_forkserver_preload(["test_extraction"])
+    torch.set_num_threads(1)
+    subject, source = tiny(), studies(40)
+    began = time.monotonic()
+    extract(source, subject, MANY, tmp_path / "whole")
+    lasts, expected, moments, killed = time.monotonic() - began, contents(tmp_path / "whole"), rng(0, "kills").uniform(size=20), set()
+    for i, moment in enumerate(moments):
+        begun = context.Event()
+        process = context.Process(target=extract_tiny, args=(str(tmp_path / str(i)), begun))
+        process.start()
+        assert begun.wait(120)
+        process.join(moment * lasts)
+        process.kill()
+        process.join()
+        killed.add(process.exitcode)
+        assert process.exitcode in (0, -signal.SIGKILL)
+        extract(source, subject, MANY, tmp_path / str(i))
+        assert contents(tmp_path / str(i)) == expected, moment
+    torch.set_num_threads(threads)
+    assert -signal.SIGKILL in killed
+
+
+TORCHRUN = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from test_extraction import MANY, extract, studies, tiny
+assert len(extract(studies(40), tiny(), MANY, {folder!r})) > 500
+"""
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    """Two real ranks under torchrun make the bytes of a single process, and both see the finished store."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    extract(studies(40), tiny(), MANY, tmp_path / "single")
+    torch.set_num_threads(threads)
+    (tmp_path / "rank.py").write_text(TORCHRUN.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "shared")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "rank.py")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert not done.returncode, done.stderr[-2000:]
+    assert contents(tmp_path / "shared") == contents(tmp_path / "single")
