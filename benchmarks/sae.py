@@ -16,7 +16,7 @@ from _bench import machine, report
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = {"d": 256, "width": 1024, "k": 32, "batch": 2048, "steps": 15, "rounds": 1}
-FULL = {"d": 4096, "width": 16384, "k": 256, "batch": 2048, "steps": 3, "rounds": 3}
+FULL = {"d": 4096, "width": 16384, "k": 256, "batch": 2048, "steps": 3, "rounds": 2}
 
 COMMON = '''
 import json, resource, sys, time
@@ -29,15 +29,18 @@ def vectors():
     on = torch.randint(4 * d, (batch, 12))
     return (parts[on] * torch.rand(batch, 12, 1)).sum(1) / d ** 0.5
 batches = [vectors() for _ in range(min(steps, 4))]
-def report(step):
-    """Time `steps` steps after two to warm up; peak memory beside what was there before."""
+del parts
+held = batches[0]
+def report(step, rebuild):
+    """Time `steps` steps after two to warm up; peak memory beside what was there before; FVU after all of them on one batch."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for i in range(2): step(i, batches[i % len(batches)])
     began = time.perf_counter()
     for i in range(steps): step(i + 2, batches[i % len(batches)])
     seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"tokens_per_second": steps * batch / seconds, "peak_mib": peak / 1024, "growth_mib": (peak - before) / 1024}))
+    with torch.no_grad(): fvu = float((rebuild(held) - held).square().sum() / (held - held.mean(0)).square().sum())
+    print(json.dumps({"tokens_per_second": steps * batch / seconds, "peak_mib": peak / 1024, "growth_mib": (peak - before) / 1024, "fvu": fvu}))
 '''
 
 OURS = COMMON + '''
@@ -45,16 +48,22 @@ from saerad.sae import MatryoshkaSAE, SAEConfig
 from saerad.training import Trainer, TrainingConfig
 sae = MatryoshkaSAE.from_config(d, SAEConfig(expansion=width // d, k=k))
 sae.scale.fill_(float(batches[0].square().sum(1).mean().sqrt()))
-trainer = Trainer(sae, TrainingConfig(steps=10_000, batch_size=batch))
-report(lambda i, x: trainer.advance(x))
+trainer = Trainer(sae, TrainingConfig(steps=10_000, batch_size=batch, warmup=0, lr=2e-4))
+def rebuild(x):
+    kept = trainer.select(x / sae.scale, len(x))
+    z = torch.zeros(len(x), width)
+    z[kept.row, kept.col] = kept.value
+    return sae.decode(z)
+report(lambda i, x: trainer.advance(x), rebuild)
 '''
 
 DICTIONARY_LEARNING = COMMON + '''
 from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
 trainer = MatryoshkaBatchTopKTrainer(steps=10_000, activation_dim=d, dict_size=width, k=k, layer=0, lm_name="none", device="cpu",
-                                     group_fractions=[1/16, 1/16, 1/8, 1/4, 1/2], warmup_steps=1000)
+                                     group_fractions=[1/16, 1/16, 1/8, 1/4, 1/2], warmup_steps=0, lr=2e-4)
 scale = batches[0].square().sum(1).mean().sqrt()
-report(lambda i, x: trainer.update(i, x / scale))
+def rebuild(x): return trainer.ae.decode(trainer.ae.encode(x / scale, use_threshold=False)) * scale
+report(lambda i, x: trainer.update(i, x / scale), rebuild)
 '''
 
 SAE_LENS = COMMON + '''
@@ -75,7 +84,10 @@ def step(i, x):
     out.loss.backward()
     torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
     optimizer.step()
-report(step)
+def rebuild(x):
+    return sae.training_forward_pass(TrainStepInput(sae_in=x / scale, coefficients={}, dead_neuron_mask=dead, n_training_steps=0,
+                                                    is_logging_step=False)).sae_out * scale
+report(step, rebuild)
 '''
 
 
@@ -101,8 +113,11 @@ def _median(runs: list[dict[str, float] | None]) -> dict[str, float] | None:
 
 
 def measure(quick: bool) -> tuple[str, dict, dict, dict]:
-    """The shape, our numbers, the peers' and the ratios, under the same keys; peak memory in MiB of a whole process."""
-    shape = QUICK if quick else FULL
+    """The shape, our numbers, the peers' and the ratios, under the same keys; peak memory in MiB of a whole process.
+
+    `SAERAD_BENCH_SHAPE` (JSON) changes the shape.
+    """
+    shape = (QUICK if quick else FULL) | json.loads(os.environ.get("SAERAD_BENCH_SHAPE", "{}"))
     contenders = {"ours": (sys.executable, OURS)}
     if (peer := _peer_python()) is not None:
         contenders |= {"dictionary_learning": (peer, DICTIONARY_LEARNING), "sae_lens": (peer, SAE_LENS)}
@@ -113,9 +128,9 @@ def measure(quick: bool) -> tuple[str, dict, dict, dict]:
     ours, there = found.pop("ours"), {name: speed for name, speed in found.items() if speed}
     if there: there["fastest_peer"] = max(there.values(), key=lambda peer: peer["tokens_per_second"])
     keys = ("dictionary_learning", "sae_lens", "fastest_peer")
-    us = dict.fromkeys(keys, ours["tokens_per_second"]) | {"peak_memory": ours["peak_mib"]}
+    us = dict.fromkeys(keys, ours["tokens_per_second"]) | {"peak_memory": ours["peak_mib"], "fvu": ours["fvu"]}
     them = {key: there[key]["tokens_per_second"] if key in there else None for key in keys}
-    them["peak_memory"] = there["fastest_peer"]["peak_mib"] if there else None
+    them |= {key: there["fastest_peer"][name] if there else None for key, name in (("peak_memory", "peak_mib"), ("fvu", "fvu"))}
     return json.dumps(shape), us, them, {key: us[key] / them[key] if them[key] else None for key in us}
 
 

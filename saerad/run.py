@@ -8,16 +8,17 @@ __all__ = ['STAGES', 'PACKAGE', 'SUMMARY', 'app', 'ConfigPath', 'Settings', 'Out
            'load_config', 'Stage', 'code_version', 'plan', 'Run', 'files_of', 'is_finished', 'remove', 'locked',
            'do_subject', 'do_extract', 'assist', 'do_train', 'do_evaluate', 'do_exemplars', 'do_interpret', 'do_steer',
            'do_portray', 'do_figures', 'do_atlas', 'summarise', 'check', 'check_studies', 'model_folder',
-           'model_settings', 'model_shape', 'check_room', 'check_endpoint', 'run_config', 'do_stage', 'versions',
-           'peak_memory', 'write_config', 'model_hash', 'start', 'run_command', 'interpret_command', 'estimate_of',
-           'studies', 'doctor', 'convert', 'review_pack', 'review_score', 'mini_train', 'bench', 'bench_table', 'main',
-           'told', 'excuse']
+           'model_settings', 'model_shape', 'check_room', 'check_endpoint', 'run_config', 'train_together', 'do_stage',
+           'versions', 'peak_memory', 'write_config', 'model_hash', 'start', 'run_command', 'interpret_command',
+           'estimate_of', 'studies', 'sweep_command', 'sweep', 'doctor', 'convert', 'review_pack', 'review_score',
+           'mini_train', 'bench', 'bench_table', 'main', 'told', 'excuse']
 
 # %% ../nbs/13_run.ipynb #fd42f6eb
 import difflib
 import errno
 import fcntl
 import json
+import os
 import platform
 import resource
 import shutil
@@ -61,6 +62,7 @@ from .steering import SteeringConfig, steering_summary
 from .store import Store
 from .studies import SPLITS, Source, StudiesConfig, describe, open_source
 from .subjects import Subject, SubjectConfig, find_checkpoint, hash_checkpoint, open_subject
+from .sweep import SweepConfig, combinations
 from .training import TrainingConfig
 
 # %% ../nbs/13_run.ipynb #bfad3773
@@ -82,6 +84,7 @@ class Config(Section):
     portraits: PortraitsConfig = PortraitsConfig()
     figures: FiguresConfig = FiguresConfig()
     atlas: AtlasConfig = AtlasConfig()
+    sweep: SweepConfig = SweepConfig()
     seed: int = 0
     out: str | None = None   # folder of the run; runs/NAME for configs/NAME.yaml
 
@@ -169,7 +172,7 @@ STAGES = {s.name: s for s in (
     Stage("extract", ("extraction",), ("subject",), ("extraction", "store", "subjects"), ("activations",), ("studies", "model")),
     Stage("train", ("sae", "training"), ("extract",), ("sae", "training", "kernels", "ranks"),
           ("sae/sae.safetensors", "sae/config.json", "sae/metrics.jsonl", "sae/checkpoint")),
-    Stage("evaluate", ("evaluation",), ("train",), ("evaluation",), ("sae/evaluation.json", "sae/concepts.parquet")),
+    Stage("evaluate", ("evaluation",), ("train",), ("evaluation",), ("sae/evaluation.json", "sae/concepts.parquet", "sae/control")),
     Stage("exemplars", ("exemplars",), ("train",), ("exemplars", "negatives", "findings"), ("exemplars",)),
     Stage("interpret", ("interpretation",), ("exemplars",),
           ("interpretation", "endpoint", "lexical", "protocols", "assets/protocols", "assets/prompts"), ("interpretations/interpretations.parquet",)),
@@ -428,7 +431,7 @@ def check_endpoint(run: Run) -> None:
     except OSError as e:
         raise UserError(f"interpretation.base_url {cfg.base_url} does not answer ({e.strerror or e}); start that server, or name another.") from e
 
-# %% ../nbs/13_run.ipynb #24557906
+# %% ../nbs/13_run.ipynb #eb849d7b
 def run_config(config: Config, out: Path | str | None = None, first: str | None = None, last: str = "atlas",
                say: Callable[[str], None] = print) -> dict[str, Any]:
     """Do every stage up to `last` that is not finished under its key, and all from `first` on; returns the summary.
@@ -437,6 +440,7 @@ def run_config(config: Config, out: Path | str | None = None, first: str | None 
     """
     run = Run(config, out or config.out or "runs/run")
     keys = plan(config, run.source.hash(), model_hash(config))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not train_together(run, keys): return {}
     names = [name for name in keys if list(STAGES).index(name) <= list(STAGES).index(last)]
     if first and first not in names: raise UserError(f"--from {first} is not a stage of this command; its stages are {', '.join(names)}.")
     forced = names[names.index(first):] if first else []
@@ -452,6 +456,18 @@ def run_config(config: Config, out: Path | str | None = None, first: str | None 
             summary = summarise(run)
             write_json(run / "summary.json", summary)
     return summary
+
+# %% ../nbs/13_run.ipynb #cf5132fe
+def train_together(run: Run, keys: dict[str, str]) -> bool:
+    """Under `torchrun` only the first process does the run's stages (True); the others do their part of the training.
+
+    Raises `UserError` in all of them when the activations are not extracted yet.
+    """
+    if not is_finished(run, STAGES["extract"], keys["extract"]):
+        raise UserError("several processes can only train together; run `saerad extract` with this config in one process first.")
+    if int(os.environ["RANK"]) == 0: return True
+    if not is_finished(run, STAGES["train"], keys["train"]): do_train(run)
+    return False
 
 # %% ../nbs/13_run.ipynb #48680de6
 def do_stage(run: Run, stage: Stage, keys: dict[str, str], forced: bool, say: Callable[[str], None]) -> None:
@@ -553,13 +569,39 @@ def _width(config: Config) -> int:
     "Width of the residual stream; MAIRA-2's is known without its gated files."
     return 4096 if config.subject.model == "microsoft/maira-2" else model_shape(config)[0]
 
-# %% ../nbs/13_run.ipynb #2d192017
+# %% ../nbs/13_run.ipynb #7d639b22
 @app.command()
 def studies(source: Annotated[str, typer.Argument(help="phantom:SEED, openi:PATH, mimic-cxr:PATH or table:FILE")],
             settings: Settings = None) -> None:
     """Say what is in a source of studies, and what is wrong with it."""
     values = with_settings({"source": source}, [s.removeprefix("studies.") for s in settings or []])
     print(describe(open_source(validated({"studies": values}, "the command line").studies)))
+
+@app.command("sweep")
+def sweep_command(config: ConfigPath, settings: Settings = None, out: Out = None) -> None:
+    """Train the SAEs of the config's `sweep` section side by side on one stream, into the run's folder sweep/."""
+    read = load_config(config, settings or [])
+    run = Run(read, out or Path(read.out))
+    variants = {name: changed(read, values) for name, values in combinations(read.sweep.grid).items()}
+    run_config(read, run.out, last="extract")
+    with locked(run.out): print(sweep(run, variants).to_pandas().to_string(index=False))
+    print(f"\nfigure: {run / 'sweep/sweep.png'}")
+
+def sweep(run: Run, variants: dict[str, Config]) -> Any:
+    """Train one SAE for each config; those that differ in `extraction` read activations of their own. Gives the table."""
+    from saerad.extraction import extract
+    from saerad.sweep import train_sweep
+    from saerad.training import Job
+    stores, jobs = {content_hash(run.config.extraction): run.store}, {}
+    for name, config in variants.items():
+        if config.model_copy(update={"sae": run.config.sae, "training": run.config.training, "extraction": run.config.extraction,
+                                     "seed": run.config.seed}) != run.config:
+            raise UserError("sweep.grid varies a key that is not of sae, training, extraction or seed; take it out.")
+        key = content_hash(config.extraction)
+        if key not in stores:
+            stores[key] = extract(run.source, run.subject, config.extraction, run / f"sweep/activations-layer-{config.extraction.layer}")
+        jobs[name] = Job(stores[key], config.sae, config.training, config.seed, run / "sweep" / name)
+    return train_sweep(jobs, run.config.seed, run / "sweep", run.config.sweep.rows)
 
 StoreFolder = Annotated[Path | None, typer.Option("--store", help="folder of activations to judge it on, for instance runs/phantom/activations")]
 

@@ -1,13 +1,7 @@
 """Other libraries' layouts: exact round trips, refusals, the hub, and what the doctor says."""
-import base64
-import hashlib
 import json
 import os
-import re
 import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import safetensors.torch as st
@@ -250,6 +244,7 @@ def test_the_library_itself_reads_what_is_written(sae, x, tmp_path, to, code):
     sae.save(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "out", to)
     st.save_file({"x": x}, tmp_path / "x.safetensors")
-    script = f"import sys, torch, safetensors.torch as st; x = st.load_file(sys.argv[2])['x']; {code}; st.save_file(dict(y=out.detach().contiguous()), sys.argv[3])"
+    script = ("import sys, torch, safetensors.torch as st; x = st.load_file(sys.argv[2])['x']; " + code +
+              "; st.save_file(dict(y=out.detach().contiguous()), sys.argv[3])")
     subprocess.run([PEER, "-c", script, *(str(tmp_path / n) for n in ("out", "x.safetensors", "y.safetensors"))], check=True, capture_output=True)
     assert torch.allclose(st.load_file(tmp_path / "y.safetensors")["y"], sae(x), atol=1e-3)
