@@ -137,7 +137,8 @@ def measure(quick):
         try: cached, constructed, theirs = delphi(folder, store, sae)
         except ImportError: peers, ratios = {}, {"delphi_time": None, "delphi_disk": None}
         else:
-            peers = {"delphi_time": cached + constructed, "delphi_disk": theirs / 1e6, "cache": cached, "constructor": constructed}
+            peers = {"delphi_time": cached + constructed, "delphi_disk": theirs / 1e6, "cache": cached, "constructor": constructed,
+                     "MB at 10 M tokens, in proportion": theirs / 1e6 * 10_000_000 / (studies * LENGTH)}
             ratios = {"delphi_time": (cached + constructed) / taken, "delphi_disk": theirs / disk}
     shape = f"{studies * LENGTH} tokens, {features} features, k {sae.k}, width {sae.d}; seconds, MB (delphi constructs {CONSTRUCTED} features)"
     return shape, mine, peers, ratios

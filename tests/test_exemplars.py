@@ -4,9 +4,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from word_world import MIXED, NEVER, SIZES, WORDS, make_sae, make_store
 
 from saerad.core import UserError, file_hash, read_table, write_table
+from saerad.delphi import export_delphi, rectangle
 from saerad.exemplars import (
     EDGES,
     ROLES,
@@ -260,7 +262,7 @@ def test_new_exemplars_forget_old_near_misses(store, near, tmp_path):
 def test_habits_and_the_ways_to_be_near():
     said = [Mention(i, "effusion", "present", "left" if i < 8 else "right", "small", "findings") for i in range(16)]
     said += [Mention(20 + i, "effusion", "absent", "", "", "findings") for i in range(8)]
-    said += [Mention(40 + i, "nodule", "present", "", "", "findings") for i in range(8)]
+    said += [Mention(40 + i, "nodule", "present", "", "", "findings") for i in range(40)]
     fired = np.array([[m.kind == "effusion" and m.side == "left"] for m in said])
     habit = habits(said, fired)[0]
     assert habit == Habit("effusion", "present", "left", "small", "findings")
@@ -284,3 +286,22 @@ def test_nearest_is_by_direction_and_never_oneself():
     unit = torch.nn.functional.normalize(sae.W_dec.detach(), dim=1)
     cosine = (unit @ unit.T).fill_diagonal_(-2)
     assert np.array_equal(found, cosine.topk(3, dim=1).indices.numpy())
+
+
+# the cache for delphi
+
+def test_a_cache_for_delphi_holds_every_firing_once(store, dense, tmp_path):
+    made = export_delphi(store, make_sae(), tmp_path, splits=7, length=8, block=300)
+    study = np.array(store.tokens["study"].to_pylist())
+    cells = rectangle(np.unique(study, return_inverse=True)[1], 8)
+    back, edges = np.zeros_like(dense), []
+    for path in made.glob("*.safetensors"):
+        file, (first, last) = load_file(path), map(int, path.stem.split("_"))
+        batch, position, feature = file["locations"].T.astype(int)
+        assert len(batch) and file["locations"].dtype == np.uint16 and (position < 8).all() and (first + feature <= last).all()
+        back[np.searchsorted(cells, batch * 8 + position), first + feature] = file["activations"]
+        assert np.array_equal(file["tokens"].ravel()[cells], store.tokens["token_id"].to_numpy())
+        edges.append((first, last))
+    assert np.allclose(back, dense, rtol=1e-3) and sorted(edges)[0][0] == 0 and sorted(edges)[-1][1] == dense.shape[1] - 1
+    assert all(a[1] + 1 == b[0] for a, b in zip(sorted(edges), sorted(edges)[1:], strict=False)) and not list(made.glob("*.part"))
+    with pytest.raises(UserError, match="is not empty"): export_delphi(store, make_sae(), tmp_path)
