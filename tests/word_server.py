@@ -1,6 +1,7 @@
 """A real OpenAI-compatible server for tests and benchmarks: it answers by words, and misbehaves on request."""
 import json
 import re
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +19,10 @@ class WordServer(ThreadingHTTPServer):
         self.trouble, self.latency, self.lock = trouble, latency, threading.Lock()
         self.bodies, self.keys, self.paths, self.started, self.refused, self.headers = [], set(), set(), [], 0, {}
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def handle_error(self, request, client_address):
+        """Clients that hang up or are killed are part of the tests; anything else is told."""
+        if not isinstance(sys.exc_info()[1], ConnectionError): super().handle_error(request, client_address)
 
     def __enter__(self):
         self.thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
