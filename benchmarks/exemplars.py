@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from _bench import report
 
-from saerad.exemplars import Collector, ExemplarsConfig, collect_exemplars, lean_tokens
+from saerad.exemplars import Collector, ExemplarsConfig, collect_exemplars
 from saerad.sae import MatryoshkaSAE
 from saerad.store import TOKEN_SCHEMA, Store, StoreWriter
 
@@ -28,7 +28,7 @@ def make_tokens(studies):
     names = {"study": np.char.add("s", np.arange(studies).astype(str)), "patient": np.char.add("p", np.arange(studies).astype(str)),
              "split": np.where(np.arange(studies) % 3, "train", "test")}
     coded = {k: pa.DictionaryArray.from_arrays(pa.array(number.astype(np.int32)), pa.array(v)) for k, v in names.items()}
-    blank = {k: pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int32)), pa.array([v])) for k, v in {"section": "findings", "view": ""}.items()}
+    blank = {k: pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int32)), pa.array([v])) for k, v in (("section", "findings"), ("view", ""))}
     words = {"text": pa.DictionaryArray.from_arrays(pa.array(ids.astype(np.int32)), pa.array(WORDS)), "token_id": pa.array(ids.astype(np.int32))}
     none = {k: np.full(n, -1, np.int16) for k in ("row", "col")} | {k: np.full(n, -1, np.int32) for k in ("start", "end")}
     return pa.table({**coded, **blank, **words, **none, "position": np.tile(np.arange(LENGTH, dtype=np.int32), studies)})
@@ -46,7 +46,8 @@ def make(folder, studies, features, d, k):
     with StoreWriter(folder, "bench", d) as writer:
         for i in range(studies):
             rows = tokens.slice(i * LENGTH, LENGTH).select(TOKEN_SCHEMA.names)
-            writer.add(torch.randn(LENGTH, d, generator=draw), pa.table([c.cast(t.type) for c, t in zip(rows.columns, TOKEN_SCHEMA, strict=True)], schema=TOKEN_SCHEMA))
+            columns = [c.cast(t.type) for c, t in zip(rows.columns, TOKEN_SCHEMA, strict=True)]
+            writer.add(torch.randn(LENGTH, d, generator=draw), pa.table(columns, schema=TOKEN_SCHEMA))
         return writer.finish(), sae.eval()
 
 
@@ -105,10 +106,10 @@ class Rows(torch.nn.Module):
 def delphi(folder, store, sae):
     """Seconds of the cache, seconds of the constructor for all features, and bytes."""
     latents, constructor, sampler = import_delphi()
-    tokens = torch.from_numpy(store.tokens["token_id"].to_numpy()).long().view(-1, LENGTH)
+    tokens = torch.from_numpy(np.array(store.tokens["token_id"])).long().view(-1, LENGTH)
     out, begin = folder / "delphi", time.perf_counter()
     with torch.inference_mode():
-        cache = latents.LatentCache(Rows(store), {"layer": sae.encode}, batch_size=32)
+        cache = latents.LatentCache(Rows(store), {"layer": lambda x: sae.encode(x.flatten(0, 1)).view(*x.shape[:2], -1)}, batch_size=32)
         cache.run(tokens.numel(), tokens)
         cache.save_splits(16, out)
     cached = time.perf_counter() - begin
@@ -136,9 +137,10 @@ def measure(quick):
         try: cached, constructed, theirs = delphi(folder, store, sae)
         except ImportError: peers, ratios = {}, {"delphi_time": None, "delphi_disk": None}
         else:
-            peers = {"delphi_time": cached + constructed, "delphi_disk": theirs / 1e6, "cache_s": cached, "constructor_s": constructed}
+            peers = {"delphi_time": cached + constructed, "delphi_disk": theirs / 1e6, "cache": cached, "constructor": constructed,
+                     "MB at 10 M tokens, in proportion": theirs / 1e6 * 10_000_000 / (studies * LENGTH)}
             ratios = {"delphi_time": (cached + constructed) / taken, "delphi_disk": theirs / disk}
-    shape = f"{studies * LENGTH} tokens, {features} features, k {sae.k}, width {sae.d}; seconds, MB (delphi's constructor timed on {CONSTRUCTED} features)"
+    shape = f"{studies * LENGTH} tokens, {features} features, k {sae.k}, width {sae.d}; seconds, MB (delphi constructs {CONSTRUCTED} features)"
     return shape, mine, peers, ratios
 
 

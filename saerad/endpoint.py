@@ -425,7 +425,7 @@ def ask_for(self: Endpoint, messages: Sequence[Message], parse: Callable[[str], 
                 {"role": "user", "content": f"That could not be read. Answer again with {wanted} and nothing else."}]
     return Answer(None, "parse failure")
 
-# %% ../nbs/08b_endpoint.ipynb #cc60aa46
+# %% ../nbs/08b_endpoint.ipynb #58bff22c
 MOST_IN_A_BATCH = 20_000    # below what endpoints take in one file
 
 @patch
@@ -446,8 +446,8 @@ def hand_in(self: Endpoint, say: Callable[[str], None] = print) -> int:
         if batch.status != "completed":
             raise UserError(f"{self.cfg.base_url} ended batch {batch.id} as {batch.status!r}; delete {note} and run again.")
         lines = self.client.files.content(batch.output_file_id).text.splitlines() if batch.output_file_id else []
-    except openai.APIStatusError as e:
-        raise UserError(f"{self.cfg.base_url} takes no batches (HTTP {e.status_code}); set interpretation.batch to false.") from e
+    except openai.APIError as e:
+        raise UserError(f"{self.cfg.base_url} takes no batches ({str(e)[:100]}); set interpretation.batch to false.") from e
     found = sum(self._take_in(json.loads(line), held["requests"]) for line in lines)
     note.unlink()
     say(f"interpretation: batch of {len(held['requests'])}, {found} answered")

@@ -174,13 +174,12 @@ class Tally:
         self.offset += np.bincount(feature, offset, minlength=n)
         self.max.scatter_reduce_(0, torch.from_numpy(feature), torch.from_numpy(value), "amax")
 
-# %% ../nbs/08_exemplars.ipynb #65c97fea
-def firings(z: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row, feature and value of every non-zero entry of `z` [rows, features]."""
-    mask = z > 0
-    flat = np.flatnonzero(mask.numpy().ravel())
-    row = np.repeat(np.arange(len(z)), mask.sum(1).numpy())
-    return row, flat - row * z.shape[1], z.view(-1).numpy()[flat]
+# %% ../nbs/08_exemplars.ipynb #b3995b38
+def firings(z: np.ndarray, fires: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row, feature and value of every entry of `z` [rows, features] where `fires`."""
+    flat = np.flatnonzero(fires.ravel())
+    row = np.repeat(np.arange(len(z)), np.count_nonzero(fires, axis=1))
+    return row, flat - row * z.shape[1], z.ravel()[flat]
 
 # %% ../nbs/08_exemplars.ipynb #823e51ca
 class Collector:
@@ -221,18 +220,19 @@ def sides(tokens: pa.Table, cfg: ExemplarsConfig) -> np.ndarray:
                         "split the studies by patient and extract again.")
     return side
 
-# %% ../nbs/08_exemplars.ipynb #597eb5f2
+# %% ../nbs/08_exemplars.ipynb #ba373533
 @patch
 def read(self: Collector, z: torch.Tensor, begin: int) -> None:
     """Take in the activations of rows `begin` … of the store: `z` [rows, features], normalised units, 0 where silent."""
-    row, feature, value = firings(z)
+    fires = (z > 0).numpy()
+    row, feature, value = firings(z.numpy(), fires)
     at = begin + row
     self.tally.add(len(z), feature, value, self.place[at], self.view[at], at - self.windows.start(at))
     self._offer(z.numpy(), begin, row, feature)
     for pool, fired in zip(self.pool, self.fired, strict=True):
         for p in range(*np.searchsorted(pool, (begin, begin + len(z)))):
             low, high = self.windows.low(pool[p]) - begin, self.windows.high(pool[p]) - begin
-            fired[p] = (z[low:high + 1] > 0).any(0)
+            fired[p] = fires[low:high + 1].any(0)
 
 @patch
 def _offer(self: Collector, z: np.ndarray, begin: int, row: np.ndarray, feature: np.ndarray) -> None:

@@ -262,11 +262,12 @@ def at_prevalence(recall: float, mistaken: float, prevalence: float) -> tuple[fl
     hits, wrong = prevalence * recall, (1 - prevalence) * mistaken
     return _share(hits, hits + wrong), _share(2 * hits, hits + wrong + prevalence)
 
-# %% ../nbs/09_interpretation.ipynb #0cf1ea72
+# %% ../nbs/09_interpretation.ipynb #185bc673
 def estimate(features: pd.DataFrame, cfg: InterpretationConfig, some: Iterable[FeatureContexts] = ()) -> dict[str, Any]:
     """What interpreting a table of features needs at most, repairs and retries not counted.
 
-    Keys: features, explain, detect, calls, tokens_in, tokens_out, cost. Tokens are counted on the prompts of `some` features and None without; cost is None without prices.
+    Keys: features, explain, detect, calls, tokens_in, tokens_out, cost. Tokens are counted on the prompts of `some` features and None
+    without; cost is None without prices.
     """
     ok, protocol = features[features.status == "ok"], protocol_of(cfg)
     nothing = dict.fromkeys(("explain", "detect", "calls", "tokens_in", "tokens_out"), 0)

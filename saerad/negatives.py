@@ -188,7 +188,7 @@ def take_turns(found: Mapping[str, np.ndarray], count: int, draw: np.random.Gene
             if not waiting[s]: del waiting[s]
     return np.array(list(taken), np.int64), list(taken.values())
 
-# %% ../nbs/08d_negatives.ipynb #7948b192
+# %% ../nbs/08d_negatives.ipynb #878fb4f3
 def add_near_misses(store: Store, sae: MatryoshkaSAE, cfg: ExemplarsConfig, seed: int, out: Path | str) -> None:
     """Write `near.parquet` beside the exemplars in `out`: near misses of every feature that has enough contexts, from the same patients' sides."""
     if not (cfg.explain_hard or cfg.score_hard): return
@@ -220,7 +220,9 @@ def _drawn(pools: Sequence[Pool], feature: int, habit: Habit, near: np.ndarray, 
     for which, (pool, count) in enumerate(zip(pools, (cfg.explain_hard, cfg.score_hard), strict=True)):
         found = near_windows(pool, feature, habit, near, word, home)
         chosen, sources = take_turns(found, count, rng(seed, "negatives", "turn", feature, which))
-        yield from ((feature, NEAR_ROLES[which], int(pool.rows[i]), s) for i, s in zip(chosen, sources, strict=True))
+        rows: dict[int, str] = {}   # a token that begins two mentions is one context
+        for i, s in zip(chosen, sources, strict=True): rows.setdefault(int(pool.rows[i]), s)
+        yield from ((feature, NEAR_ROLES[which], row, s) for row, s in rows.items())
 
 def _near_table(tokens: pa.Table, around: Windows, rows: Sequence[tuple[int, str, int, str]], window: int) -> pa.Table:
     "Near misses with the columns of `SCHEMA`."

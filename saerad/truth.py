@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['true_concepts', 'f1_of', 'tracked_concepts', 'truth_table', 'share_named']
 
-# %% ../nbs/09a_truth.ipynb #5600fcbf
+# %% ../nbs/09a_truth.ipynb #d6ca0787
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 from jaxtyping import Bool
 
-from .exemplars import Context, Exemplars, FeatureContexts
+from .exemplars import Context, FeatureContexts
 from .grammar import CONCEPTS
 from .interpretation import names
 from .store import Store
@@ -62,7 +62,7 @@ def truth_table(interpretations: pd.DataFrame, tracked: pd.DataFrame) -> pd.Data
     both["named"] = [names(r.explanation, CONCEPTS[r.concept].names) for r in both.itertuples()]
     return both[["feature", "concept", "concept_f1", "f1", "near_f1", "shuffled_f1", "named", "explanation"]]
 
-# %% ../nbs/09a_truth.ipynb #62379a74
+# %% ../nbs/09a_truth.ipynb #c40b6e90
 def share_named(table: pd.DataFrame, at_least: float, draw: np.random.Generator, resamples: int = 1000) -> dict[str, float]:
     """Of features whose concept has F1 of at least `at_least`: how many, and the share whose description names the concept, with its 95 % interval.
 
@@ -74,4 +74,5 @@ def share_named(table: pd.DataFrame, at_least: float, draw: np.random.Generator,
     low, high = np.quantile(draw.choice(named, (resamples, len(named))).mean(1), [0.025, 0.975])
     turns = range(1, min(len(said), 20))
     wrong = [names(said[(i + k) % len(said)], CONCEPTS[c].names) for k in turns for i, c in enumerate(good.concept)]
-    return {"features": len(good), "named": float(named.mean()), "low": float(low), "high": float(high), "shuffled": float(np.mean(wrong or [np.nan]))}
+    shuffled = float(np.mean(wrong or [np.nan]))
+    return {"features": len(good), "named": float(named.mean()), "low": float(low), "high": float(high), "shuffled": shuffled}

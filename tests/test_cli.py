@@ -203,3 +203,16 @@ def test_bench_names_its_benchmarks(saerad):
 
 def test_user_errors_are_not_faults():
     assert running.told("x.") == 2 and issubclass(UserError, Exception)
+
+
+def test_an_estimate_needs_neither_data_nor_hub(saerad, tmp_path, monkeypatch):
+    code, out, _ = saerad("interpret", CONFIGS / "paper.yaml", "--estimate", "--out", tmp_path / "run")
+    assert code == 0 and "16,384 features" in out and "cost about" in out and not (tmp_path / "run").exists()
+    code, ours, _ = saerad("interpret", CONFIGS / "paper.yaml", "interpretation.protocol=saerad", "--estimate")
+    def number(text): return float(text.split("cost about ")[1].split()[0].replace(",", ""))
+    assert code == 0 and number(ours) < number(out) / 2
+
+
+def test_an_unknown_protocol_is_named_before_anything_starts(saerad, tmp_path):
+    code, _, err = saerad("run", CONFIGS / "phantom.yaml", "interpretation.protocol=papr", "--check", "--out", tmp_path / "run")
+    assert code == 2 and "must be one of paper, saerad" in err

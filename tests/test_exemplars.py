@@ -1,10 +1,30 @@
 """Exemplars: counts against plain counting, roles against the splits, and the same bytes whatever the block size."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
+from safetensors.numpy import load_file
 from word_world import MIXED, NEVER, SIZES, WORDS, make_sae, make_store
 
 from saerad.core import UserError, file_hash, read_table, write_table
-from saerad.exemplars import ROLES, SCHEMA, Exemplars, ExemplarsConfig, blocks, collect_exemplars, lottery, windows
+from saerad.delphi import export_delphi, rectangle
+from saerad.exemplars import (
+    EDGES,
+    ROLES,
+    SCHEMA,
+    Collector,
+    Exemplars,
+    ExemplarsConfig,
+    Sample,
+    bins,
+    blocks,
+    collect_exemplars,
+    lottery,
+    stated,
+    windows,
+)
+from saerad.negatives import SOURCES, Habit, Mention, add_near_misses, habits, near_windows, nearest, take_turns
 from saerad.sae import MatryoshkaSAE
 
 CFG = ExemplarsConfig(min_explain=5, min_score=5)
@@ -160,3 +180,128 @@ def test_a_scorer_sees_no_activation(made):
     for contexts in made.contexts():
         assert not any(hasattr(c, name) for c in contexts.scoring for name in ("activations", "peak"))
         assert len(contexts.truth) == len(contexts.scoring) and contexts.truth.any() and not contexts.truth.all()
+
+
+# beside the contexts
+
+def test_a_sample_holds_the_lowest_tickets_whatever_the_order():
+    draw = np.random.default_rng(0)
+    group, ticket = draw.integers(0, 5, 2000), draw.permutation(2000).astype(np.uint64)
+    values = ticket[:, None].astype(np.float32)
+    for step in (1, 37, 2000):
+        held = Sample(6, 40, 1)
+        for i in range(0, 2000, step): held.add(group[i:i + step], ticket[i:i + step], ticket[i:i + step].astype(np.int64), values[i:i + step])
+        for g in range(5):
+            rows, found = held.of(g)
+            assert rows.tolist() == sorted(ticket[group == g])[:40] == found[:, 0].astype(int).tolist()
+        assert len(held.of(5)[0]) == 0 and held.limit[5] == np.iinfo(np.uint64).max
+
+
+@pytest.mark.parametrize(("value", "lower"), [(1.0, 1.0), (1.49, 1.0), (1.5, 1.5), (3.0, 3.0), (1e-9, EDGES[0]), (1e9, EDGES[-1]), (0.75, 0.75)])
+def test_bins_are_half_octaves(value, lower):
+    assert EDGES[bins(np.array([value], np.float32))[0]] == lower
+
+
+def test_histograms_places_and_deciles(store, made, dense):
+    f = made.features
+    assert np.array_equal([h.sum() for h in f.histogram], (dense > 0).sum(0))
+    frontal = np.array([v == "frontal" for v in store.tokens["view"].to_pylist()])
+    assert np.allclose(f.view_frontal, (dense[frontal] > 0).sum(0) / np.maximum((dense > 0).sum(0), 1))
+    some = f[f.status == "ok"]
+    assert all(len(d) == 9 and (np.diff(d) >= 0).all() and d[-1] <= m for d, m in zip(some.deciles, some["max"], strict=True))
+
+
+def test_what_reports_state():
+    assert "large left effusion" in stated("Large left pleural effusion. No pneumothorax.") and "pneumothorax" not in stated("No pneumothorax.")
+    assert stated("Heart size is normal.") == ("no findings",)
+
+
+def test_an_unknown_view_is_named(tmp_path):
+    store = make_store(tmp_path / "store", studies=16)
+    table = store.tokens.set_column(store.tokens.schema.get_field_index("view"), "view", [["oblique"] * len(store)])
+    with pytest.raises(UserError, match="has a view 'oblique'; it must be one of frontal, lateral, prior"): Collector(table, 3, CFG, 0)
+
+
+# near misses
+
+@pytest.fixture(scope="module")
+def near(store, tmp_path_factory):
+    out = tmp_path_factory.mktemp("near")
+    collect_exemplars(store, make_sae(), CFG, 0, out)
+    add_near_misses(store, make_sae(), CFG, 0, out)
+    return out, read_table(out / "near.parquet").to_pandas()
+
+
+def test_near_misses_are_silent_and_from_their_side(store, near, dense):
+    table, around = near[1], windows(store.tokens, CFG.window)
+    assert set(table.source) <= set(SOURCES) and {"nearest"} < set(table.source)
+    for e in table.sample(300, random_state=0).itertuples():
+        assert not (dense[around.low(np.array([e.row]))[0]:around.high(np.array([e.row]))[0] + 1, e.feature] > 0).any()
+        assert (e.split == "train") == (e.role == "explain_near")
+    counts = table.groupby(["feature", "role"]).size().unstack()
+    assert counts.explain_near.max() <= CFG.explain_hard and counts.score_near.max() <= CFG.score_hard
+    assert not table.duplicated(["feature", "role", "row"]).any()
+
+
+def test_near_misses_reach_the_interpreter(near):
+    f = next(f for f in Exemplars(near[0]).contexts() if f.feature == MIXED)
+    mine = near[1][near[1].feature == MIXED]
+    explain, scoring = ((mine.role == role).sum() for role in ("explain_near", "score_near"))
+    assert len(f.near_silent) == explain and len(f.near_scoring) == len(f.near_sources) == scoring
+    assert f.near_sources == tuple(mine[mine.role == "score_near"].source)
+
+
+def test_new_exemplars_forget_old_near_misses(store, near, tmp_path):
+    collect_exemplars(store, make_sae(), CFG, 0, tmp_path)
+    add_near_misses(store, make_sae(), CFG, 0, tmp_path)
+    assert file_hash(tmp_path / "near.parquet") == file_hash(near[0] / "near.parquet")
+    collect_exemplars(store, make_sae(), CFG, 0, tmp_path)
+    assert not (tmp_path / "near.parquet").exists()
+
+
+def test_habits_and_the_ways_to_be_near():
+    said = [Mention(i, "effusion", "present", "left" if i < 8 else "right", "small", "findings") for i in range(16)]
+    said += [Mention(20 + i, "effusion", "absent", "", "", "findings") for i in range(8)]
+    said += [Mention(40 + i, "nodule", "present", "", "", "findings") for i in range(40)]
+    fired = np.array([[m.kind == "effusion" and m.side == "left"] for m in said])
+    habit = habits(said, fired)[0]
+    assert habit == Habit("effusion", "present", "left", "small", "findings")
+    columns = {c: np.array([getattr(m, c) for m in said]) for c in ("kind", "certainty", "side", "severity", "section")}
+    pool = SimpleNamespace(fired=fired, said=columns, words={}, section=np.array(["findings"] * len(said)), view=np.array([""] * len(said)))
+    found = near_windows(pool, 0, habit, np.zeros(0, int), "", ("findings",))
+    assert found["side"].tolist() == list(range(8, 16)) and found["negated"].tolist() == list(range(16, 24))
+    assert not len(found["nearest"]) and not len(found["severity"]) and not len(found["view"])
+    assert habits(said, np.zeros((len(said), 1), bool)) == [Habit()]
+
+
+def test_sources_take_turns():
+    chosen, kinds = take_turns({"a": np.arange(2), "b": np.arange(1, 50)}, 9, np.random.default_rng(0))
+    assert len(set(chosen)) == len(chosen) == 9 and kinds.count("a") >= 1
+    assert take_turns({}, 5, np.random.default_rng(0))[1] == []
+
+
+def test_nearest_is_by_direction_and_never_oneself():
+    sae = MatryoshkaSAE(6, (12,), 2)
+    found = nearest(sae, 3, block=5)
+    unit = torch.nn.functional.normalize(sae.W_dec.detach(), dim=1)
+    cosine = (unit @ unit.T).fill_diagonal_(-2)
+    assert np.array_equal(found, cosine.topk(3, dim=1).indices.numpy())
+
+
+# the cache for delphi
+
+def test_a_cache_for_delphi_holds_every_firing_once(store, dense, tmp_path):
+    made = export_delphi(store, make_sae(), tmp_path, splits=7, length=8, block=300)
+    study = np.array(store.tokens["study"].to_pylist())
+    cells = rectangle(np.unique(study, return_inverse=True)[1], 8)
+    back, edges = np.zeros_like(dense), []
+    for path in made.glob("*.safetensors"):
+        file, (first, last) = load_file(path), map(int, path.stem.split("_"))
+        batch, position, feature = file["locations"].T.astype(int)
+        assert len(batch) and file["locations"].dtype == np.uint16 and (position < 8).all() and (first + feature <= last).all()
+        back[np.searchsorted(cells, batch * 8 + position), first + feature] = file["activations"]
+        assert np.array_equal(file["tokens"].ravel()[cells], store.tokens["token_id"].to_numpy())
+        edges.append((first, last))
+    assert np.allclose(back, dense, rtol=1e-3) and sorted(edges)[0][0] == 0 and sorted(edges)[-1][1] == dense.shape[1] - 1
+    assert all(a[1] + 1 == b[0] for a, b in zip(sorted(edges), sorted(edges)[1:], strict=False)) and not list(made.glob("*.part"))
+    with pytest.raises(UserError, match="is not empty"): export_delphi(store, make_sae(), tmp_path)

@@ -13,17 +13,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score, precision_score, recall_score
-from word_server import WordServer, completion
+from word_server import BatchServer, WordServer, completion
 from word_world import MIXED, NEVER, WORDS, make_sae, make_store
 
-from saerad.core import UserError, file_hash, read_table, write_table
+from saerad.core import UserError, file_hash, read_table, write_json, write_table
 from saerad.endpoint import (
+    CallFailed,
     Endpoint,
     EndpointConfig,
     Ledger,
     Pace,
+    Reply,
     check_destination,
     host_of,
     is_loopback,
@@ -35,17 +38,25 @@ from saerad.interpretation import (
     Explanation,
     InterpretationConfig,
     Lexical,
+    at_prevalence,
+    by_source,
+    compare,
     description_names_truth,
     detect_prompt,
     estimate,
+    examination,
     explain_prompt,
     interpret,
     interpretation_summary,
     names,
     protocol_of,
+    read_descriptions,
+    repeated,
     score,
 )
-from saerad.lexical import NOTHING, Bits, Clause, describe, find_rule, read_rule, window, words
+from saerad.lexical import NOTHING, Bits, Clause, describe, find_rule, read_rule, strongest, window, words
+from saerad.negatives import add_near_misses
+from saerad.protocols import fuzz_items, protocol_names, read_protocol
 
 OPEN, CLOSED = SimpleNamespace(may_leave=True), SimpleNamespace(may_leave=False)
 
@@ -64,7 +75,6 @@ def few(folder, tmp_path_factory):
     features = read_table(folder / "features.parquet").to_pandas()
     kept = [WORDS.index("effusion"), WORDS.index("normal"), MIXED, NEVER]
     features.loc[~features.feature.isin(kept), "status"] = "dead"
-    import pyarrow as pa
     write_table(out / "features.parquet", pa.Table.from_pandas(features, preserve_index=False))
     write_table(out / "exemplars.parquet", read_table(folder / "exemplars.parquet"))
     return out
@@ -504,3 +514,244 @@ def test_another_endpoint_is_another_question(few, tmp_path):
     with WordServer() as a, WordServer() as b:
         for server in (a, b, b): Endpoint(config(server), ledger, may_leave=False).ask(detect_prompt("x", [], protocol_of(config())), 5)
     assert (len(a.bodies), len(b.bodies)) == (1, 1)
+
+
+# protocols
+
+def test_protocols_are_files_and_unknown_ones_are_named(tmp_path):
+    assert protocol_names() == ["paper", "saerad"]
+    with pytest.raises(UserError, match="interpretation.protocol is 'papr'; it must be one of paper, saerad"): read_protocol("papr")
+    own = tmp_path / "mine.yaml"
+    own.write_text("explain_prompt: mine-1\ndetect_prompt: detect-paper-1\n")
+    with pytest.raises(UserError, match="mine-1"): read_protocol(str(own))
+    (tmp_path / "mine-1.txt").write_text("Explain.")
+    read_protocol.cache_clear()
+    assert read_protocol(str(own)).active == 25
+    own.write_text("explain_promt: x\n")
+    read_protocol.cache_clear()
+    with pytest.raises(UserError, match="mine.yaml is not a protocol"): read_protocol(str(own))
+
+
+@pytest.fixture(scope="module")
+def near(tmp_path_factory):
+    """Exemplars of four features with near misses."""
+    base = tmp_path_factory.mktemp("near")
+    store, sae = make_store(base / "store"), make_sae()
+    cfg = ExemplarsConfig(min_explain=5, min_score=5, explain_from="deciles")
+    collect_exemplars(store, sae, cfg, 0, base / "exemplars")
+    add_near_misses(store, sae, cfg, 0, base / "exemplars")
+    features = read_table(base / "exemplars" / "features.parquet").to_pandas()
+    features.loc[~features.feature.isin([WORDS.index("effusion"), WORDS.index("small"), MIXED]), "status"] = "dead"
+    write_table(base / "exemplars" / "features.parquet", pa.Table.from_pandas(features, preserve_index=False))
+    return base / "exemplars"
+
+
+def test_our_protocol_tells_contrasts_and_scores_by_source(near, tmp_path):
+    with WordServer() as server: table = interpret(near, config(server, protocol="saerad"), 0, CLOSED, tmp_path)
+    scored = table[table.status == "scored"]
+    assert len(scored) == 3 and set(table.protocol) == {"saerad"}
+    sources = {s["source"] for row in scored.by_source for s in row}
+    assert {"random", "nearest"} <= sources and scored.near_f1.notna().all() and scored.fuzz_f1.notna().all()
+    explains = [b["messages"][1]["content"] for b in server.bodies if b["messages"][1]["content"].startswith("Active")]
+    assert all("Near misses:" in t and "[findings; " in t and "activations:" not in t for t in explains)
+    detects = [b["messages"][1]["content"] for b in server.bodies if not b["messages"][1]["content"].startswith("Active")]
+    assert all(t.splitlines()[-1].startswith("Description: ") and len(t.splitlines()) <= 27 for t in detects)
+    assert len(server.bodies) <= estimate(Exemplars(near).features, config(protocol="saerad"))["calls"]
+
+
+def test_the_control_begins_like_the_examination(near, tmp_path):
+    with WordServer() as server: interpret(near, config(server, protocol="saerad"), 0, CLOSED, tmp_path)
+    asked = [b["messages"][1]["content"].rpartition("\nDescription: ") for b in server.bodies]
+    beginnings = Counter(head for head, mark, _ in asked if mark and "<<" not in head)
+    assert sum(n == 2 for n in beginnings.values()) >= 6
+
+
+def test_no_examination_is_worth_its_name_without_the_others_patients(near):
+    p = read_protocol("saerad")
+    for f in Exemplars(near).contexts():
+        contexts, truth, source = examination(f, p, 0)
+        assert truth.sum() == min(50, f.truth.sum()) and (source == "random").sum() == min(50, (~f.truth).sum())
+        assert len({c.row for c in contexts if c.low >= 0}) > 0 and not (truth & (source != "")).any()
+        told = {c.study for c in (*f.active, *f.silent, *f.near_silent)}
+        assert not told & {c.study for c in contexts}
+
+
+def test_scores_by_source_are_those_of_plain_counting():
+    truth = [True] * 10 + [False] * 20
+    said = [True] * 8 + [False] * 2 + [True] * 1 + [False] * 9 + [True] * 5 + [False] * 4 + [None]
+    rows = {r["source"]: r for r in by_source(truth, said, [""] * 10 + ["random"] * 10 + ["side"] * 10, np.random.default_rng(0), 200)}
+    assert rows["random"]["mistaken"] == pytest.approx(0.1) and rows["side"]["mistaken"] == pytest.approx(5 / 9) and rows["side"]["contexts"] == 9
+    assert rows["random"]["f1"] == pytest.approx(2 * 0.8 / 1.9) and rows["side"]["f1_low"] < rows["side"]["f1"] < rows["side"]["f1_high"]
+
+
+def test_prevalence():
+    precision, f1 = at_prevalence(0.9, 0.05, 0.01)
+    assert precision == pytest.approx(0.009 / (0.009 + 0.0495)) and f1 == pytest.approx(2 * precision * 0.9 / (precision + 0.9))
+    assert np.isnan(at_prevalence(0, 0, 0.1)[0])
+
+
+def test_fuzzing_moves_half_of_the_marks(near):
+    f = next(Exemplars(near).contexts())
+    items, truth = fuzz_items(f, 20, np.random.default_rng(0))
+    marks = {c.row: m for c, m in zip(f.scoring, f.marks, strict=False)}
+    assert sum(truth) == len(truth) // 2 and all((m == marks[c.row]) == t for (c, m), t in zip(items, truth, strict=True))
+    assert all(set(m).isdisjoint(marks[c.row]) for (c, m), t in zip(items, truth, strict=True) if not t)
+
+
+# endpoints of every kind
+
+def test_structured_answers(few, tmp_path):
+    with WordServer() as server: table = interpret(few, config(server, structured=True), 0, CLOSED, tmp_path)
+    assert (table.status == "scored").sum() == 3 and all("response_format" in b for b in server.bodies)
+
+
+def test_an_endpoint_that_knows_no_schema_is_asked_in_words_and_replayed(few, tmp_path):
+    def trouble(number, body): return (400, {}, '{"error": {"message": "response_format is not supported"}}') if "response_format" in body else None
+    with WordServer(trouble) as server:
+        table = interpret(few, config(server, structured=True), 0, CLOSED, tmp_path)
+        asked = len(server.bodies)
+        assert (table.status == "scored").sum() == 3 and sum("response_format" in b for b in server.bodies) <= 8
+        interpret(few, config(server, structured=True), 0, CLOSED, tmp_path)
+        assert len(server.bodies) == asked
+
+
+def test_azure(few, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "azure-key")
+    with WordServer() as server:
+        cfg = config(server, api="azure", base_url=server.url.removesuffix("/v1"), api_version="2024-10-21")
+        assert (interpret(few, cfg, 0, CLOSED, tmp_path).status == "scored").sum() == 3
+    assert server.paths == {"/openai/deployments/words/chat/completions?api-version=2024-10-21"}
+
+
+def test_headers_set_the_pace():
+    pace = Pace(clock=lambda: 0.0)
+    pace.heard({"x-ratelimit-limit-requests": "600", "x-ratelimit-limit-tokens": "60000"}, 500)
+    assert pace.rate == pytest.approx(0.98 * 2)
+    pace.faster()
+    assert pace.rate == pytest.approx(0.98 * 2)
+    pace.heard({"x-ratelimit-limit-requests": "600", "x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1m2.5s"}, 10)
+    assert pace.slot() == pytest.approx(60)
+    silent = Pace(clock=lambda: 0.0)
+    silent.heard({}, 100)
+    assert silent.rate == 20 and silent.cap == float("inf")
+
+
+def test_a_budget_stops_cleanly_and_goes_on(few, tmp_path):
+    prices = {"price_in": 1000.0, "price_out": 0.0, "concurrency": 1}
+    with WordServer() as server:
+        needed = estimate(Exemplars(few).features, config(server, **prices), Exemplars(few).contexts())
+        cfg = config(server, budget=needed["cost"] / 2, **prices)
+        server.headers = {}
+        table = interpret(few, cfg, 0, CLOSED, tmp_path)
+    spent = table[table.reason.str.contains("the budget is spent")]
+    ended = table[table.feature.isin(Exemplars(few).features.query("status == 'ok'").feature)]
+    assert len(ended) == 3 and ((ended.status == "scored") | (ended.reason != "")).all()
+    assert len(spent) and 0 < len(server.bodies) < needed["calls"]
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".parquet"] == ["interpretations.parquet"]
+
+
+def test_a_spent_budget_asks_no_more(few, tmp_path):
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.put("earlier", {}, Reply("paid", tokens_in=2_000_000))
+    with WordServer() as server:
+        endpoint = Endpoint(config(server, price_in=1.0, price_out=1.0, budget=2.0), ledger, may_leave=False)
+        with pytest.raises(CallFailed, match="the budget is spent"): endpoint.ask([{"role": "user", "content": "x"}], 5)
+    assert endpoint.spent == pytest.approx(2.0) and not server.bodies
+
+
+def test_a_budget_smaller_than_one_feature(few, tmp_path):
+    with pytest.raises(UserError, match="budget is 0.001 and one feature needs about"):
+        interpret(few, config(budget=0.001, price_in=10.0, price_out=10.0), 0, CLOSED, tmp_path / "out")
+    with pytest.raises(UserError, match="budget needs interpretation.price_in"): interpret(few, config(budget=1.0), 0, CLOSED, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_gives_the_bytes_of_single_calls(few, tmp_path):
+    with WordServer() as server: single = interpret(few, config(server), 0, CLOSED, tmp_path / "single")
+    with BatchServer() as server:
+        batched = interpret(few, config(server, batch=True, batch_poll_s=0.01), 0, CLOSED, tmp_path / "batch")
+        assert len(server.batches) == 2 and not (tmp_path / "batch" / "batch.json").exists()
+        interpret(few, config(server, batch=True, batch_poll_s=0.01), 0, CLOSED, tmp_path / "batch")
+        assert len(server.batches) == 2
+    assert batched.drop(columns="by_source").equals(single.drop(columns="by_source"))
+
+
+def test_a_batch_that_was_paid_for_is_waited_for(few, tmp_path):
+    with BatchServer() as server:
+        cfg, question = config(server, batch=True, batch_poll_s=0.01), detect_prompt("x", _contexts(["y"]), protocol_of(config()))
+        endpoint = Endpoint(cfg, Ledger(tmp_path / "ledger.sqlite"), may_leave=False)
+        with pytest.raises(CallFailed): endpoint.ask(question, 5)
+        endpoint.client = endpoint._connect()
+        write_json(tmp_path / "batch.json", {"id": endpoint._submit(endpoint.waiting), "requests": endpoint.waiting})   # killed here
+        again = Endpoint(cfg, Ledger(tmp_path / "ledger.sqlite"), may_leave=False)
+        assert again.hand_in(say=lambda text: None) == 1 and len(server.batches) == 1
+        assert again.ask(question, 5).text == "[0]"
+
+
+def test_no_batch_api_is_said(few, tmp_path):
+    with WordServer(lambda n, b: (404, {}, "{}")) as server:
+        with pytest.raises(UserError, match="takes no batches"): interpret(few, config(server, batch=True), 0, CLOSED, tmp_path)
+
+
+def test_pictures_are_shown_and_not_kept(few, tmp_path):
+    picture = SimpleNamespace(array=lambda: np.arange(64, dtype=np.uint8).reshape(8, 8))
+    class Source:
+        may_leave = True
+        def __getitem__(self, study): return SimpleNamespace(all_views={"frontal": picture})
+    with WordServer() as server: table = interpret(few, config(server, images=True), 0, Source(), tmp_path)
+    shown = [b for b in server.bodies if isinstance(b["messages"][1]["content"], list)]
+    parts = [p for b in shown for p in b["messages"][1]["content"] if p["type"] == "image_url"]
+    assert parts and all(p["image_url"]["url"].startswith("data:image/png") for p in parts)
+    scored = table[table.status == "scored"]
+    assert np.allclose(scored.visual_index, scored.visual_f1 - scored.f1)
+    assert b"data:image/png" not in (tmp_path / "ledger.sqlite").read_bytes()
+
+
+# the descriptions of others
+
+def test_descriptions_of_others_are_examined(few, tmp_path):
+    theirs = tmp_path / "released.csv"
+    theirs.write_text(f"latent_id,Interpretation\n{WORDS.index('effusion')},mentions of effusion\n{MIXED},mentions of the aorta\n")
+    cfg = InterpretationConfig(descriptions=str(theirs), description_columns={"explanation": "Interpretation"})
+    table = interpret(few, cfg, 0, CLOSED, tmp_path / "out").set_index("feature")
+    assert table.f1[WORDS.index("effusion")] > 0.95 and table.recall[MIXED] == 0
+    assert table.reason[WORDS.index("normal")] == "no explanation: not described"
+
+
+def test_tables_that_are_none_are_named(tmp_path):
+    with pytest.raises(UserError, match="x.docx is no table"): read_descriptions(tmp_path / "x.docx")
+    with pytest.raises(UserError, match="missing.csv does not exist"): read_descriptions(tmp_path / "missing.csv")
+    (tmp_path / "a.csv").write_text("feature,words\n1,x\n")
+    with pytest.raises(UserError, match="no column for explanation .it has feature, words."): read_descriptions(tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_text("feature,label\nnone,x\n")
+    with pytest.raises(UserError, match="feature 'none'; it must end in a number"): read_descriptions(tmp_path / "b.csv")
+
+
+def test_comparison_feature_by_feature(tmp_path):
+    ours = pd.DataFrame({"feature": [1, 2], "explanation": ["left effusion", "wires"], "f1": [0.9, 0.8]})
+    rows = [{"feature": "layers.15/latent_1", "description": "effusion left", "f1": 0.7}, {"feature": "3", "description": "x", "f1": 0.1}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    both = compare(ours, read_descriptions(tmp_path / "t.jsonl"))
+    assert both.feature.tolist() == [1] and both.words_shared[0] == 1 and both.f1_theirs[0] == pytest.approx(0.7)
+
+
+def test_repeated_descriptions_are_grouped():
+    said = ["small left effusion seen", "seen: a small, left effusion", "right effusion", "", "pacemaker", ""]
+    assert repeated(said) == [0, 0, 2, -1, 4, -1]
+
+
+def test_exemplars_of_another_sae(near, tmp_path, folder):
+    other = make_sae()
+    with pytest.raises(UserError, match="made with another SAE"):
+        other.threshold.fill_(0.7)
+        interpret(folder, InterpretationConfig(), 0, CLOSED, tmp_path / "out", other)
+    interpret(folder, InterpretationConfig(bootstrap=1), 0, CLOSED, tmp_path / "out", make_sae())
+
+
+def test_the_strongest_are_said_apart_and_predict_nothing():
+    told = [("left nodule",) if i < 10 else ("right nodule",) for i in range(50)]
+    active = [Example(i, (" lung", " nodule"), "findings", "", 3, (0., 9. - i / 10), 1, stated=t) for i, t in enumerate(told)]
+    assert strongest(active, tell_study=True) == ' Strongest where the report states "left nodule".'
+    assert strongest(active, tell_study=False) == "" and strongest(active[:10], True) == ""
+    rule = (Clause("nodule", stated="left nodule"), Clause(place="frontal image", stated="central line"))
+    assert sorted(read_rule(describe(rule) + strongest(active, True))) == sorted(rule)
