@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Job', 'MethodsConfig', 'token_f1', 'targets_of', 'Way', 'ways_of', 'word_means', 'write_jobs', 'only_kinds', 'judged',
-           'best_doses', 'compare_methods', 'told_before', 'method_table', 'draw_methods']
+           'best_doses', 'compare_methods', 'told_before', 'method_table', 'draw_methods', 'draw_doses', 'losses']
 
 # %% ../nbs/10b_methods.ipynb #b8c0823a
 from collections.abc import Mapping, Sequence
@@ -35,12 +35,13 @@ from .store import Store
 from .studies import Source, Study
 from .subjects import Subject
 
-# %% ../nbs/10b_methods.ipynb #6a767a29
+# %% ../nbs/10b_methods.ipynb #736cb273
 class MethodsConfig(Section):
     """How large the comparison of methods is."""
     min_f1: float = Field(0.9, ge=0, le=1)          # of a concept's feature, over tokens of test patients
     at_least: int = Field(8, ge=2)                  # where fewer concepts reach it, the best so many are taken
-    doses: tuple[float, ...] = (0.3, 0.6, 1.2)      # both signs; in typical residual lengths (the SAE's scale)
+    ways: tuple[str, ...] = ()                      # of the table below; empty: all. "add" must be among them
+    doses: tuple[float, ...] = (0.15, 0.3, 0.8)     # both signs; in typical residual lengths (the SAE's scale)
     validation_studies: int = Field(6, ge=1)        # on which each concept's and method's dose is chosen
     test_studies: int = Field(16, ge=2)
     token_rows: int = Field(60_000, ge=1)           # tokens of each split for the F1
@@ -166,7 +167,7 @@ def best_doses(validation: pd.DataFrame) -> dict[tuple[str, str], float]:
     ranked = means.assign(size=means.alpha.abs()).sort_values(["on", "off", "size", "alpha"], ascending=[False, True, True, False])
     return {(r.concept, r.way): r.alpha for r in ranked.drop_duplicates(["concept", "way"]).itertuples()}
 
-# %% ../nbs/10b_methods.ipynb #26fa657b
+# %% ../nbs/10b_methods.ipynb #58e4e610
 def compare_methods(store: Store, sae: MatryoshkaSAE, subject: Subject, source: Source, layer: int, out: Path | str, seed: int = 0,
                     cfg: MethodsConfig = MethodsConfig()) -> pd.DataFrame:
     """Compare ways of steering on every concept with a good feature; a row for each report on test patients, also as `methods.parquet`.
@@ -180,7 +181,8 @@ def compare_methods(store: Store, sae: MatryoshkaSAE, subject: Subject, source: 
     features = {c: features[c] for c in targets}
     numbered = {i: t for i, t in enumerate(targets.values())}
     means = {at: {list(targets)[i]: v for i, v in mean_differences(source, subject, numbered, at, seed).items()} for at in (layer, *cfg.other_layers)}
-    ways = {w.name: w for w in ways_of(features, sae, layer, means, word_means(store, source, list(targets), cfg.token_rows), seed)}
+    ways = {w.name: w for w in ways_of(features, sae, layer, means, word_means(store, source, list(targets), cfg.token_rows), seed)
+            if not cfg.ways or w.name in cfg.ways}
     able = {n: [c for c in targets if not n.startswith("means") or c in means[w.layer]] for n, w in ways.items()}
     key = content_hash(subject.hash, sae.tensors(), layer, seed, cfg, file_hash(interventions.__file__))
     jobs = [(c, n, sign * d) for n in ways for c in able[n] for d in cfg.doses for sign in (1, -1)]
@@ -248,3 +250,26 @@ def draw_methods(table: pd.DataFrame, ax: Any) -> None:
         ax.axvline(at, color="#444444", linewidth=0.8, linestyle="--")
         ax.text(at + 0.005, -0.4, what, fontsize=7)
     ax.set(xlabel="share of reports changed purely on target, test patients", xlim=(0, max(0.55, float(shown.high.max()) + 0.02)))
+
+# %% ../nbs/10b_methods.ipynb #a4608bca
+def draw_doses(doses: pd.DataFrame, axes: Sequence[Any], ways: Sequence[str] = ("add", "words", "random")) -> None:
+    """Shares of the outcomes by dose, one panel a way."""
+    shown = {"on_target_only": "#009E73", "mixed": "#E69F00", "off_target_only": "#D55E00", "degenerate": "#555555", "unchanged": "#BBBBBB"}
+    for ax, way in zip(axes, ways, strict=True):
+        some = doses[doses.way == way].groupby("alpha").outcome.value_counts(normalize=True).unstack(fill_value=0)
+        for outcome, colour in shown.items():
+            if outcome in some: ax.plot(some.index, some[outcome], "o-", color=colour, label=outcome.replace("_", " "), markersize=3)
+        ax.set(title=way, xlabel="dose (typical residual lengths)", ylim=(-0.03, 1.03))
+    axes[0].set_ylabel("share of reports")
+
+# %% ../nbs/10b_methods.ipynb #f626d973
+def losses(table: pd.DataFrame) -> pd.Series:
+    """Purely on-target share (test patients) when one thing at a time is made better than in "add"."""
+    own = [w for w in table.index if w.startswith(("add", "clamp", "scale"))]
+    oracle = [w for w in table.index if w.startswith(("means", "words"))]
+    best = table.loc[own].on_target_only.idxmax()
+    named = {"null: random direction": table.on_target_only["random"], "as in the paper (add)": table.on_target_only["add"],
+             f"best method, same features ({best})": table.on_target_only[best]}
+    if oracle: named[f"best oracle direction ({table.loc[oracle].on_target_only.idxmax()})"] = table.loc[oracle].on_target_only.max()
+    return pd.Series(named | {"as in the paper, a judge of kinds only": table.kinds["add"],
+                              "as in the paper, only where there was something to do": table.eligible["add"]})

@@ -166,7 +166,7 @@ def sign_of(alpha: float, method: str) -> int:
     """Whether an α asks for more of a feature (1) or less (-1)."""
     return 1 if alpha > {"scale": 1.0}.get(method, 0.0) else -1
 
-# %% ../nbs/10_steering.ipynb #678b16cf
+# %% ../nbs/10_steering.ipynb #0873daf6
 def states(reading: Reading, target: Target) -> bool:
     """Whether a report affirms anything of the target."""
     sides = target.values("side")
@@ -196,7 +196,8 @@ def mean_differences(source: Source, subject: Subject, targets: Mapping[int, Tar
 
 def asking(study: Study, target: Target, sign: int) -> Study:
     """The study with a wish about the target in its indication."""
-    words = str(replace(target, less=False))
+    values = [value or attribute for attribute, value in sorted(target.words)]
+    words = " ".join([*values, " or ".join(kind.replace("_", " ") for kind in sorted(target.kinds))]).strip()
     wish = f"Please report {words}." if (sign > 0) != target.less else f"Please do not report {words}."
     return replace(study, sections=dict(study.sections) | {"indication": f"{study.sections.get('indication', '')} {wish}".strip()})
 
