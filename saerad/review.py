@@ -6,8 +6,9 @@
 __all__ = ['COHERENCE', 'FITS', 'CONFUSIONS', 'chosen_features', 'shuffled_items', 'review_pack', 'read_answers', 'cohen',
            'fleiss', 'interval', 'review_score']
 
-# %% ../nbs/12a_review.ipynb #22e08c5d
+# %% ../nbs/12a_review.ipynb #a68f4e0f
 import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -54,7 +55,7 @@ def shuffled_items(chosen: pd.DataFrame, controls: float, seed: int) -> list[dic
               "description": rows[(i + (i in swapped)) % len(rows)]["explanation"]} for i, row in enumerate(rows)]
     return [items[i] for i in draw.permutation(len(items))]
 
-# %% ../nbs/12a_review.ipynb #b96bb5ce
+# %% ../nbs/12a_review.ipynb #842bb890
 def review_pack(run: Path | str, out: Path | str, features: str | int = "top:50", controls: float = 0.2, seed: int = 0, contexts: int = 10) -> Path:
     """Write `review.html` for the readers and `key.json`, which is not for them, into `out`; returns the page.
 
@@ -65,7 +66,9 @@ def review_pack(run: Path | str, out: Path | str, features: str | int = "top:50"
         raise UserError(f"{run} has atlas.publish=true, and a review needs the texts; set it to false and keep the pack here.")
     items = shuffled_items(chosen_features(tables, features), controls, seed)
     if len(items) < 2: raise UserError(f"{run} has fewer than two features to review; raise --features.")
-    shown = [_shown(tables, item, contexts, out) for item in items]
+    with tempfile.TemporaryDirectory() as folder:
+        films = Films(tables, Path(folder, "films"))
+        shown = [_shown(tables, item, contexts, films) for item in items]
     pack = content_hash(items, [s["exemplars"] for s in shown])[:12]
     page = _template("review.html").render(css=_asset("atlas.css"), script=_asset("review.js"), items=shown, pack=pack, coherence=COHERENCE, fits=FITS,
                                            confusions=CONFUSIONS, films=any(s["films"] for s in shown))
@@ -73,13 +76,10 @@ def review_pack(run: Path | str, out: Path | str, features: str | int = "top:50"
     write_json(out / "key.json", {"pack": pack, "items": {str(i): {k: item[k] for k in ("feature", "own", "f1")} for i, item in enumerate(items, 1)}})
     return out / "review.html"
 
-def _shown(run: RunTables, item: Mapping[str, Any], contexts: int, out: Path) -> dict[str, Any]:
+def _shown(run: RunTables, item: Mapping[str, Any], contexts: int, films: Films) -> dict[str, Any]:
     "What a reader sees of an item: no feature number, no study, no score."
-    films = Films(run, out / ".films")
     seen = portrait_of(run, item["feature"], AtlasConfig(per_decile=1), films, contexts)
-    pictures = [{**f, "film": _inline(out / f["film"]), "title": f"film {i}", "boxes": []} for i, f in enumerate(seen["films"], 1)]
-    for old in (out / ".films").glob("*"): old.unlink()
-    if (out / ".films").exists(): (out / ".films").rmdir()
+    pictures = [{**f, "film": _inline(films.folder.parent / f["film"]), "title": f"film {i}", "boxes": []} for i, f in enumerate(seen["films"], 1)]
     return {"description": item["description"], "films": pictures,
             "exemplars": [{"section": c["place"].partition(",")[0], "shaded": c["shaded"]} for c in seen["exemplars"]]}
 
@@ -106,12 +106,12 @@ def _answer(file: Path | str, reader: str, item: str, said: Mapping[str, Any], k
     if said["fits"] not in (0, 1, 2): raise UserError(f"{file}, item {item} has the rating {said['fits']!r}; ratings are 0, 1 or 2.")
     return {"reader": reader, "item": int(item), "fits": said["fits"], "coherence": said.get("coherence"), "confusions": said.get("confusions") or [], **key["items"][item]}
 
-# %% ../nbs/12a_review.ipynb #10493083
+# %% ../nbs/12a_review.ipynb #f809202b
 def cohen(a: np.ndarray, b: np.ndarray, weighted: bool = False) -> float:
     """Cohen's kappa of two readers' ratings 0, 1, 2 (linearly weighted if asked); nan where neither varies."""
     table = np.zeros((3, 3))
     np.add.at(table, (a.astype(int), b.astype(int)), 1)
-    if not weighted and len(set(a) | set(b)) < 2 or weighted and len(set(a) | set(b)) < 2: return float("nan")
+    if len(set(a) | set(b)) < 2: return float("nan")
     with np.errstate(invalid="ignore", divide="ignore"): return float(cohens_kappa(table, wt="linear" if weighted else None, return_results=False))
 
 def fleiss(ratings: np.ndarray) -> float:
