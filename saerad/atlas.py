@@ -75,7 +75,7 @@ COLUMNS = [
     {"name": "steerability", "title": "steer- ability", "width": 78, "about": "share of its steered reports that changed on target and nowhere else"},
     {"name": "status", "title": "status", "text": True, "width": 104, "about": "whether it could be examined"}]
 
-# %% ../nbs/12_atlas.ipynb #42da2506
+# %% ../nbs/12_atlas.ipynb #4f1a7777
 def feature_table(run: RunTables) -> pd.DataFrame:
     """One row for every feature of a run; raises `UserError` where not even a dictionary has been trained."""
     features = run.table("exemplars/features.parquet")
@@ -94,7 +94,8 @@ def _bare_features(run: RunTables) -> pd.DataFrame:
     "The features of a dictionary that nobody has looked at yet."
     if not run.has("sae/sae.safetensors"): raise UserError(f"{run.folder} holds no features yet; run `saerad train` first.")
     sae = MatryoshkaSAE.load(run.folder / "sae")
-    return pd.DataFrame({"feature": np.arange(sae.width), "level": [sae.level(f) for f in range(sae.width)], "density": np.nan, "status": "not looked at"})
+    return pd.DataFrame({"feature": np.arange(sae.width), "level": [sae.level(f) for f in range(sae.width)], "density": np.nan,
+                         "status": "not looked at"})
 
 # %% ../nbs/12_atlas.ipynb #0b63eeda
 def _view(features: pd.DataFrame, run: RunTables) -> pd.Series:
@@ -138,7 +139,7 @@ def pick_contexts(exemplars: pa.Table, cfg: AtlasConfig) -> pa.Table:
     rank = rows.groupby(["feature", "decile"]).cumcount()
     return table.take(rows.index[rank < np.where(rows.decile == 10, cfg.exemplars, cfg.per_decile)].to_numpy())
 
-# %% ../nbs/12_atlas.ipynb #6ae50199
+# %% ../nbs/12_atlas.ipynb #faa43043
 def feature_contexts(picked: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Contexts of one feature ready to be shown, in the order given."""
     use = {"explain_active": "seen by the interpreter", "score_active": "held out"}
@@ -149,7 +150,8 @@ def decile_groups(contexts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     """Contexts under the heading of their tenth."""
     names = {10: "Strongest tenth of its firings", 1: "Weakest tenth"}
     tenths = sorted({c["decile"] for c in contexts}, reverse=True)
-    return [{"title": names.get(t, f"Tenth {t} of 10"), "contexts": [{k: v for k, v in c.items() if k != "decile"} for c in contexts if c["decile"] == t]}
+    return [{"title": names.get(t, f"Tenth {t} of 10"),
+             "contexts": [{k: v for k, v in c.items() if k != "decile"} for c in contexts if c["decile"] == t]}
             for t in tenths]
 
 # %% ../nbs/12_atlas.ipynb #dbd75be4
@@ -206,7 +208,7 @@ def share_inside(box: Mapping[str, float], rows: int, columns: int, patches: Seq
     heat[np.asarray(patches, int)] = activations
     return float(heat[touched].sum() / max(heat.sum(), 1e-12)), float(touched.mean())
 
-# %% ../nbs/12_atlas.ipynb #3a9ed00a
+# %% ../nbs/12_atlas.ipynb #e6980bfb
 PATCHES_SHOWN = 200   # of a film: the strongest; 37 by 37 patches would hide the film
 
 def feature_films(rows: Sequence[Mapping[str, Any]], films: Films) -> list[dict[str, Any]]:
@@ -220,7 +222,8 @@ def feature_films(rows: Sequence[Mapping[str, Any]], films: Films) -> list[dict[
             box["text"] = f"{box.pop('finding')}: {inside:.0%} of the activation on {area:.0%} of the film"
         strongest = sorted(zip(row["activations"], row["patches"], strict=True), reverse=True)[:PATCHES_SHOWN]
         shown.append({"film": address, "title": f"{row['view']}, study {row['study']}, at most {row['peak']:.2f}", "rows": int(row["rows"]),
-                      "columns": int(row["columns"]), "patches": [int(p) for _, p in strongest], "activations": [round(float(a), 2) for a, _ in strongest],
+                      "columns": int(row["columns"]), "patches": [int(p) for _, p in strongest],
+                      "activations": [round(float(a), 2) for a, _ in strongest],
                       "boxes": [{k: round(v, 2) if isinstance(v, float) else v for k, v in b.items()} for b in boxes]})
     return shown
 
@@ -289,7 +292,7 @@ def _tracked(run: RunTables) -> pd.DataFrame | None:
     concepts = run.table("sae/concepts.parquet")
     return None if concepts is None else concepts[concepts.tracked.astype(bool)]
 
-# %% ../nbs/12_atlas.ipynb #3c0c2a61
+# %% ../nbs/12_atlas.ipynb #0e810dfd
 def _page(row: Mapping[str, Any], groups: list[dict], portrait: Mapping[str, Any], concepts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     "What the page of one feature shows, without its films and its steering."
     def pairs(a: str, b: str) -> list[list]:
@@ -297,7 +300,8 @@ def _page(row: Mapping[str, Any], groups: list[dict], portrait: Mapping[str, Any
     return {"groups": groups, "places": {c[3:]: _plain(v) for c, v in row.items() if c.startswith("in_") and v and v == v},
             "about": _about(row), "reason": _plain(row.get("reason")) or "", "always_yes_f1": _plain(row.get("always_yes_f1")),
             "near_f1": _plain(row.get("near_f1")), "interval": _interval(row), "tags": _tags(row, concepts), "histogram": _histogram(row),
-            "promoted": pairs("promoted", "promoted_by"), "suppressed": pairs("suppressed", "suppressed_by"), "neighbours": pairs("neighbours", "cosine")}
+            "promoted": pairs("promoted", "promoted_by"), "suppressed": pairs("suppressed", "suppressed_by"),
+            "neighbours": pairs("neighbours", "cosine")}
 
 def _about(row: Mapping[str, Any]) -> str:
     "How a feature was examined and how often it fires, in words."
@@ -367,7 +371,7 @@ def _title(run: RunTables) -> str:
     model = Path(run.config.get("subject", {}).get("model", "")).name
     return f"Features of the model {model} on {source}" if source and model else "Features of a run"
 
-# %% ../nbs/12_atlas.ipynb #46698cfa
+# %% ../nbs/12_atlas.ipynb #e5bf960b
 COPIED = ("atlas.css", "atlas.js", "vendor/table.min.js", "vendor/table.min.css", "vendor/plot.min.js", "vendor/LICENSES.txt")
 
 def write_atlas(run: Path | str, cfg: AtlasConfig | None = None) -> Path:
@@ -390,7 +394,8 @@ def write_atlas(run: Path | str, cfg: AtlasConfig | None = None) -> Path:
 
 def _intro(table: pd.DataFrame) -> str:
     scored = int(table.f1.notna().sum())
-    return (f"{len(table):,} features of a sparse dictionary of the model's residual stream; {scored:,} of them have a description that was examined. "
+    return (f"{len(table):,} features of a sparse dictionary of the model's residual stream; {scored:,} of them have a description "
+            "that was examined. "
             "F1 is a description's own score, control F1 that of another feature's description: only the difference speaks for it.")
 
 # %% ../nbs/12_atlas.ipynb #ab5def72
@@ -422,14 +427,15 @@ def _say(claim: str, caveat: str, numbers: Mapping[str, Any]) -> tuple[str, str]
     try: return claim.format(**known), caveat.format(**known)
     except KeyError: return None
 
-# %% ../nbs/12_atlas.ipynb #e96ddd44
+# %% ../nbs/12_atlas.ipynb #37ea56e9
 def best_features(run: RunTables, cfg: AtlasConfig, films: Films, count: int = 3, contexts: int = 3) -> list[dict[str, Any]]:
     """The features with the highest F1 and different descriptions, with their strongest contexts shaded and a film where they see one."""
     scores = run.table("interpretations/interpretations.parquet")
     if scores is None or not run.has("exemplars/features.parquet") or not scores.f1.notna().any(): return []
     ranked = scores[scores.f1.notna()].sort_values(["f1", "feature"], ascending=[False, True])
     chosen = ranked.drop_duplicates("explanation").head(count)
-    return [{"feature": int(row["feature"]), "description": row["explanation"], "scores": _scores(row), **portrait_of(run, int(row["feature"]), cfg, films, contexts)}
+    return [{"feature": int(row["feature"]), "description": row["explanation"], "scores": _scores(row),
+             **portrait_of(run, int(row["feature"]), cfg, films, contexts)}
             for row in chosen.to_dict("records")]
 
 def portrait_of(run: RunTables, feature: int, cfg: AtlasConfig, films: Films, contexts: int = 8) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def invent_run(folder: Path | str, features: int = 160, seed: int = 0) -> Path:
     _invent_the_rest(folder, table, scores, draw)
     return folder
 
-# %% ../nbs/11_figures.ipynb #437193d2
+# %% ../nbs/11_figures.ipynb #260c38e4
 def _invent_sae(folder: Path, draw: np.random.Generator) -> None:
     "Training log, evaluation, concepts and summary."
     steps = np.arange(0, 2000, 50)
@@ -81,14 +81,15 @@ def _invent_sae(folder: Path, draw: np.random.Generator) -> None:
     write_table(folder / "sae/concepts.parquet", pa.Table.from_pylist(rows))
     write_json(folder / "summary.json", {
         "studies": {"studies": 900, "patients": 400, "tokens_train": 50_000}, "seconds": {"train": 60.0},
-        "sae": {"width": 256, "features": 1024, "k": 32, "group_sizes": [64, 64, 128, 256, 512], "group_order": "ascending", "l0": 31.0, "fvu": 0.1, "loss_recovered": 0.97, "dead": 0.04},
+        "sae": {"width": 256, "features": 1024, "k": 32, "group_sizes": [64, 64, 128, 256, 512], "group_order": "ascending", "l0": 31.0, "fvu": 0.1,
+                "loss_recovered": 0.97, "dead": 0.04},
         "interpretation": {"features": 160, "scored": 110, "f1_above_075": 30, "f1_below_05": 25, "median_f1": 0.62,
                            "shuffled_median_f1": 0.31, "negatives": "random", "parse_failures": 0, "frequency_f1_spearman": 0.2},
         "steering": {"features": 8, "alphas": [-10.0, 10.0], "reports": 96, "unchanged": 0.4, "on_target_only": 0.2, "mixed": 0.1,
                      "off_target_only": 0.25, "degenerate": 0.05, "sign_spearman": 0.5},
         "truth": {"concepts": 30, "concepts_recovered": 0.5, "description_names_truth": 0.7, "report_finding_f1": 0.9}})
 
-# %% ../nbs/11_figures.ipynb #d3400c7d
+# %% ../nbs/11_figures.ipynb #01727e7a
 def _invent_features(n: int, draw: np.random.Generator) -> pd.DataFrame:
     "Densities, levels, and where each feature fires."
     shares = draw.dirichlet([0.3, 0.05, 0.3, 0.1, 0.3, 0.5, 1.5], n)
@@ -108,11 +109,12 @@ def _invent_scores(table: pd.DataFrame, draw: np.random.Generator) -> pd.DataFra
                          "f1": 2 * precision * recall / (precision + recall), "f1_low": 2 * precision * recall / (precision + recall) - 0.05,
                          "f1_high": 2 * precision * recall / (precision + recall) + 0.04, "balanced_accuracy": (precision + recall) / 2,
                          "shuffled_f1": shuffled, "always_yes_f1": np.where(ok, 2 / 3, np.nan), "scored_contexts": np.where(ok, 100, 0),
-                         "by_source": [[{"source": k, "contexts": 50, "mistaken": 0.1, "f1": float(f * w)} for k, w in NEGATIVES.items()] if o else [] for f, o in zip(2 * precision * recall / (precision + recall), ok, strict=True)],
+                         "by_source": [[{"source": k, "contexts": 50, "mistaken": 0.1, "f1": float(f * w)} for k, w in NEGATIVES.items()] if o
+                                       else [] for f, o in zip(2 * precision * recall / (precision + recall), ok, strict=True)],
                          "parse_failures": 0, "negatives": "random", "status": np.where(ok, "scored", "unscored"),
                          "explanation": np.where(ok, [f'fires on the word "{w}"' for w in words], ""), "reason": np.where(ok, "", table.status)})
 
-# %% ../nbs/11_figures.ipynb #f2d4d273
+# %% ../nbs/11_figures.ipynb #d37f2f6d
 def _invent_exemplars(scores: pd.DataFrame, draw: np.random.Generator, each: int = 6) -> list[dict]:
     "Contexts with the word of the description strongest."
     rows = []
@@ -133,7 +135,8 @@ def _invent_steering(scores: pd.DataFrame, draw: np.random.Generator) -> tuple[l
         for alpha in (-10.0, -5.0, 5.0, 10.0):
             for study in (f"s{i}" for i in range(6)):
                 still = 0.4 * (abs(alpha) < 10)      # a weaker push leaves more reports as they are
-                chances = (0.8, 0.02, 0.03, 0.1, 0.05) if feature < 0 else (0.15 + 0.08 * rank + still, 0.3, 0.2, 0.25 - 0.02 * rank, 0.1 - 0.06 * rank / 7)
+                chances = (0.8, 0.02, 0.03, 0.1, 0.05) if feature < 0 else (0.15 + 0.08 * rank + still, 0.3, 0.2, 0.25 - 0.02 * rank,
+                        0.1 - 0.06 * rank / 7)
                 outcome = str(draw.choice(OUTCOMES, p=np.array(chances) / sum(chances)))
                 common = {"feature": feature, "alpha": alpha, "study": study, "patient": "p" + study[1:]}
                 aim, other = FINDINGS[best.index(feature) % 4 if feature >= 0 else 0], FINDINGS[int(draw.integers(0, 4))]
@@ -147,7 +150,7 @@ def _invent_steering(scores: pd.DataFrame, draw: np.random.Generator) -> tuple[l
                 judgements.append(judged)
     return generations, judgements
 
-# %% ../nbs/11_figures.ipynb #2bad515a
+# %% ../nbs/11_figures.ipynb #70797e26
 def _invent_the_rest(folder: Path, table: pd.DataFrame, scores: pd.DataFrame, draw: np.random.Generator) -> None:
     "Portraits, a sweep, effects of steering and predictions of steerability."
     n = len(table)
@@ -160,9 +163,11 @@ def _invent_the_rest(folder: Path, table: pd.DataFrame, scores: pd.DataFrame, dr
     sweep = [{"name": order, "k": k, "l0": float(k - 1), "fvu": float((0.9 if order == "ascending" else 0.95) / (1 + 0.4 * k**0.7))}
              for order in ("ascending", "reversed") for k in (8, 16, 32, 64)]
     write_table(folder / "sweep.parquet", pa.Table.from_pylist(sweep))
-    effects = [("add", aim, sign, kind, 0.3, 0.3 + sign * (0.4 if aim == kind else 0.05 * i), 12) for aim in FINDINGS for sign in (-1, 1) for i, kind in enumerate(FINDINGS)]
+    effects = [("add", aim, sign, kind, 0.3, 0.3 + sign * (0.4 if aim == kind else 0.05 * i), 12) for aim in FINDINGS for sign in (-1, 1) for i,
+               kind in enumerate(FINDINGS)]
     effects = pd.DataFrame(effects, columns=["method", "target", "sign", "finding", "baseline", "steered", "reports"])
-    write_table(folder / "steering/effects.parquet", pa.Table.from_pandas(effects.assign(change=effects.steered - effects.baseline), preserve_index=False))
+    write_table(folder / "steering/effects.parquet",
+                pa.Table.from_pandas(effects.assign(change=effects.steered - effects.baseline), preserve_index=False))
     measured = draw.beta(2, 4, 24)
     write_table(folder / "steering/steerability.parquet", pa.table({
         "feature": scores.feature[:24].to_numpy(), "predicted": np.clip(measured + draw.normal(0, 0.12, 24), 0, 1), "measured": measured,
@@ -253,7 +258,7 @@ def draw_plot(name: str, run: RunTables | Path | str, cfg: FiguresConfig | None 
         plot.draw(numbers, *np.atleast_1d(fig.subplots(1, plot.panels)))
     return fig, numbers
 
-# %% ../nbs/11_figures.ipynb #c46a2e10
+# %% ../nbs/11_figures.ipynb #3e8ad652
 def collect_overview(run: RunTables) -> pd.DataFrame:
     """`stage` and two lines about each, from the summary; "?" for what has not been done."""
     found = {name: part or {} for name, part in run.json("summary.json").items()}
@@ -276,7 +281,8 @@ def draw_overview(numbers: pd.DataFrame, ax: Axes) -> None:
     width, gap = 1.0, 0.32
     for i, row in enumerate(numbers.itertuples()):
         x = i * (width + gap)
-        ax.add_patch(FancyBboxPatch((x, 0), width, 0.9, boxstyle="round,pad=0.02,rounding_size=0.06", facecolor="#F4F1E8", edgecolor="black", linewidth=0.7))
+        ax.add_patch(FancyBboxPatch((x, 0), width, 0.9, boxstyle="round,pad=0.02,rounding_size=0.06", facecolor="#F4F1E8", edgecolor="black",
+                                    linewidth=0.7))
         ax.text(x + width / 2, 0.7, row.stage, ha="center", va="center", fontsize=7, fontweight="bold")
         ax.text(x + width / 2, 0.43, row.first, ha="center", va="center", fontsize=6.5)
         ax.text(x + width / 2, 0.18, row.second, ha="center", va="center", fontsize=6.5)
@@ -284,10 +290,11 @@ def draw_overview(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.set(xlim=(-0.05, len(numbers) * (width + gap) - gap + 0.05), ylim=(-0.05, 0.95))
     ax.axis("off")
 
-plot_overview = PLOTS["overview"] = Plot(collect_overview, draw_overview, ("summary.json",), "The study from left to right: what went in, what was made of it, and "
+plot_overview = PLOTS["overview"] = Plot(collect_overview, draw_overview, ("summary.json",),
+                                         "The study from left to right: what went in, what was made of it, and "
                          "how much there is of each.", wide=True, height=1.0)
 
-# %% ../nbs/11_figures.ipynb #39c2dbd9
+# %% ../nbs/11_figures.ipynb #428f9ff9
 def collect_training(run: RunTables) -> pd.DataFrame:
     """`step`, `fvu`, `l0` and `dead` of the training log."""
     return pd.DataFrame(run.json("sae/metrics.jsonl"))[["step", "fvu", "l0", "dead"]]
@@ -299,10 +306,11 @@ def draw_training(numbers: pd.DataFrame, *axes: Axes) -> None:
         ax.plot(numbers.step, numbers[column], color=BLUE, marker="o" if len(numbers) < 3 else "")
         ax.set(xlabel="step", ylabel=label, ylim=(0, max(numbers[column].max() * 1.1, 0.01)))
 
-plot_training = PLOTS["training"] = Plot(collect_training, draw_training, ("sae/metrics.jsonl",), "Training of the dictionary, on batches of training patients. "
+plot_training = PLOTS["training"] = Plot(collect_training, draw_training, ("sae/metrics.jsonl",),
+                                         "Training of the dictionary, on batches of training patients. "
                          "Low FVU is necessary and proves little: a randomly initialised model can be reconstructed well too.", 3, True)
 
-# %% ../nbs/11_figures.ipynb #a686dd0c
+# %% ../nbs/11_figures.ipynb #28c262c3
 def collect_fidelity(run: RunTables) -> pd.DataFrame:
     """Rows `panel`, `name`, `value` of the evaluation on test patients."""
     found = run.json("sae/evaluation.json")
@@ -325,11 +333,12 @@ def draw_fidelity(numbers: pd.DataFrame, by_prefix: Axes, by_section: Axes, by_l
     by_loss.bar(loss.name, loss.value, color=[BLUE if n in ("clean", "spliced") else GREY for n in loss.name])
     by_loss.set(ylabel="loss, nats a token")
 
-plot_fidelity = PLOTS["fidelity"] = Plot(collect_fidelity, draw_fidelity, ("sae/evaluation.json",), "What the dictionary keeps, on test patients: variance "
+plot_fidelity = PLOTS["fidelity"] = Plot(collect_fidelity, draw_fidelity, ("sae/evaluation.json",),
+                                         "What the dictionary keeps, on test patients: variance "
                          "unexplained (FVU) by the number of features used and by section, and the loss of the report's tokens when the "
                          "reconstruction, the mean or zeros take the stream's place.", 3, True)
 
-# %% ../nbs/11_figures.ipynb #b10c9fe3
+# %% ../nbs/11_figures.ipynb #cf13ad41
 def collect_sweep(run: RunTables) -> pd.DataFrame:
     """`name`, `l0`, `fvu` and the rest of each dictionary of a sweep, in order of L0."""
     table = run.table("sweep.parquet")
@@ -344,10 +353,11 @@ def draw_sweep(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.set(xlabel="features a token (L0)", ylabel="variance unexplained (FVU)", ylim=(0, None), xlim=(0, None))
     if numbers.name.nunique() > 1: ax.legend()
 
-plot_sweep = PLOTS["sweep"] = Plot(collect_sweep, draw_sweep, ("sweep.parquet",), "What more features a token buy: variance unexplained (FVU) against the mean number of active "
+plot_sweep = PLOTS["sweep"] = Plot(collect_sweep, draw_sweep, ("sweep.parquet",),
+                                   "What more features a token buy: variance unexplained (FVU) against the mean number of active "
                       "features (L0), on test patients, for the dictionaries of a sweep. Lower and further left is better.")
 
-# %% ../nbs/11_figures.ipynb #5533a4d3
+# %% ../nbs/11_figures.ipynb #e62f17c0
 def collect_density(run: RunTables) -> pd.DataFrame | None:
     """`feature`, `level` and `density` (share of tokens on which it fires); None when no feature fires."""
     table = run.table("exemplars/features.parquet", ["feature", "level", "density"])
@@ -358,13 +368,16 @@ def draw_density(numbers: pd.DataFrame, ax: Axes, dead: Axes) -> None:
     live = numbers[numbers.density > 0]
     levels = sorted(numbers.level.unique())
     shades = dict(zip(levels, sns.color_palette("cividis", len(levels)), strict=True))
-    sns.histplot(live, x="density", hue="level", hue_order=levels, multiple="stack", log_scale=True, bins=24, palette=shades, alpha=1, linewidth=0.2, ax=ax)
+    sns.histplot(live, x="density", hue="level", hue_order=levels, multiple="stack", log_scale=True, bins=24, palette=shades, alpha=1, linewidth=0.2,
+                 ax=ax)
     ax.set(xlabel="share of tokens on which a feature fires", ylabel="features", title=f"{len(live)} live features")
     share = (numbers.density == 0).groupby(numbers.level).mean().reindex(levels)
     dead.bar([str(level) for level in levels], share, color=[shades[level] for level in levels], edgecolor="black", linewidth=0.3)
-    dead.set(xlabel="level", ylabel="share that never fired", ylim=(0, max(1.15 * share.max(), 0.01)), title=f"{len(numbers) - len(live)} that never fired")
+    dead.set(xlabel="level", ylabel="share that never fired", ylim=(0, max(1.15 * share.max(), 0.01)),
+             title=f"{len(numbers) - len(live)} that never fired")
 
-plot_density = PLOTS["density"] = Plot(collect_density, draw_density, ("exemplars/features.parquet",), "How often features fire, and how many never do, by the group "
+plot_density = PLOTS["density"] = Plot(collect_density, draw_density, ("exemplars/features.parquet",),
+                                       "How often features fire, and how many never do, by the group "
                         "of the dictionary that they belong to (level 0 is the first group).", 2, True)
 
 # %% ../nbs/11_figures.ipynb #aff3e19d
@@ -389,7 +402,7 @@ plot_sections = PLOTS["sections"] = Plot(collect_sections, draw_sections, ("exem
                          "feature's firings in each part of the prompt and report. Parts differ in length, so this is not a preference.",
                          wide=True, height=2.0)
 
-# %% ../nbs/11_figures.ipynb #e3649278
+# %% ../nbs/11_figures.ipynb #86a807e0
 def collect_f1(run: RunTables) -> pd.DataFrame:
     """Scores of every examined description with its controls."""
     table = run.table("interpretations/interpretations.parquet")
@@ -404,11 +417,12 @@ def draw_f1(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.set(xlabel="F1 of detection on held-out patients", ylabel="features", xlim=(0, 1))
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=3, columnspacing=1, handlelength=1.2)
 
-plot_f1 = PLOTS["f1"] = Plot(collect_f1, draw_f1, ("interpretations/interpretations.parquet",), "How well descriptions predict where features fire in "
+plot_f1 = PLOTS["f1"] = Plot(collect_f1, draw_f1, ("interpretations/interpretations.parquet",),
+                             "How well descriptions predict where features fire in "
                    "contexts of patients that the interpreter never saw, beside two controls: the description of another feature, and "
                    "always answering yes.")
 
-# %% ../nbs/11_figures.ipynb #8218f718
+# %% ../nbs/11_figures.ipynb #00091648
 def draw_precision_recall(numbers: pd.DataFrame, ax: Axes) -> None:
     """Recall against precision, with lines of equal F1."""
     p = np.linspace(0.01, 1, 200)
@@ -421,11 +435,12 @@ def draw_precision_recall(numbers: pd.DataFrame, ax: Axes) -> None:
     wide = float((numbers.recall > numbers.precision).mean())
     ax.set(xlabel="precision", ylabel="recall", xlim=(0, 1.02), ylim=(0, 1.02), title=f"{wide:.0%} say yes too often")
 
-plot_precision_recall = PLOTS["precision_recall"] = Plot(collect_f1, draw_precision_recall, ("interpretations/interpretations.parquet",), "Precision and recall of "
+plot_precision_recall = PLOTS["precision_recall"] = Plot(collect_f1, draw_precision_recall, ("interpretations/interpretations.parquet",),
+                                                         "Precision and recall of "
                                  "each description. Above the dotted line recall is higher: the description is less specific than the feature.",
                                  height=2.9)
 
-# %% ../nbs/11_figures.ipynb #25b12787
+# %% ../nbs/11_figures.ipynb #aa2f5cab
 def collect_negatives(run: RunTables) -> pd.DataFrame | None:
     """`feature`, `source` of the silent contexts, and `f1` and `mistaken` (share of them said to be active) against that source."""
     table = run.table("interpretations/interpretations.parquet")
@@ -437,15 +452,17 @@ def collect_negatives(run: RunTables) -> pd.DataFrame | None:
 def draw_negatives(numbers: pd.DataFrame, ax: Axes) -> None:
     """F1 by source of the negatives, easiest source first."""
     order = numbers.groupby("source").f1.median().sort_values(ascending=False).index
-    ax.boxplot([numbers.f1[numbers.source == s] for s in order], orientation="horizontal", widths=0.6, showfliers=False, medianprops={"color": RUST, "linewidth": 1.5}, boxprops={"linewidth": 0.7})
+    ax.boxplot([numbers.f1[numbers.source == s] for s in order], orientation="horizontal", widths=0.6, showfliers=False,
+               medianprops={"color": RUST, "linewidth": 1.5}, boxprops={"linewidth": 0.7})
     ax.set_yticks(range(1, len(order) + 1), [f"{s.replace('_', ' ')} ({(numbers.source == s).sum()})" for s in order])
     ax.invert_yaxis()
     ax.set(xlabel="F1 against silent contexts of this source", xlim=(0, 1.02))
 
-plot_negatives = PLOTS["negatives"] = Plot(collect_negatives, draw_negatives, ("interpretations/interpretations.parquet",), "The same descriptions examined against silent contexts of "
+plot_negatives = PLOTS["negatives"] = Plot(collect_negatives, draw_negatives, ("interpretations/interpretations.parquet",),
+                                           "The same descriptions examined against silent contexts of "
                           "different kinds (in brackets the number of features); an F1 without its negatives cannot be compared.")
 
-# %% ../nbs/11_figures.ipynb #263ba16c
+# %% ../nbs/11_figures.ipynb #e133cc2e
 def collect_frequency(run: RunTables) -> pd.DataFrame:
     """F1 and density of every examined feature that fires."""
     both = collect_f1(run)[["feature", "f1"]].merge(run.table("exemplars/features.parquet", ["feature", "density"]), on="feature")
@@ -461,10 +478,11 @@ def _spearman(a: pd.Series, b: pd.Series) -> str:
     if len(a) < 3 or a.nunique() < 2 or b.nunique() < 2: return f"n = {len(a)}"
     return f"Spearman ρ = {a.rank().corr(b.rank()):.2f}, n = {len(a)}"
 
-plot_frequency_f1 = PLOTS["frequency_f1"] = Plot(collect_frequency, draw_frequency, ("interpretations/interpretations.parquet", "exemplars/features.parquet"),
+plot_frequency_f1 = PLOTS["frequency_f1"] = Plot(collect_frequency, draw_frequency,
+                                                 ("interpretations/interpretations.parquet", "exemplars/features.parquet"),
                              "Are frequent features easier to describe? F1 against how often the feature fires.")
 
-# %% ../nbs/11_figures.ipynb #e5070960
+# %% ../nbs/11_figures.ipynb #b12ee4a4
 def collect_levels(run: RunTables) -> pd.DataFrame:
     """F1, control and level of every examined feature; sizes and order of the groups in `attrs`."""
     both = collect_f1(run)[["feature", "f1", "shuffled_f1"]].merge(run.table("exemplars/features.parquet", ["feature", "level"]), on="feature")
@@ -476,7 +494,8 @@ def draw_levels(numbers: pd.DataFrame, ax: Axes) -> None:
     """F1 of each level as points and quartiles, the median of the control as a grey line."""
     levels, sizes = sorted(numbers.level.unique()), numbers.attrs.get("sizes")
     groups = [numbers[numbers.level == level] for level in levels]
-    ax.boxplot([g.f1 for g in groups], positions=range(len(levels)), widths=0.6, showfliers=False, medianprops={"color": "black"}, boxprops={"linewidth": 0.7})
+    ax.boxplot([g.f1 for g in groups], positions=range(len(levels)), widths=0.6, showfliers=False, medianprops={"color": "black"},
+               boxprops={"linewidth": 0.7})
     for i, g in enumerate(groups):
         spread = (np.argsort(np.argsort(g.feature.to_numpy())) + 0.5) / len(g) - 0.5      # by number, and the same every time
         ax.scatter(i + 0.4 * spread, g.f1, s=5, color=BLUE, alpha=0.5, linewidth=0)
@@ -487,9 +506,10 @@ def draw_levels(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.set(xlabel="level", ylabel="F1", ylim=(0, 1.02), title=order)
 
 plot_f1_levels = PLOTS["f1_levels"] = Plot(collect_levels, draw_levels, ("interpretations/interpretations.parquet", "exemplars/features.parquet"),
-                          "F1 of the descriptions by level of the dictionary, first group on the left; dashed: the median with another feature's description.", height=2.8)
+                          "F1 of the descriptions by level of the dictionary, first group on the left; dashed: the median with another "
+                          "feature's description.", height=2.8)
 
-# %% ../nbs/11_figures.ipynb #2f82f8c5
+# %% ../nbs/11_figures.ipynb #d07fad83
 def collect_steering(run: RunTables) -> pd.DataFrame:
     """Share and number of reports with each outcome, by α, for features and for each control."""
     table = _judged(run)
@@ -517,10 +537,11 @@ def draw_steering(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.invert_yaxis()
     ax.legend(loc="lower center", bbox_to_anchor=(0.4, 1), ncol=5, columnspacing=1, handlelength=1)
 
-plot_steering = PLOTS["steering"] = Plot(collect_steering, draw_steering, ("steering/judgements.parquet",), "What happens to a report when a feature is pushed "
+plot_steering = PLOTS["steering"] = Plot(collect_steering, draw_steering, ("steering/judgements.parquet",),
+                                         "What happens to a report when a feature is pushed "
                          "on, by strength and sign, beside pushes of the same length that are no feature of ours.", wide=True, height=2.2)
 
-# %% ../nbs/11_figures.ipynb #4f45bbd1
+# %% ../nbs/11_figures.ipynb #c41b78d0
 def collect_signs(run: RunTables) -> pd.DataFrame | None:
     """Share of a feature's reports that changed under the strongest negative and the strongest positive push."""
     table = _judged(run)
@@ -538,10 +559,11 @@ def draw_signs(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.set(xlabel="changed under −α, share", ylabel="changed under +α, share", xlim=(0, 1.02), ylim=(0, 1.02),
            title=_spearman(numbers.negative, numbers.positive))
 
-plot_signs = PLOTS["signs"] = Plot(collect_signs, draw_signs, ("steering/judgements.parquet",), "Do features that move reports when pushed one way also move "
+plot_signs = PLOTS["signs"] = Plot(collect_signs, draw_signs, ("steering/judgements.parquet",),
+                                   "Do features that move reports when pushed one way also move "
                       "them the other way? Numbers are features.", height=2.9)
 
-# %% ../nbs/11_figures.ipynb #7bfb8ce9
+# %% ../nbs/11_figures.ipynb #89ac439c
 def collect_doses(run: RunTables) -> pd.DataFrame | None:
     """Share of reports `changed`, `on target` and `degenerate` by α, for features and controls, with intervals over patients."""
     table = _judged(run)
@@ -576,14 +598,16 @@ def draw_doses(numbers: pd.DataFrame, ours: Axes, control: Axes) -> None:
                 ax.plot(side.alpha, side.share, color=colour, marker=mark, markersize=3.5, linestyle=line, label=what if side is last else None)
                 ax.fill_between(side.alpha, side.low, side.high, color=colour, alpha=0.15, linewidth=0)
         ax.axvline(0, color=GREY, linewidth=0.6)
-        ax.set(xlabel="α", ylim=(-0.02, 1.02), title="features" if pushed == "feature" else "random directions" if len(some) else "no random directions")
+        ax.set(xlabel="α", ylim=(-0.02, 1.02),
+               title="features" if pushed == "feature" else "random directions" if len(some) else "no random directions")
     ours.set_ylabel("share of reports")
     ours.legend(loc="upper left", bbox_to_anchor=(0, 1))
 
-plot_doses = PLOTS["doses"] = Plot(collect_doses, draw_doses, ("steering/judgements.parquet",), "What more push does: shares of reports by strength, with 95 % intervals over "
+plot_doses = PLOTS["doses"] = Plot(collect_doses, draw_doses, ("steering/judgements.parquet",),
+                                   "What more push does: shares of reports by strength, with 95 % intervals over "
                       "patients, beside random directions of the same length.", 2, True, 2.4)
 
-# %% ../nbs/11_figures.ipynb #ca154e01
+# %% ../nbs/11_figures.ipynb #870935b8
 def collect_effects(run: RunTables) -> pd.DataFrame | None:
     """`target`, `finding`, `targeted` and `effect`: change along α in the share of reports that state the finding."""
     table = run.table("steering/effects.parquet")
@@ -607,17 +631,20 @@ def draw_effects(numbers: pd.DataFrame, ax: Axes) -> None:
     top = max(0.01, float(grid.abs().max().max()))
     image = ax.imshow(grid, cmap="PuOr_r", vmin=-top, vmax=top, aspect="auto")
     for (i, j), value in np.ndenumerate(grid.to_numpy()):
-        if abs(value) >= 0.005: ax.text(j, i, f"{value:+.2f}", ha="center", va="center", fontsize=5, color="white" if abs(value) > 0.6 * top else "black")
+        if abs(value) >= 0.005: ax.text(j, i, f"{value:+.2f}", ha="center", va="center", fontsize=5,
+                                        color="white" if abs(value) > 0.6 * top else "black")
         if aimed[i, j]: ax.add_patch(Rectangle((j - 0.48, i - 0.46), 0.96, 0.92, fill=False, edgecolor="black", linewidth=1.2))
     ax.set_xticks(range(grid.shape[1]), [c.replace("_", " ") for c in grid.columns], rotation=40, ha="right")
     ax.set_yticks(range(grid.shape[0]), [f"{t[:28]}…" if len(t) > 29 else t for t in grid.index])
     ax.set_ylabel("target pushed on")
     ax.figure.colorbar(image, ax=ax, label="change along α, share", shrink=0.9)
 
-plot_effects = PLOTS["effects"] = Plot(collect_effects, draw_effects, ("steering/effects.parquet", "steering/judgements.parquet"), "What pushing on a target does to every "
-                        "finding: change along α in the share of reports that state it, within studies. Frames mark what the descriptions promise.", wide=True, height=2.8)
+plot_effects = PLOTS["effects"] = Plot(collect_effects, draw_effects, ("steering/effects.parquet", "steering/judgements.parquet"),
+                                       "What pushing on a target does to every "
+                        "finding: change along α in the share of reports that state it, within studies. Frames mark what the descriptions promise.",
+                        wide=True, height=2.8)
 
-# %% ../nbs/11_figures.ipynb #b99fc1b1
+# %% ../nbs/11_figures.ipynb #944bcca3
 def collect_predicted(run: RunTables) -> pd.DataFrame | None:
     """`feature`, `predicted` and `measured` steerability."""
     table = run.table("steering/steerability.parquet")
@@ -631,12 +658,14 @@ def draw_predicted(numbers: pd.DataFrame, ax: Axes) -> None:
     if "low" in numbers: ax.vlines(numbers.predicted, numbers.low, numbers.high, color=GREY, linewidth=0.6)
     ax.scatter(numbers.predicted, numbers.measured, s=12, color=BLUE, alpha=0.8, linewidth=0, clip_on=False, zorder=3)
     low = min(0.0, 1.05 * numbers.predicted.min())
-    ax.set(xlabel="predicted steerability", ylabel="measured", xlim=(low, top), ylim=(-0.02 * top, top), title=_spearman(numbers.predicted, numbers.measured))
+    ax.set(xlabel="predicted steerability", ylabel="measured", xlim=(low, top), ylim=(-0.02 * top, top),
+           title=_spearman(numbers.predicted, numbers.measured))
 
-plot_predicted = PLOTS["predicted"] = Plot(collect_predicted, draw_predicted, ("steering/steerability.parquet",), "Steerability as predicted before any steering, from features that the "
+plot_predicted = PLOTS["predicted"] = Plot(collect_predicted, draw_predicted, ("steering/steerability.parquet",),
+                                           "Steerability as predicted before any steering, from features that the "
                           "prediction was not fitted to, against what was measured.", height=2.9)
 
-# %% ../nbs/11_figures.ipynb #53fe6894
+# %% ../nbs/11_figures.ipynb #27a5101a
 def collect_concepts(run: RunTables) -> pd.DataFrame:
     """`concept`, `kind`, `feature` and `auroc_test` of every concept that was examined, best first."""
     table = run.table("sae/concepts.parquet")
@@ -656,10 +685,11 @@ def draw_concepts(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.set(xlabel="concept, by rank", ylabel="AUROC on test patients", ylim=(low - 0.1, 1.01), title=f"{numbers.tracked.mean():.0%} at 0.95 or above")
     ax.legend(loc="lower left", bbox_to_anchor=(0, 0.1))
 
-plot_concepts = PLOTS["concepts"] = Plot(collect_concepts, draw_concepts, ("sae/concepts.parquet",), "How well the best single feature for a concept, chosen on "
+plot_concepts = PLOTS["concepts"] = Plot(collect_concepts, draw_concepts, ("sae/concepts.parquet",),
+                                         "How well the best single feature for a concept, chosen on "
                          "training patients, tells the concept's words (or studies) from the rest on test patients.", wide=True)
 
-# %% ../nbs/11_figures.ipynb #34a3e1bc
+# %% ../nbs/11_figures.ipynb #959a0d80
 def phantom_studies(run: RunTables) -> dict[str, Study]:
     """Studies of a run on the phantom, by id; none for other sources."""
     settings = run.config.get("studies", {})
@@ -686,7 +716,8 @@ def draw_film(numbers: pd.DataFrame, plain: Axes, boxed: Axes) -> None:
         boxed.text(row.left, row.top, str(i), fontsize=5, va="bottom", bbox={"boxstyle": "square,pad=0.15", "facecolor": ORANGE, "linewidth": 0})
         boxed.text(1.03, 1 - 0.075 * i, " ".join([str(i), row.side, *row.finding.split("_")]).replace("  ", " "), transform=boxed.transAxes)
 
-plot_film = PLOTS["film"] = Plot(collect_film, draw_film, ("config.yaml",), "A film of the phantom, without and with the boxes of the findings that were "
+plot_film = PLOTS["film"] = Plot(collect_film, draw_film, ("config.yaml",),
+                                 "A film of the phantom, without and with the boxes of the findings that were "
                      "drawn into it.", 2, True, 2.8)
 
 # %% ../nbs/11_figures.ipynb #3836ee01

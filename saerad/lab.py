@@ -29,7 +29,7 @@ def _tag(name: str, *inside: Any, style: str = "") -> Html:
     body = "".join(part if isinstance(part, Html) else html.escape(str(part)) for part in inside)
     return Html(f'<{name}{f" style={chr(34)}{style}{chr(34)}" if style else ""}>{body}</{name}>')
 
-# %% ../nbs/12b_lab.ipynb #902c7365
+# %% ../nbs/12b_lab.ipynb #62aa49f3
 @dataclass(eq=False)
 class FeatureView:
     """One feature of a run; its row of the table is in `row`."""
@@ -40,7 +40,8 @@ class FeatureView:
     def _repr_html_(self) -> str:
         known = {name: self.row.get(name) for name in ("f1", "shuffled_f1", "precision", "recall", "steerability")}
         scores = "; ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in known.items() if value is not None and value == value)
-        head = _tag("p", _tag("b", f"feature {self.feature}"), f", level {self.row.get('level', '?')}: ", self.row.get("description") or "no description", style="margin:0")
+        head = _tag("p", _tag("b", f"feature {self.feature}"), f", level {self.row.get('level', '?')}: ",
+                    self.row.get("description") or "no description", style="margin:0")
         shown = self._contexts() if self.run.has("exemplars/exemplars.parquet") else []
         return str(_tag("div", head, _tag("p", scores or "not scored", style="margin:0 0 .4em;opacity:.75"), *map(_context, shown)))
 
@@ -49,7 +50,8 @@ class FeatureView:
 
 def _context(shown: Mapping[str, Any]) -> Html:
     "One context, shaded."
-    words = [_tag("span", token, style=f"background:rgba(0,114,178,{s});{'text-decoration:underline' if peak else ''}") for token, s, peak in shown["shaded"]]
+    words = [_tag("span", token, style=f"background:rgba(0,114,178,{s});{'text-decoration:underline' if peak else ''}") for token, s,
+             peak in shown["shaded"]]
     return _tag("div", _tag("span", *words, style="white-space:pre-wrap"), _tag("small", f"   {shown['place']}", style="opacity:.6"),
                 style="border:1px solid rgba(128,128,128,.35);border-radius:4px;padding:.15em .5em;margin:.15em 0")
 
@@ -86,7 +88,7 @@ def open_run(folder: Path | str) -> RunView:
     """A run to look at."""
     return RunView(folder)
 
-# %% ../nbs/12b_lab.ipynb #1c256759
+# %% ../nbs/12b_lab.ipynb #91842a52
 @dataclass(eq=False)
 class Comparison:
     """Two or more runs side by side; `settings` that differ and `numbers` of their summaries."""
@@ -96,7 +98,8 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         settings = Html(self.settings.to_html(border=0)) if len(self.settings) else _tag("p", "The settings are the same.")
-        return str(_tag("div", _tag("b", "settings that differ"), settings, _tag("b", "what was found"), Html(self.numbers.to_html(border=0, na_rep="–", float_format="%.3g"))))
+        return str(_tag("div", _tag("b", "settings that differ"), settings, _tag("b", "what was found"),
+                        Html(self.numbers.to_html(border=0, na_rep="–", float_format="%.3g"))))
 
 def compare(*folders: Path | str) -> Comparison:
     """Compare runs by settings and summary; with two, the change from the first to the second as well. Raises `UserError` for fewer than two."""

@@ -117,12 +117,14 @@ def all_views(self: Study) -> dict[str, Picture]:
     before = self.prior.views.get("frontal") if self.prior else None
     return {**self.views, **({"prior": before} if before else {})}
 
-# %% ../nbs/00_studies.ipynb #7ab23d37
+# %% ../nbs/00_studies.ipynb #5166a734
 @patch
 def _repr_html_(self: Study) -> str:
-    films = "".join(f'<figure style="margin:0 .8em 0 0;text-align:center">{_film_html(p)}<figcaption>{view}</figcaption></figure>' for view, p in self.all_views.items())
+    films = "".join(f'<figure style="margin:0 .8em 0 0;text-align:center">{_film_html(p)}<figcaption>{view}</figcaption></figure>' for view,
+                    p in self.all_views.items())
     truth = getattr(self.truth, "findings", None)
-    there = {} if truth is None else {"truth": ", ".join(" ".join(filter(None, (f.severity, f.side, f.kind.replace("_", " ")))) for f in truth) or "nothing"}
+    there = {} if truth is None else {"truth": ", ".join(" ".join(filter(None, (f.severity, f.side, f.kind.replace("_", " ")))) for f in truth)
+                                      or "nothing"}
     texts = "".join(f'<p style="margin:.1em 0;text-align:left"><b>{html.escape(name.replace("_", " "))}:</b> {html.escape(text)}</p>'
                     for name, text in (dict(self.sections) | there).items())
     head = f"<b>study {html.escape(self.study)}</b>, patient {html.escape(self.patient)}, {html.escape(self.split)}"

@@ -2,7 +2,6 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -146,7 +145,8 @@ def test_contexts_come_by_tenth_strongest_first_and_image_tokens_stay_out():
              "peak": 1, "decile": d} for f in (3, 4) for d in (1, 10, 5) for i in range(4)]
     rows.append(rows[1] | {"role": "score_silent", "activations": [99.0, 99.0]})
     picked = pick_contexts(pa.Table.from_pylist(rows), AtlasConfig(exemplars=2, per_decile=1)).to_pylist()
-    assert [(p["feature"], p["decile"], p["activations"][1]) for p in picked] == [(f, *rest) for f in (3, 4) for rest in ((10, 13.0), (10, 12.0), (5, 8.0), (1, 4.0))]
+    assert [(p["feature"], p["decile"], p["activations"][1]) for p in picked] == [(f, *rest) for f in (3, 4)
+            for rest in ((10, 13.0), (10, 12.0), (5, 8.0), (1, 4.0))]
     assert len(pick_contexts(pa.Table.from_pylist(rows).slice(0, 0), AtlasConfig())) == 0
 
 
@@ -191,7 +191,8 @@ def test_a_published_edition_holds_no_text_no_film_and_no_study(copy):
     studies = {f"study {e['study']}" for e in exemplars}
     for secret in ("There is", "\"tokens\":[", "data:image/png", "data:image/webp", *studies): assert secret not in shown, secret
     assert not (copy / "atlas/films").exists() and NOTICES[True] in shown and "drawn into it" not in shown
-    assert all(not p["groups"] and not p["films"] and not p["steered"] for path in index.parent.glob("data/features-*.js") for p in data(path)[1].values())
+    assert all(not p["groups"] and not p["films"] and not p["steered"] for path in index.parent.glob("data/features-*.js")
+               for p in data(path)[1].values())
 
 
 def test_publishing_over_a_private_atlas_leaves_none_of_it(copy):
@@ -276,7 +277,8 @@ def test_every_library_is_in_the_folder_with_its_licence(built):
     assert "tabulator-tables" in (vendor / "LICENSES.txt").read_text() and "@observablehq/plot" in (vendor / "LICENSES.txt").read_text()
     assert sum(f.stat().st_size for f in vendor.iterdir()) < 600_000
     page = (vendor.parent / "index.html").read_text()
-    assert not re.search(r'(src|href)="(https?:)?//', page) and all((vendor.parent / link).exists() for link in re.findall(r'(?:src|href)="([^"#]+)"', page))
+    assert not re.search(r'(src|href)="(https?:)?//',
+                         page) and all((vendor.parent / link).exists() for link in re.findall(r'(?:src|href)="([^"#]+)"', page))
 
 
 def first(page): return page.inner_text("#table .tabulator-row a >> nth=0")
@@ -339,7 +341,8 @@ def test_every_control_has_a_name_and_every_picture_says_what_it_is(built, brows
     page = browser.page()
     page.goto((run / "atlas/index.html").as_uri() + f"#feature={best}")
     page.wait_for_selector("#feature .context")
-    unnamed = page.evaluate("""[...document.querySelectorAll('input, select, textarea')].filter(e => !e.labels?.length && !e.getAttribute('aria-label')).length
+    unnamed = page.evaluate("""[...document.querySelectorAll('input, select, textarea')]
+      .filter(e => !e.labels?.length && !e.getAttribute('aria-label')).length
       + [...document.querySelectorAll('button, a')].filter(e => !e.textContent.trim()).length
       + [...document.querySelectorAll('#feature svg')].filter(e => !e.closest('[aria-label]') && !e.getAttribute('aria-label')).length""")
     assert unnamed == 0 and page.get_attribute("html", "lang") == "en" and page.locator("main").count() == 1

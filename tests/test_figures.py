@@ -198,7 +198,8 @@ def test_each_figure_is_a_function_of_a_run_that_returns_its_axes(run, tmp_path)
 def test_doses_have_intervals_over_patients_and_controls_apart(run):
     numbers = collect_doses(RunTables(run))
     ours = numbers[(numbers.pushed == "feature") & (numbers.what == "changed")].set_index("alpha")
-    assert ours.index.tolist() == [-10, -5, 5, 10] and (ours.low <= ours.share).all() and (ours.share <= ours.high).all() and (ours.high > ours.low).all()
+    assert ours.index.tolist() == [-10, -5, 5,
+                                   10] and (ours.low <= ours.share).all() and (ours.share <= ours.high).all() and (ours.high > ours.low).all()
     judged = read_table(run / "steering/judgements.parquet").to_pandas()
     assert ours.share[10] == pytest.approx((judged[~judged.control & (judged.alpha == 10)].outcome != "unchanged").mean())
     assert set(numbers.pushed) == {"feature", "random"}
@@ -218,7 +219,8 @@ def test_levels_carry_the_order_of_the_groups_and_negatives_their_source(run):
 
 
 def test_a_run_judged_in_several_ways_has_a_bar_for_each(tmp_path):
-    rows = [{"feature": 1, "alpha": 5.0, "outcome": "mixed", "degenerate": False, "control": method != "add" or image == "blank", "method": method, "image": image}
+    rows = [{"feature": 1, "alpha": 5.0, "outcome": "mixed", "degenerate": False, "control": method != "add" or image == "blank", "method": method,
+             "image": image}
             for method, image in (("add", "shown"), ("add", "blank"), ("other_feature", "shown"), ("random", "shown"))]
     write_table(tmp_path / "steering/judgements.parquet", pa.Table.from_pylist(rows))
     assert collect_steering(RunTables(tmp_path)).pushed.tolist() == ["feature", "blank picture", "other feature", "random"]

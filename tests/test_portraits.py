@@ -55,9 +55,12 @@ def test_films_hold_what_the_dictionary_reads_at_each_patch(subject, sae, source
 
 
 def test_each_feature_keeps_its_strongest_films():
-    def film(name, *peaks): return name, "frontal", (2, 2), sparse.csc_matrix(np.array([[0, 0, 0], peaks, [0, 0, 0], [0, p / 2 if (p := peaks[1]) else 0, 0]], np.float32))
+    def film(name, *peaks): return name, "frontal", (2,
+                                                     2), sparse.csc_matrix(np.array([[0, 0, 0], peaks, [0, 0, 0],
+                                                             [0, p / 2 if (p := peaks[1]) else 0, 0]], np.float32))
     table = strongest_films([film("a", 1, 2, 0), film("b", 3, 1, 0), film("c", 2, 0, 0)], 2).to_pylist()
-    assert [(r["feature"], r["study"], r["peak"]) for r in table] == [(0, "b", 3), (0, "c", 2), (1, "a", 2), (1, "b", 1)], "the third feature sees nothing"
+    assert [(r["feature"], r["study"], r["peak"]) for r in table] == [(0, "b", 3), (0, "c", 2), (1, "a", 2),
+                                                                      (1, "b", 1)], "the third feature sees nothing"
     assert table[2]["patches"] == [1, 3] and table[2]["activations"] == [2.0, 1.0]
     assert len(strongest_films([], 2)) == 0 and len(strongest_films([film("a", 0, 0, 0)], 2)) == 0
 
@@ -66,7 +69,8 @@ def test_a_portrait_of_every_feature_is_written(subject, sae, source, tmp_path):
     table = portray(source, subject, sae, 1, PortraitsConfig(words=4, neighbours=3, film_studies=2, films=1), tmp_path)
     assert table.num_rows == 64 and table.equals(read_table(tmp_path / "portraits.parquet"))
     row = table.slice(5, 1).to_pylist()[0]
-    assert len(row["promoted"]) == len(row["suppressed_by"]) == 4 and len(row["neighbours"]) == 3 and row["promoted_by"] == sorted(row["promoted_by"], reverse=True)
+    assert len(row["promoted"]) == len(row["suppressed_by"]) == 4 \
+        and len(row["neighbours"]) == 3 and row["promoted_by"] == sorted(row["promoted_by"], reverse=True)
     films = read_table(tmp_path / "films.parquet").to_pandas()
     assert films.feature.is_unique and set(films.study) <= {s.study for s in source.split("test")}
     with pytest.raises(UserError): portray(source, subject, MatryoshkaSAE(8, [16], 2), 1, PortraitsConfig(), tmp_path)

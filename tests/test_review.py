@@ -59,7 +59,8 @@ def test_the_page_hides_numbers_studies_scores_and_the_key(run, pack):
     body = page.split("<main>")[1].split("</main>")[0]
     assert body.count('<section class="item"') == 8 == len(key["items"])
     studies = {e["study"] for e in read_table(run / "exemplars/exemplars.parquet").to_pylist()}
-    for secret in ("F1", "control", "own", "study", *(f">{s}<" for s in studies), *(str(round(k["f1"], 2)) for k in key["items"].values())): assert secret not in body, secret
+    for secret in ("F1", "control", "own", "study", *(f">{s}<" for s in studies),
+                   *(str(round(k["f1"], 2)) for k in key["items"].values())): assert secret not in body, secret
     assert NASTY not in page and "&lt;script&gt;document" in page and "default-src 'none'" in page
     assert pack.read_bytes() == review_pack(run, pack.parent.parent / "again", "top:8", contexts=4).read_bytes()
 
@@ -109,12 +110,14 @@ def test_ratings_that_rise_with_f1_correlate_with_it(pack):
 
 
 def test_readers_who_rated_different_items_are_compared_on_what_both_rated(pack):
-    found = review_score([answers(pack, "IJ", lambda k: int(k["own"]), {"1", "2", "3", "4"}), answers(pack, "KL", lambda k: int(k["own"]), {"3", "4", "5"})])
+    found = review_score([answers(pack, "IJ", lambda k: int(k["own"]), {"1", "2", "3", "4"}),
+                          answers(pack, "KL", lambda k: int(k["own"]), {"3", "4", "5"})])
     assert found["between_readers"]["pairs"]["IJ and KL"]["cohen"]["items"] == 2
     assert found["readers"]["KL"]["rated"] == 3
 
 
-@pytest.mark.parametrize("wrong, said", [({"pack": "another"}, "another|no answers to the pack"), ({"items": {}}, "no ratings"), ({"items": {"1": {"fits": 7}}}, "the rating 7"),
+@pytest.mark.parametrize("wrong, said", [({"pack": "another"}, "another|no answers to the pack"), ({"items": {}}, "no ratings"),
+                                         ({"items": {"1": {"fits": 7}}}, "the rating 7"),
                                          ({"items": {"99": {"fits": 1}}}, "item 99"), ([], "no answers")])
 def test_files_that_cannot_be_scored_are_named(pack, tmp_path, wrong, said):
     key = read_json(pack.with_name("key.json"))
@@ -152,7 +155,8 @@ def test_a_reader_rates_leaves_comes_back_and_exports(pack, browser, tmp_path):
     with page.expect_download() as download: page.click("#export")
     download.value.save_as(tmp_path / "AB.json")
     said = json.loads((tmp_path / "AB.json").read_text())
-    assert said["items"]["1"] | {"at": 0} == {"guess": "an effusion, I think", "coherence": 2, "revealed": True, "fits": 1, "confusions": ["too_wide"], "comment": "<b>wide</b>", "at": 0}
+    assert said["items"]["1"] | {"at": 0} == {"guess": "an effusion, I think", "coherence": 2, "revealed": True, "fits": 1,
+                                              "confusions": ["too_wide"], "comment": "<b>wide</b>", "at": 0}
     assert review_score(tmp_path / "AB.json", pack.with_name("key.json"))["readers"]["AB"]["rated"] == 2
     page.evaluate("localStorage.clear()")
     page.reload()
@@ -175,5 +179,7 @@ def test_an_export_without_initials_is_refused(pack, browser):
 
 def test_confusions_are_counted(pack):
     key = read_json(pack.with_name("key.json"))
-    write_json(pack.with_name("OP.json"), {"pack": key["pack"], "reader": "OP", "items": {"1": {"fits": 1, "confusions": ["side", "time"]}, "2": {"fits": 0, "confusions": ["side"]}}})
+    write_json(pack.with_name("OP.json"),
+               {"pack": key["pack"], "reader": "OP",
+                "items": {"1": {"fits": 1, "confusions": ["side", "time"]}, "2": {"fits": 0, "confusions": ["side"]}}})
     assert review_score(pack.with_name("OP.json"))["confusions"] == {"side": 2, "time": 1}
