@@ -71,7 +71,7 @@ function build() {
   const narrow = window.matchMedia("(max-width: 48rem)").matches;
   saerad.grid = new Tabulator($("table"), {
     data: saerad.rows, index: "feature", height: narrow ? "62vh" : "66vh", layout: narrow ? "fitData" : "fitColumns", headerSortElement: "<span></span>",
-    placeholder: "No feature fits. Clear a filter.", columnHeaderSortMulti: false, rowHeight: narrow ? 50 : 31, initialSort: sorted(), renderVerticalBuffer: 300,
+    placeholder: "No feature fits. Clear a filter.", columnHeaderSortMulti: false, rowHeight: 50, initialSort: sorted(), renderVerticalBuffer: 300,
     columns: saerad.columns.map(column => ({
       field: column.name, title: column.title, visible: !narrow || Boolean(column.narrow),
       width: narrow && column.name === "description" ? 205 : column.width, widthGrow: column.name === "description" ? 4 : undefined, minWidth: column.width || 58,
