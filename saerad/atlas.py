@@ -75,7 +75,7 @@ COLUMNS = [
     {"name": "steerability", "title": "steer- ability", "width": 78, "about": "share of its steered reports that changed on target and nowhere else"},
     {"name": "status", "title": "status", "text": True, "width": 104, "about": "whether it could be examined"}]
 
-# %% ../nbs/12_atlas.ipynb #42da2506
+# %% ../nbs/12_atlas.ipynb #4f1a7777
 def feature_table(run: RunTables) -> pd.DataFrame:
     """One row for every feature of a run; raises `UserError` where not even a dictionary has been trained."""
     features = run.table("exemplars/features.parquet")
@@ -94,9 +94,10 @@ def _bare_features(run: RunTables) -> pd.DataFrame:
     "The features of a dictionary that nobody has looked at yet."
     if not run.has("sae/sae.safetensors"): raise UserError(f"{run.folder} holds no features yet; run `saerad train` first.")
     sae = MatryoshkaSAE.load(run.folder / "sae")
-    return pd.DataFrame({"feature": np.arange(sae.width), "level": [sae.level(f) for f in range(sae.width)], "density": np.nan, "status": "not looked at"})
+    return pd.DataFrame({"feature": np.arange(sae.width), "level": [sae.level(f) for f in range(sae.width)], "density": np.nan,
+                         "status": "not looked at"})
 
-# %% ../nbs/12_atlas.ipynb #7d69eeaa
+# %% ../nbs/12_atlas.ipynb #0b63eeda
 def _view(features: pd.DataFrame, run: RunTables) -> pd.Series:
     "The view on whose image tokens each feature fires most, None for features that do not fire on images."
     shares = features[[c for c in features if c.startswith("view_")]]
@@ -113,6 +114,8 @@ def _finding(description: str | None) -> str | None:
 
 def _steerability(run: RunTables) -> pd.DataFrame:
     "Share of purely on-target changes of each steered feature."
+    measured = run.table("steering/steerability.parquet")
+    if measured is not None: return measured.rename(columns={"measured": "steerability"}).reindex(columns=["feature", "steerability", "predicted"])
     judged = _judged(run)
     if judged is None: return pd.DataFrame({"feature": pd.Series(dtype="int64"), "steerability": pd.Series(dtype=float)})
     return (judged.outcome == "on_target_only").groupby(judged.feature).mean().rename("steerability").reset_index()
@@ -136,7 +139,7 @@ def pick_contexts(exemplars: pa.Table, cfg: AtlasConfig) -> pa.Table:
     rank = rows.groupby(["feature", "decile"]).cumcount()
     return table.take(rows.index[rank < np.where(rows.decile == 10, cfg.exemplars, cfg.per_decile)].to_numpy())
 
-# %% ../nbs/12_atlas.ipynb #6ae50199
+# %% ../nbs/12_atlas.ipynb #faa43043
 def feature_contexts(picked: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Contexts of one feature ready to be shown, in the order given."""
     use = {"explain_active": "seen by the interpreter", "score_active": "held out"}
@@ -147,7 +150,8 @@ def decile_groups(contexts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     """Contexts under the heading of their tenth."""
     names = {10: "Strongest tenth of its firings", 1: "Weakest tenth"}
     tenths = sorted({c["decile"] for c in contexts}, reverse=True)
-    return [{"title": names.get(t, f"Tenth {t} of 10"), "contexts": [{k: v for k, v in c.items() if k != "decile"} for c in contexts if c["decile"] == t]}
+    return [{"title": names.get(t, f"Tenth {t} of 10"),
+             "contexts": [{k: v for k, v in c.items() if k != "decile"} for c in contexts if c["decile"] == t]}
             for t in tenths]
 
 # %% ../nbs/12_atlas.ipynb #dbd75be4
@@ -204,7 +208,7 @@ def share_inside(box: Mapping[str, float], rows: int, columns: int, patches: Seq
     heat[np.asarray(patches, int)] = activations
     return float(heat[touched].sum() / max(heat.sum(), 1e-12)), float(touched.mean())
 
-# %% ../nbs/12_atlas.ipynb #e617d603
+# %% ../nbs/12_atlas.ipynb #e6980bfb
 PATCHES_SHOWN = 200   # of a film: the strongest; 37 by 37 patches would hide the film
 
 def feature_films(rows: Sequence[Mapping[str, Any]], films: Films) -> list[dict[str, Any]]:
@@ -217,12 +221,13 @@ def feature_films(rows: Sequence[Mapping[str, Any]], films: Films) -> list[dict[
             inside, area = share_inside(box, row["rows"], row["columns"], row["patches"], row["activations"])
             box["text"] = f"{box.pop('finding')}: {inside:.0%} of the activation on {area:.0%} of the film"
         strongest = sorted(zip(row["activations"], row["patches"], strict=True), reverse=True)[:PATCHES_SHOWN]
-        shown.append({"film": address, "title": f"{row['view']}, study {row['study']}, at most {row['peak']:.2f}", "rows": row["rows"],
-                      "columns": row["columns"], "patches": [p for _, p in strongest], "activations": [round(a, 2) for a, _ in strongest],
+        shown.append({"film": address, "title": f"{row['view']}, study {row['study']}, at most {row['peak']:.2f}", "rows": int(row["rows"]),
+                      "columns": int(row["columns"]), "patches": [int(p) for _, p in strongest],
+                      "activations": [round(float(a), 2) for a, _ in strongest],
                       "boxes": [{k: round(v, 2) if isinstance(v, float) else v for k, v in b.items()} for b in boxes]})
     return shown
 
-# %% ../nbs/12_atlas.ipynb #49b009f7
+# %% ../nbs/12_atlas.ipynb #5da00338
 def feature_steering(mine: pd.DataFrame | None, written: pd.DataFrame | None, cfg: AtlasConfig) -> dict[str, Any]:
     """`doses` (shares of the outcomes by α), `steered` pairs and a sentence from one feature's judgements; empty where it was not steered."""
     if mine is None: return {"doses": [], "steered": [], "steering": ""}
@@ -236,7 +241,8 @@ def _pairs(mine: pd.DataFrame, written: pd.DataFrame | None, cfg: AtlasConfig) -
     "Steered reports beside their baselines, on-target ones first and unchanged ones last."
     if cfg.publish or written is None: return []
     rank = {o: i for i, o in enumerate(("on_target_only", "mixed", "off_target_only", "degenerate", "unchanged"))}
-    pairs = mine.merge(written[["feature", "alpha", "study", "baseline", "steered"]], on=["feature", "alpha", "study"])
+    if "generation" in mine: pairs = mine.merge(written[["baseline", "steered"]], left_on="generation", right_index=True)
+    else: pairs = mine.merge(written[["feature", "alpha", "study", "baseline", "steered"]], on=["feature", "alpha", "study"])
     pairs = pairs.assign(rank=pairs.outcome.map(rank)).sort_values(["rank", "study", "alpha"])
     return [{"title": f"study {p.study}, α = {p.alpha:+g}: {p.outcome.replace('_', ' ')}", "parts": changes(p.baseline, p.steered)}
             for p in pairs.head(cfg.steered).itertuples()]
@@ -286,15 +292,16 @@ def _tracked(run: RunTables) -> pd.DataFrame | None:
     concepts = run.table("sae/concepts.parquet")
     return None if concepts is None else concepts[concepts.tracked.astype(bool)]
 
-# %% ../nbs/12_atlas.ipynb #b97d1901
+# %% ../nbs/12_atlas.ipynb #0e810dfd
 def _page(row: Mapping[str, Any], groups: list[dict], portrait: Mapping[str, Any], concepts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     "What the page of one feature shows, without its films and its steering."
     def pairs(a: str, b: str) -> list[list]:
         return [[_plain(x), round(float(y), 3)] for x, y in zip(portrait.get(a, ()), portrait.get(b, ()), strict=True)]
     return {"groups": groups, "places": {c[3:]: _plain(v) for c, v in row.items() if c.startswith("in_") and v and v == v},
             "about": _about(row), "reason": _plain(row.get("reason")) or "", "always_yes_f1": _plain(row.get("always_yes_f1")),
-            "interval": _interval(row), "tags": _tags(row, concepts), "histogram": _histogram(row),
-            "promoted": pairs("promoted", "promoted_by"), "suppressed": pairs("suppressed", "suppressed_by"), "neighbours": pairs("neighbours", "cosine")}
+            "near_f1": _plain(row.get("near_f1")), "interval": _interval(row), "tags": _tags(row, concepts), "histogram": _histogram(row),
+            "promoted": pairs("promoted", "promoted_by"), "suppressed": pairs("suppressed", "suppressed_by"),
+            "neighbours": pairs("neighbours", "cosine")}
 
 def _about(row: Mapping[str, Any]) -> str:
     "How a feature was examined and how often it fires, in words."
@@ -313,6 +320,7 @@ def _tags(row: Mapping[str, Any], concepts: Sequence[Mapping[str, Any]]) -> list
     "What a feature is, in a few words each."
     tags = [f"level {int(row['level'])}" if _plain(row.get("level")) is not None else "", f"mainly in {_plain(row.get('mainly'))}".replace("_", " "),
             f"view: {_plain(row.get('view'))}", f"finding: {_plain(row.get('finding'))}",
+            *([f"steerability predicted before steering: {row['predicted']:.2f}"] if _plain(row.get("predicted")) is not None else []),
             *(f"tracks the phantom's concept {c['concept'].replace('_', ' ')} (AUROC {c['auroc_test']:.2f})" for c in concepts)]
     return [tag for tag in tags if tag and not tag.endswith("None")]
 
@@ -363,7 +371,7 @@ def _title(run: RunTables) -> str:
     model = Path(run.config.get("subject", {}).get("model", "")).name
     return f"Features of the model {model} on {source}" if source and model else "Features of a run"
 
-# %% ../nbs/12_atlas.ipynb #46698cfa
+# %% ../nbs/12_atlas.ipynb #e5bf960b
 COPIED = ("atlas.css", "atlas.js", "vendor/table.min.js", "vendor/table.min.css", "vendor/plot.min.js", "vendor/LICENSES.txt")
 
 def write_atlas(run: Path | str, cfg: AtlasConfig | None = None) -> Path:
@@ -386,7 +394,8 @@ def write_atlas(run: Path | str, cfg: AtlasConfig | None = None) -> Path:
 
 def _intro(table: pd.DataFrame) -> str:
     scored = int(table.f1.notna().sum())
-    return (f"{len(table):,} features of a sparse dictionary of the model's residual stream; {scored:,} of them have a description that was examined. "
+    return (f"{len(table):,} features of a sparse dictionary of the model's residual stream; {scored:,} of them have a description "
+            "that was examined. "
             "F1 is a description's own score, control F1 that of another feature's description: only the difference speaks for it.")
 
 # %% ../nbs/12_atlas.ipynb #ab5def72
@@ -418,14 +427,15 @@ def _say(claim: str, caveat: str, numbers: Mapping[str, Any]) -> tuple[str, str]
     try: return claim.format(**known), caveat.format(**known)
     except KeyError: return None
 
-# %% ../nbs/12_atlas.ipynb #e96ddd44
+# %% ../nbs/12_atlas.ipynb #37ea56e9
 def best_features(run: RunTables, cfg: AtlasConfig, films: Films, count: int = 3, contexts: int = 3) -> list[dict[str, Any]]:
     """The features with the highest F1 and different descriptions, with their strongest contexts shaded and a film where they see one."""
     scores = run.table("interpretations/interpretations.parquet")
     if scores is None or not run.has("exemplars/features.parquet") or not scores.f1.notna().any(): return []
     ranked = scores[scores.f1.notna()].sort_values(["f1", "feature"], ascending=[False, True])
     chosen = ranked.drop_duplicates("explanation").head(count)
-    return [{"feature": int(row["feature"]), "description": row["explanation"], "scores": _scores(row), **portrait_of(run, int(row["feature"]), cfg, films, contexts)}
+    return [{"feature": int(row["feature"]), "description": row["explanation"], "scores": _scores(row),
+             **portrait_of(run, int(row["feature"]), cfg, films, contexts)}
             for row in chosen.to_dict("records")]
 
 def portrait_of(run: RunTables, feature: int, cfg: AtlasConfig, films: Films, contexts: int = 8) -> dict[str, Any]:
@@ -464,7 +474,7 @@ def example_steered(run: RunTables, cfg: AtlasConfig) -> dict[str, Any] | None:
     if not pair: return None
     return pair[0] | {"title": f"Feature {best.feature.iloc[0]} ({best.explanation.iloc[0]}), {pair[0]['title']}"}
 
-# %% ../nbs/12_atlas.ipynb #0b307cf3
+# %% ../nbs/12_atlas.ipynb #66b66c80
 def write_report(run: Path | str, cfg: AtlasConfig | None = None) -> Path:
     """Write `report.html`: what a run has found on one page, with the figures inside it."""
     tables, cfg = RunTables(run), cfg or AtlasConfig()
@@ -477,7 +487,7 @@ def write_report(run: Path | str, cfg: AtlasConfig | None = None) -> Path:
     page = _template("report.html").render(
         title=_title(tables), notice=NOTICES[cfg.publish], best=best, headlines=headlines(tables.json("summary.json") or {}, _interpreter(tables)),
         figures=figures, atlas=atlas, css=_asset("atlas.css"), steered=example_steered(tables, cfg), no_steered=_no_steered(cfg),
-        skipped=", ".join(n.replace("_", " ") for n in PLOTS if n not in drawn))
+        skipped=[n.replace("_", " ") for n in PLOTS if n not in drawn])
     with write_beside(tables.folder / "report.html") as part: part.write_text(page, encoding="utf-8")
     return tables.folder / "report.html"
 

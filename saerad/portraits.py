@@ -85,7 +85,7 @@ def film_activations(subject: Subject, sae: MatryoshkaSAE, layer: int, prompts: 
             full[place] = z
             yield prompt.study, view, grid, sparse.csc_matrix(full)
 
-# %% ../nbs/11a_portraits.ipynb #eff1bd24
+# %% ../nbs/11a_portraits.ipynb #3b44f342
 FILMS = pa.schema([("feature", pa.int32()), ("study", pa.string()), ("view", pa.string()), ("rows", pa.int16()), ("columns", pa.int16()),
                    ("peak", pa.float32()),                       # normalised units
                    ("patches", pa.list_(pa.int32())),            # row · columns + column, of those that are not 0
@@ -102,7 +102,8 @@ def strongest_films(films: Sequence[tuple[str, str, tuple[int, int], sparse.csc_
             study, view, (height, width), z = films[i]
             column = z[:, [feature]]
             rows.append((int(feature), study, view, height, width, float(peaks[i, feature]), column.indices.tolist(), column.data.tolist()))
-    return pa.table(dict(zip(FILMS.names, map(list, zip(*rows, strict=True)), strict=True)) if rows else FILMS.empty_table().to_pydict(), schema=FILMS)
+    return pa.table(dict(zip(FILMS.names, map(list, zip(*rows, strict=True)), strict=True)) if rows else FILMS.empty_table().to_pydict(),
+                    schema=FILMS)
 
 # %% ../nbs/11a_portraits.ipynb #d59f7375
 def look_at_films(source: Source, subject: Subject, sae: MatryoshkaSAE, layer: int, cfg: PortraitsConfig) -> pa.Table:

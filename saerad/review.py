@@ -6,8 +6,9 @@
 __all__ = ['COHERENCE', 'FITS', 'CONFUSIONS', 'chosen_features', 'shuffled_items', 'review_pack', 'read_answers', 'cohen',
            'fleiss', 'interval', 'review_score']
 
-# %% ../nbs/12a_review.ipynb #22e08c5d
+# %% ../nbs/12a_review.ipynb #a68f4e0f
 import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -21,29 +22,32 @@ from .atlas import AtlasConfig, Films, _asset, _inline, _template, portrait_of
 from .core import UserError, content_hash, read_json, rng, write_beside, write_json
 from .figures import RunTables
 
-# %% ../nbs/12a_review.ipynb #0e8f8a76
+# %% ../nbs/12a_review.ipynb #871fc0ab
 COHERENCE = ((0, "nothing"), (1, "something, unclear"), (2, "one clear idea"))
 FITS = ((0, "does not fit"), (1, "fits partly"), (2, "fits well"))
 CONFUSIONS = (("too_wide", "too wide: it would fit much else"), ("too_narrow", "too narrow: it misses some contexts"), ("side", "side or place"),
-              ("negation", "present or absent"), ("time", "now or before, change"), ("finding", "one finding for another"), ("device", "one device for another"),
+              ("negation", "present or absent"), ("time", "now or before, change"), ("finding", "one finding for another"),
+              ("device", "one device for another"),
               ("wording", "wording or position, not content"))
 
-# %% ../nbs/12a_review.ipynb #62e222cf
+# %% ../nbs/12a_review.ipynb #0d34e940
 def chosen_features(run: RunTables, features: str | int) -> pd.DataFrame:
     """Scored features as asked for: `top:N` (best F1, different descriptions) or numbers like `12,405`.
 
     Raises `UserError` for a wrong choice, an unknown or undescribed feature, or fewer than two features.
     """
     scores = run.table("interpretations/interpretations.parquet")
-    if scores is None or scores.f1.notna().sum() < 2: raise UserError(f"{run.folder} has fewer than two scored features; run `saerad interpret` first.")
+    if scores is None or scores.f1.notna().sum() < 2:
+        raise UserError(f"{run.folder} has fewer than two scored features; run `saerad interpret` first.")
     ranked = scores[scores.f1.notna()].sort_values(["f1", "feature"], ascending=[False, True])
     top = re.fullmatch(r"(?:top:)?([1-9]\d*)", str(features))
     if top: return ranked.drop_duplicates("explanation").head(int(top[1]))
-    if not re.fullmatch(r"\d+(,\d+)+", str(features)): raise UserError(f"--features is {features!r}; write top:50, or the numbers of features like 12,405.")
+    if not re.fullmatch(r"\d+(,\d+)+", str(features)):
+        raise UserError(f"--features is {features!r}; write top:50, or the numbers of features like 12,405.")
     wanted = [int(n) for n in str(features).split(",")]
     unknown = [n for n in wanted if n not in set(ranked.feature)]
     if unknown: raise UserError(f"feature {unknown[0]} of {run.folder} has no scored description; choose others.")
-    return ranked.set_index("feature").loc[dict.fromkeys(wanted)].reset_index()
+    return ranked.set_index("feature").loc[list(dict.fromkeys(wanted))].reset_index()
 
 # %% ../nbs/12a_review.ipynb #a4fb130e
 def shuffled_items(chosen: pd.DataFrame, controls: float, seed: int) -> list[dict[str, Any]]:
@@ -54,7 +58,7 @@ def shuffled_items(chosen: pd.DataFrame, controls: float, seed: int) -> list[dic
               "description": rows[(i + (i in swapped)) % len(rows)]["explanation"]} for i, row in enumerate(rows)]
     return [items[i] for i in draw.permutation(len(items))]
 
-# %% ../nbs/12a_review.ipynb #b96bb5ce
+# %% ../nbs/12a_review.ipynb #2257ba53
 def review_pack(run: Path | str, out: Path | str, features: str | int = "top:50", controls: float = 0.2, seed: int = 0, contexts: int = 10) -> Path:
     """Write `review.html` for the readers and `key.json`, which is not for them, into `out`; returns the page.
 
@@ -65,25 +69,25 @@ def review_pack(run: Path | str, out: Path | str, features: str | int = "top:50"
         raise UserError(f"{run} has atlas.publish=true, and a review needs the texts; set it to false and keep the pack here.")
     items = shuffled_items(chosen_features(tables, features), controls, seed)
     if len(items) < 2: raise UserError(f"{run} has fewer than two features to review; raise --features.")
-    shown = [_shown(tables, item, contexts, out) for item in items]
+    with tempfile.TemporaryDirectory() as folder:
+        films = Films(tables, Path(folder, "films"))
+        shown = [_shown(tables, item, contexts, films) for item in items]
     pack = content_hash(items, [s["exemplars"] for s in shown])[:12]
-    page = _template("review.html").render(css=_asset("atlas.css"), script=_asset("review.js"), items=shown, pack=pack, coherence=COHERENCE, fits=FITS,
+    page = _template("review.html").render(css=_asset("atlas.css"), script=_asset("review.js"), items=shown, pack=pack, coherence=COHERENCE,
+                                           fits=FITS,
                                            confusions=CONFUSIONS, films=any(s["films"] for s in shown))
     with write_beside(out / "review.html") as part: part.write_text(page, encoding="utf-8")
     write_json(out / "key.json", {"pack": pack, "items": {str(i): {k: item[k] for k in ("feature", "own", "f1")} for i, item in enumerate(items, 1)}})
     return out / "review.html"
 
-def _shown(run: RunTables, item: Mapping[str, Any], contexts: int, out: Path) -> dict[str, Any]:
+def _shown(run: RunTables, item: Mapping[str, Any], contexts: int, films: Films) -> dict[str, Any]:
     "What a reader sees of an item: no feature number, no study, no score."
-    films = Films(run, out / ".films")
     seen = portrait_of(run, item["feature"], AtlasConfig(per_decile=1), films, contexts)
-    pictures = [{**f, "film": _inline(out / f["film"]), "title": f"film {i}", "boxes": []} for i, f in enumerate(seen["films"], 1)]
-    for old in (out / ".films").glob("*"): old.unlink()
-    if (out / ".films").exists(): (out / ".films").rmdir()
+    pictures = [{**f, "film": _inline(films.folder.parent / f["film"]), "title": f"film {i}", "boxes": []} for i, f in enumerate(seen["films"], 1)]
     return {"description": item["description"], "films": pictures,
             "exemplars": [{"section": c["place"].partition(",")[0], "shaded": c["shaded"]} for c in seen["exemplars"]]}
 
-# %% ../nbs/12a_review.ipynb #236a0f4e
+# %% ../nbs/12a_review.ipynb #affd23ab
 def read_answers(files: Sequence[Path | str], key: Mapping[str, Any]) -> pd.DataFrame:
     """A row for every rated item of every reader: `reader`, `item`, `fits`, `coherence`, `feature`, `own`, `f1`, `confusions`.
 
@@ -95,7 +99,8 @@ def read_answers(files: Sequence[Path | str], key: Mapping[str, Any]) -> pd.Data
         if not isinstance(found, dict) or found.get("pack") != key["pack"]:
             raise UserError(f"{file} holds no answers to the pack {key['pack']}; score each pack with its own key.json.")
         reader = str(found.get("reader") or Path(file).stem)
-        if reader in readers: raise UserError(f"{file} and {readers[reader]} are both of the reader {reader!r}; leave one out, or change the name in it.")
+        if reader in readers:
+            raise UserError(f"{file} and {readers[reader]} are both of the reader {reader!r}; leave one out, or change the name in it.")
         readers[reader] = file
         rows += [_answer(file, reader, item, said, key) for item, said in (found.get("items") or {}).items() if said.get("fits") is not None]
     if not rows: raise UserError(f"{files[0]} has no ratings; a reader must say of at least one item how well its description fits.")
@@ -104,14 +109,15 @@ def read_answers(files: Sequence[Path | str], key: Mapping[str, Any]) -> pd.Data
 def _answer(file: Path | str, reader: str, item: str, said: Mapping[str, Any], key: Mapping[str, Any]) -> dict[str, Any]:
     if item not in key["items"]: raise UserError(f"{file} rates item {item}, which the pack does not have; export the answers again.")
     if said["fits"] not in (0, 1, 2): raise UserError(f"{file}, item {item} has the rating {said['fits']!r}; ratings are 0, 1 or 2.")
-    return {"reader": reader, "item": int(item), "fits": said["fits"], "coherence": said.get("coherence"), "confusions": said.get("confusions") or [], **key["items"][item]}
+    return {"reader": reader, "item": int(item), "fits": said["fits"], "coherence": said.get("coherence"),
+            "confusions": said.get("confusions") or [], **key["items"][item]}
 
-# %% ../nbs/12a_review.ipynb #10493083
+# %% ../nbs/12a_review.ipynb #f809202b
 def cohen(a: np.ndarray, b: np.ndarray, weighted: bool = False) -> float:
     """Cohen's kappa of two readers' ratings 0, 1, 2 (linearly weighted if asked); nan where neither varies."""
     table = np.zeros((3, 3))
     np.add.at(table, (a.astype(int), b.astype(int)), 1)
-    if not weighted and len(set(a) | set(b)) < 2 or weighted and len(set(a) | set(b)) < 2: return float("nan")
+    if len(set(a) | set(b)) < 2: return float("nan")
     with np.errstate(invalid="ignore", divide="ignore"): return float(cohens_kappa(table, wt="linear" if weighted else None, return_results=False))
 
 def fleiss(ratings: np.ndarray) -> float:
@@ -149,7 +155,7 @@ def _binary_kappa(ratings: np.ndarray, f1: np.ndarray) -> float:
     if len(set(a) | set(b)) < 2: return float("nan")
     return float(cohens_kappa(table, return_results=False))
 
-# %% ../nbs/12a_review.ipynb #31ceb09b
+# %% ../nbs/12a_review.ipynb #cc9ca4f8
 def review_score(answers: Sequence[Path | str] | Path | str, key: Path | str | None = None) -> dict[str, Any]:
     """What the readers' answers come to: `readers`, agreement `between_readers` and `with_scores`, with 95 % intervals over items.
 
@@ -163,17 +169,22 @@ def review_score(answers: Sequence[Path | str] | Path | str, key: Path | str | N
     facts = table.drop_duplicates("item").set_index("item").loc[wide.index]
     both = {f"{a} and {b}": wide[[a, b]].dropna().to_numpy().T for a, b in combinations(wide.columns, 2)}
     all_rated, mean, own = wide.dropna(), wide.mean(axis=1), facts.own.to_numpy(bool)
-    between = {name: {"cohen": interval(cohen, *pair), "cohen_weighted": interval(lambda a, b: cohen(a, b, True), *pair)} for name, pair in both.items() if pair.shape[1]}
+    between = {name: {"cohen": interval(cohen, *pair), "cohen_weighted": interval(lambda a, b: cohen(a, b, True), *pair)} for name,
+               pair in both.items() if pair.shape[1]}
     scores = {"f1_spearman": interval(_spearman, mean[own].to_numpy(), facts.f1[own].to_numpy()) if own.any() else None,
-              "own_over_control_auroc": interval(_auroc, mean.to_numpy(), own), "kappa_fits_and_f1_above_075": interval(_binary_kappa, mean[own].to_numpy(), facts.f1[own].to_numpy())
+              "own_over_control_auroc": interval(_auroc, mean.to_numpy(), own),
+              "kappa_fits_and_f1_above_075": interval(_binary_kappa, mean[own].to_numpy(), facts.f1[own].to_numpy())
               if own.any() else None}
     return {"readers": {name: _reader(rows) for name, rows in table.groupby("reader")},
-            "between_readers": {"pairs": between, "fleiss": interval(lambda *c: fleiss(np.stack(c, 1)), *all_rated.to_numpy().T) if wide.shape[1] > 1 and len(all_rated) else None},
+            "between_readers": {"pairs": between,
+                                "fleiss": interval(lambda *c: fleiss(np.stack(c, 1)), *all_rated.to_numpy().T) if wide.shape[1] > 1
+                                and len(all_rated) else None},
             "with_scores": scores, "confusions": table.confusions.explode().value_counts().to_dict()}
 
 def _reader(rows: pd.DataFrame) -> dict[str, Any]:
     "What one reader rated, own descriptions and controls apart."
     own, control = rows.fits[rows.own.astype(bool)], rows.fits[~rows.own.astype(bool)]
-    return {"rated": len(rows), "mean_own": _mean(own), "mean_control": _mean(control), "fit_well": _mean(own == 2), "controls_called_fitting": _mean(control == 2)}
+    return {"rated": len(rows), "mean_own": _mean(own), "mean_control": _mean(control), "fit_well": _mean(own == 2),
+            "controls_called_fitting": _mean(control == 2)}
 
 def _mean(values: pd.Series) -> float | None: return round(float(values.mean()), 4) if len(values) else None

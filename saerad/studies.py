@@ -6,11 +6,14 @@
 __all__ = ['SECTIONS', 'SPLITS', 'COLUMNS', 'HEADINGS', 'Picture', 'PictureError', 'Study', 'split_of', 'Problem', 'Source',
            'StudiesConfig', 'read_report', 'open_source', 'describe']
 
-# %% ../nbs/00_studies.ipynb #dfbb53b9
+# %% ../nbs/00_studies.ipynb #83db9758
+import base64
 import csv
 import difflib
 import gzip
 import hashlib
+import html
+import io
 import re
 import tarfile
 import zlib
@@ -113,6 +116,28 @@ def all_views(self: Study) -> dict[str, Picture]:
     """The study's own views and, as "prior", the frontal view of the previous study."""
     before = self.prior.views.get("frontal") if self.prior else None
     return {**self.views, **({"prior": before} if before else {})}
+
+# %% ../nbs/00_studies.ipynb #5166a734
+@patch
+def _repr_html_(self: Study) -> str:
+    films = "".join(f'<figure style="margin:0 .8em 0 0;text-align:center">{_film_html(p)}<figcaption>{view}</figcaption></figure>' for view,
+                    p in self.all_views.items())
+    truth = getattr(self.truth, "findings", None)
+    there = {} if truth is None else {"truth": ", ".join(" ".join(filter(None, (f.severity, f.side, f.kind.replace("_", " ")))) for f in truth)
+                                      or "nothing"}
+    texts = "".join(f'<p style="margin:.1em 0;text-align:left"><b>{html.escape(name.replace("_", " "))}:</b> {html.escape(text)}</p>'
+                    for name, text in (dict(self.sections) | there).items())
+    head = f"<b>study {html.escape(self.study)}</b>, patient {html.escape(self.patient)}, {html.escape(self.split)}"
+    return f'<div>{head}<div style="display:flex;flex-wrap:wrap;margin-top:.3em">{films}<div style="flex:1;min-width:16em">{texts}</div></div></div>'
+
+def _film_html(picture: Picture, edge: int = 180) -> str:
+    "A film as an image that holds itself, or a word where the file cannot be read."
+    try: image = Image.fromarray(picture.array())
+    except PictureError: return "unreadable"
+    image.thumbnail((edge, edge))
+    held = io.BytesIO()
+    image.save(held, "PNG")
+    return f'<img alt="film" style="height:{edge}px" src="data:image/png;base64,{base64.b64encode(held.getvalue()).decode()}">'
 
 # %% ../nbs/00_studies.ipynb #b4b25dab
 def split_of(patient: str, fractions: Sequence[float] = (0.8, 0.1, 0.1)) -> str:

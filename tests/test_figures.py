@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from saerad.core import read_table, write_json, write_table
+from saerad.core import UserError, read_table, write_json, write_table
 from saerad.figures import (
     OUTCOME_COLOURS,
     OUTCOMES,
@@ -20,15 +20,21 @@ from saerad.figures import (
     RunTables,
     collect_concepts,
     collect_density,
+    collect_doses,
+    collect_effects,
     collect_f1,
     collect_fidelity,
     collect_film,
+    collect_levels,
+    collect_negatives,
     collect_signs,
     collect_steering,
     draw_figures,
     draw_plot,
     house_style,
     invent_run,
+    plot_f1,
+    plot_fidelity,
 )
 
 
@@ -107,8 +113,9 @@ def test_one_scored_feature_is_enough_for_its_figures(tmp_path):
 
 def test_the_numbers_behind_steering_are_shares_with_random_directions_apart(run):
     numbers = collect_steering(RunTables(run))
-    assert numbers[list(OUTCOMES)].sum(axis=1).tolist() == pytest.approx([1] * 4)
-    assert numbers.control.tolist() == [False, False, True, True] and numbers.reports.tolist() == [48, 48, 6, 6]
+    assert numbers[list(OUTCOMES)].sum(axis=1).tolist() == pytest.approx([1] * 8)
+    assert numbers.control.tolist() == [False] * 4 + [True] * 4 and numbers.reports.tolist() == [48] * 4 + [6] * 4
+    assert numbers.pushed.tolist() == ["feature"] * 4 + ["random"] * 4
     judged = read_table(run / "steering/judgements.parquet").to_pandas()
     mine = judged[~judged.control & (judged.alpha == 10)]
     assert numbers[(~numbers.control) & (numbers.alpha == 10)].unchanged.item() == pytest.approx((mine.outcome == "unchanged").mean())
@@ -176,3 +183,44 @@ def test_lines_of_a_log_and_absent_files(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
     assert tables.json("log.jsonl") == [{"a": 1}, {"a": 2}]
     assert json.loads((invent_run(tmp_path) / "summary.json").read_text())["sae"]["k"] == 32 and Path(tmp_path).exists()
+
+
+def test_each_figure_is_a_function_of_a_run_that_returns_its_axes(run, tmp_path):
+    ax = plot_f1(run)
+    assert ax.get_xlabel().startswith("F1") and ax.figure.get_size_inches()[0] == FiguresConfig().column
+    given = mpl.figure.Figure().subplots()
+    assert plot_f1(RunTables(run), given) is given and given.patches
+    assert len(plot_fidelity(run)) == 3
+    with pytest.raises(UserError, match="interpretations.parquet is not there"): plot_f1(tmp_path)
+    mpl.pyplot.close("all")
+
+
+def test_doses_have_intervals_over_patients_and_controls_apart(run):
+    numbers = collect_doses(RunTables(run))
+    ours = numbers[(numbers.pushed == "feature") & (numbers.what == "changed")].set_index("alpha")
+    assert ours.index.tolist() == [-10, -5, 5,
+                                   10] and (ours.low <= ours.share).all() and (ours.share <= ours.high).all() and (ours.high > ours.low).all()
+    judged = read_table(run / "steering/judgements.parquet").to_pandas()
+    assert ours.share[10] == pytest.approx((judged[~judged.control & (judged.alpha == 10)].outcome != "unchanged").mean())
+    assert set(numbers.pushed) == {"feature", "random"}
+
+
+def test_the_effect_matrix_takes_the_sign_of_alpha_and_frames_targets(run):
+    numbers = collect_effects(RunTables(run)).set_index(["target", "finding"])
+    assert numbers.effect["effusion", "effusion"] == pytest.approx(0.4) and numbers.effect["effusion", "pneumothorax"] == pytest.approx(0.05)
+    assert numbers[numbers.targeted].index.tolist() == [(t, t) for t in sorted({t for t, _ in numbers.index})]
+
+
+def test_levels_carry_the_order_of_the_groups_and_negatives_their_source(run):
+    numbers = collect_levels(RunTables(run))
+    assert numbers.attrs["order"] == "ascending" and numbers.attrs["sizes"][0] == 64 and numbers.level.nunique() == 5
+    sources = collect_negatives(RunTables(run)).groupby("source").f1.median()
+    assert sources["random"] > sources["same_words"] > sources["neighbour"]
+
+
+def test_a_run_judged_in_several_ways_has_a_bar_for_each(tmp_path):
+    rows = [{"feature": 1, "alpha": 5.0, "outcome": "mixed", "degenerate": False, "control": method != "add" or image == "blank", "method": method,
+             "image": image}
+            for method, image in (("add", "shown"), ("add", "blank"), ("other_feature", "shown"), ("random", "shown"))]
+    write_table(tmp_path / "steering/judgements.parquet", pa.Table.from_pylist(rows))
+    assert collect_steering(RunTables(tmp_path)).pushed.tolist() == ["feature", "blank picture", "other feature", "random"]

@@ -71,7 +71,7 @@ function build() {
   const narrow = window.matchMedia("(max-width: 48rem)").matches;
   saerad.grid = new Tabulator($("table"), {
     data: saerad.rows, index: "feature", height: narrow ? "62vh" : "66vh", layout: narrow ? "fitData" : "fitColumns", headerSortElement: "<span></span>",
-    placeholder: "No feature fits. Clear a filter.", columnHeaderSortMulti: false, rowHeight: narrow ? 50 : 31, initialSort: sorted(), renderVerticalBuffer: 300,
+    placeholder: "No feature fits. Clear a filter.", columnHeaderSortMulti: false, rowHeight: 50, initialSort: sorted(), renderVerticalBuffer: 300,
     columns: saerad.columns.map(column => ({
       field: column.name, title: column.title, visible: !narrow || Boolean(column.narrow),
       width: narrow && column.name === "description" ? 205 : column.width, widthGrow: column.name === "description" ? 4 : undefined, minWidth: column.width || 58,
@@ -198,7 +198,7 @@ function feature(row, data) {
     el("p", { class: "description" }, row.description || `No description: ${data.reason || plain(row.status ?? "not examined")}.`),
     data.tags.length ? el("ul", { class: "tags", "aria-label": "Properties" }, data.tags.map(tag => el("li", {}, tag))) : null,
     el("ul", { class: "scores", "aria-label": "Scores" }, score("F1", row.f1, data.interval), score("precision", row.precision), score("recall", row.recall),
-      score("F1 with another feature's description", row.shuffled_f1, "control", true), score("F1 of always saying yes", data.always_yes_f1, "control", true)),
+      data.near_f1 == null ? null : score("F1 against near misses", data.near_f1), score("F1 with another feature's description", row.shuffled_f1, "control", true), score("F1 of always saying yes", data.always_yes_f1, "control", true)),
     el("p", { class: "where" }, data.about),
     el("div", { class: "cards" }, card("How strongly it fires", histogram(data)), card("Where it fires", places(data)), card("Words it votes for", votes(data)), card("Nearest features", neighbours(data))),
     section("On the films", data.films.length ? [el("div", { class: "films" }, data.films.map(film)), el("p", { class: "where" }, data.films_about)] : left("Films")),

@@ -24,9 +24,10 @@ function progress() {
   [...$("jump").children].forEach((button, i) => { button.classList.toggle("done", rated(items[i])); button.setAttribute("aria-label", `Item ${i + 1}${rated(items[i]) ? ", rated" : ""}`); });
 }
 
-function show(number) {
+function show(number, moved = true) {
   items.forEach((section, i) => { section.hidden = i + 1 !== number; });
   [...$("jump").children].forEach((button, i) => i + 1 === number ? button.setAttribute("aria-current", "true") : button.removeAttribute("aria-current"));
+  if (!moved) return;
   $(`title-${number}`).focus({ preventScroll: true });
   $("jump").scrollIntoView({ block: "start" });
 }
@@ -84,4 +85,4 @@ $("import").addEventListener("change", async () => {
   } catch { trouble("That file holds no answers of a review; nothing was changed."); }
 });
 
-load(); fill(); show(1);
+load(); fill(); show(1, false);

@@ -1,0 +1,46 @@
+"""A real browser for the tests of pages; they are skipped, with the reason, where there is none."""
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+CHROMIUM = next((p for p in ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome") if Path(p).exists()), None)
+
+
+class Browser:
+    """Pages whose errors and requests are written down."""
+    def __init__(self, context):
+        self.context, self.errors, self.asked = context, [], []
+
+    def page(self, width=1400):
+        page = self.context.new_page()
+        page.set_viewport_size({"width": width, "height": 900})
+        page.set_default_timeout(60_000)
+        page.on("pageerror", lambda e: self.errors.append(str(e)))
+        page.on("console", lambda m: self.errors.append(m.text) if m.type in ("error", "warning") else None)
+        page.on("request", lambda r: self.asked.append(r.url))
+        return page
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    if CHROMIUM is None: pytest.skip("no Chromium on this machine")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    profile = tempfile.mkdtemp()
+    with api.sync_playwright() as p:
+        context = p.chromium.launch_persistent_context(profile, executable_path=CHROMIUM, args=FLAGS, accept_downloads=True)
+        yield context
+        context.close()
+    shutil.rmtree(profile, ignore_errors=True)
+
+
+@pytest.fixture
+def browser(chromium):
+    """A browser that must end without an error on the console and without a request that leaves the disk."""
+    one = Browser(chromium)
+    yield one
+    for page in chromium.pages: page.close()
+    assert one.errors == [] and all(url.startswith(("file:", "data:", "blob:", "about:")) for url in one.asked)

@@ -1,0 +1,50 @@
+"""What features, runs, comparisons and studies show when they end a cell."""
+import pytest
+
+from saerad.core import UserError, write_json
+from saerad.figures import invent_run
+from saerad.lab import compare, open_run
+from saerad.studies import Picture, Study
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory): return open_run(invent_run(tmp_path_factory.mktemp("run")))
+
+
+def test_a_run_shows_its_headlines(run):
+    shown = run._repr_html_()
+    assert "variance stays unexplained" in shown and shown.count("<li>") == 8
+
+
+def test_a_feature_shows_its_description_scores_and_contexts_escaped(run):
+    best = int(run.features.f1.idxmax())
+    shown = run[best]._repr_html_()
+    assert f"feature {best}" in shown and "f1 0." in shown and "shuffled f1" in shown and "rgba(0,114,178" in shown
+    assert "&lt;b&gt;&amp;" in shown and "<b>&" not in shown
+    with pytest.raises(UserError, match="no feature 999"): run[999]
+
+
+def test_finding_wants_all_words_best_first(run):
+    found = run.find("WORD effusion")
+    assert len(found) and found.description.str.contains("effusion").all() and found.f1.dropna().is_monotonic_decreasing
+    assert not len(run.find("effusion pneumothorax"))
+
+
+def test_a_comparison_shows_what_differs(run, tmp_path):
+    other = invent_run(tmp_path / "other", seed=1)
+    found = compare(run.folder, other)
+    assert not len(found.settings) and "The settings are the same" in found._repr_html_() and (found.numbers["change"] == 0).all()
+    write_json(other / "config.yaml", {"sae": {"k": 16}, "out": "x"})      # JSON is YAML
+    write_json(run.folder / "config.yaml", {"sae": {"k": 32}, "out": "y"})
+    try: assert compare(run.folder, other).settings.loc["sae.k"].tolist() == [32, 16]
+    finally: (run.folder / "config.yaml").unlink()
+    assert compare(run.folder, run.folder).names == [f"{run.folder.name} (1)", f"{run.folder.name} (2)"]
+    with pytest.raises(UserError, match="at least two"): compare(run.folder)
+    with pytest.raises(UserError, match="is no run"): compare(run.folder, tmp_path)
+
+
+def test_a_study_shows_its_films_and_texts_escaped(tmp_path):
+    (tmp_path / "broken.png").write_text("no picture")
+    study = Study("s<1>", "p1", "train", {"findings": "<script>x</script> clear"}, {"frontal": Picture.from_file(tmp_path / "broken.png")})
+    shown = study._repr_html_()
+    assert "&lt;script&gt;" in shown and "<script>" not in shown and "s&lt;1&gt;" in shown and "unreadable" in shown and "truth" not in shown
