@@ -41,7 +41,7 @@ def bare_pass(subject: Subject, batches: list[dict[str, Tensor]], layer: nn.Modu
 def measure(quick: bool) -> tuple[str, dict, dict, dict]:
     """The shape, our tokens a second (padding not counted), theirs, and ours over theirs."""
     subject, cfg = scaled_mini(512), ExtractionConfig(layer=4)
-    patients = {"train_patients": 40 if quick else 120, "validation_patients": 1, "test_patients": 1}
+    patients = {"train_patients": 20 if quick else 120, "validation_patients": 1, "test_patients": 1}
     studies = open_source(StudiesConfig(source="phantom:0", **patients)).split("train")
     source = Source("phantom", studies)
     prompts = [subject.prompt(s, s.sections["findings"]) for s in studies]

@@ -58,7 +58,7 @@ TOKEN_SCHEMA = pa.schema([
 DTYPES = {"float32": (torch.float32, np.float32), "bfloat16": (torch.bfloat16, np.uint16), "int8": (torch.int8, np.int8)}
 PART = 1000     # numbers of shards that each part may use
 
-# %% ../nbs/04_store.ipynb #9eb33a48
+# %% ../nbs/04_store.ipynb #1efaaf67
 BLOCK = 128     # numbers that share a scale in 8-bit rows
 
 def pack_rows(x: Float[Tensor, "n d"], dtype: str) -> dict[str, np.ndarray]:
@@ -68,7 +68,7 @@ def pack_rows(x: Float[Tensor, "n d"], dtype: str) -> dict[str, np.ndarray]:
     blocks = -(-x.shape[1] // BLOCK)
     runs = torch.nn.functional.pad(x.float(), (0, blocks * BLOCK - x.shape[1])).view(len(x), blocks, BLOCK)
     scales = (runs.abs().amax(2) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-    steps = (runs / scales[..., None]).round_().to(torch.int8).view(len(x), -1)[:, :x.shape[1]]
+    steps = (runs / scales[..., None]).round_().to(torch.int8).view(len(x), blocks * BLOCK)[:, :x.shape[1]]
     return {"activations": steps.contiguous().numpy(), "scales": scales.numpy()}
 
 def unpack_rows(arrays: dict[str, np.ndarray]) -> Float[Tensor, "n d"]:

@@ -96,6 +96,16 @@ def test_bfloat16(tmp_path: Path) -> None:
     assert torch.equal(Store.open(tmp_path).read(np.arange(len(x))), x.bfloat16().float())
 
 
+def test_int8(tmp_path: Path) -> None:
+    """Every number is within half a step of what it was, and a step is a 127th of the largest of its run."""
+    write(tmp_path, dtype="int8")
+    store, x = Store.open(tmp_path), expected()[0]
+    y = store.read(np.arange(len(x)))
+    assert 0 < (y - x).abs().max() and ((y - x).abs() <= x.abs().amax(1, keepdim=True) / 127 * 0.501).all()
+    _, rows, dealt = next(store.batches("train", 50, 0))
+    assert torch.equal(dealt, y[rows])
+
+
 def test_where_and_study_rows(whole: Path) -> None:
     store, tokens = Store.open(whole), expected()[1].to_pandas()
     assert store.where().tolist() == list(range(len(store)))
