@@ -35,12 +35,13 @@ def report(step, rebuild):
     """Time `steps` steps after two to warm up; peak memory beside what was there before; FVU after all of them on one batch."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for i in range(2): step(i, batches[i % len(batches)])
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     for i in range(steps): step(i + 2, batches[i % len(batches)])
-    seconds = time.perf_counter() - began
+    seconds, cpu = time.perf_counter() - began, time.process_time() - worked
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with torch.no_grad(): fvu = float((rebuild(held) - held).square().sum() / (held - held.mean(0)).square().sum())
-    print(json.dumps({"tokens_per_second": steps * batch / seconds, "peak_mib": peak / 1024, "growth_mib": (peak - before) / 1024, "fvu": fvu}))
+    print(json.dumps({"tokens_per_second": steps * batch / seconds, "peak_mib": peak / 1024, "growth_mib": (peak - before) / 1024,
+                      "tokens_per_cpu_second": steps * batch / cpu, "fvu": fvu}))
 '''
 
 OURS = COMMON + '''
@@ -128,9 +129,11 @@ def measure(quick: bool) -> tuple[str, dict, dict, dict]:
     ours, there = found.pop("ours"), {name: speed for name, speed in found.items() if speed}
     if there: there["fastest_peer"] = max(there.values(), key=lambda peer: peer["tokens_per_second"])
     keys = ("dictionary_learning", "sae_lens", "fastest_peer")
-    us = dict.fromkeys(keys, ours["tokens_per_second"]) | {"peak_memory": ours["peak_mib"], "fvu": ours["fvu"]}
+    us = dict.fromkeys(keys, ours["tokens_per_second"])
+    us |= {"peak_memory": ours["peak_mib"], "fvu": ours["fvu"], "fastest_peer_cpu": ours["tokens_per_cpu_second"]}
     them = {key: there[key]["tokens_per_second"] if key in there else None for key in keys}
-    them |= {key: there["fastest_peer"][name] if there else None for key, name in (("peak_memory", "peak_mib"), ("fvu", "fvu"))}
+    them |= {key: there["fastest_peer"][name] if there else None
+             for key, name in (("peak_memory", "peak_mib"), ("fvu", "fvu"), ("fastest_peer_cpu", "tokens_per_cpu_second"))}
     return json.dumps(shape), us, them, {key: us[key] / them[key] if them[key] else None for key in us}
 
 

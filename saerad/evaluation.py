@@ -59,7 +59,7 @@ def spread(rows: Int[np.ndarray, " n"], most: int) -> Int[np.ndarray, " m"]:
     """At most `most` of the rows, evenly spaced."""
     return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(int)]
 
-# %% ../nbs/07_evaluation.ipynb #51b803e5
+# %% ../nbs/07_evaluation.ipynb #ceb53376
 @torch.no_grad()
 def reconstruction(store: Store, sae: MatryoshkaSAE, rows: Int[np.ndarray, " n"]) -> dict[str, Any]:
     """FVU overall, by section, by view, of image against text, and by level; L0, density and silent features, on the store's `rows`."""
@@ -80,7 +80,7 @@ def _decoded(sae: MatryoshkaSAE, z: sparse.csr_matrix, prefix: int) -> Tensor:
 
 def _by(label: np.ndarray, x: Tensor, rebuilt: Tensor) -> dict[str, float]:
     "FVU of the rows under each label but the empty one, against their own mean."
-    at = {one: np.flatnonzero(label == one) for one in sorted(set(label)) if one}
+    at = {str(one): np.flatnonzero(label == one) for one in sorted(set(label)) if one}
     return {one: fvu(x[i], rebuilt[i]) for one, i in at.items() if len(i) > 1}
 
 def density(often: Float[np.ndarray, " features"]) -> dict[str, int]:
@@ -302,7 +302,7 @@ def _whole_studies(store: Store, split: str, most: int) -> np.ndarray:
     study = store.tokens["study"].to_numpy()[rows[:most + 1]]
     return rows[:np.flatnonzero(study != study[-1])[-1] + 1]
 
-# %% ../nbs/07_evaluation.ipynb #b3975045
+# %% ../nbs/07_evaluation.ipynb #bce7fbaf
 def union_of(z: sparse.csc_matrix, mark: Float[np.ndarray, " n"], order: Sequence[int], rise: float = 0.03) -> tuple[list[int], float]:
     """Features, best first, whose union of active tokens tells `mark`, as long as each adds more than `rise` to F1; and that F1."""
     chosen, on, best = [], np.zeros(len(mark), bool), 0.0
@@ -310,7 +310,7 @@ def union_of(z: sparse.csc_matrix, mark: Float[np.ndarray, " n"], order: Sequenc
         also = on.copy()
         also[z.indices[z.indptr[feature]:z.indptr[feature + 1]]] = True
         f1 = 2 * (also & (mark > 0)).sum() / (also.sum() + (mark > 0).sum())
-        if f1 <= best + rise: break
+        if chosen and f1 <= best + rise: break
         chosen, on, best = [*chosen, int(feature)], also, float(f1)
     return chosen, best
 
@@ -377,7 +377,10 @@ def report_finding_f1(subject: Subject, studies: Sequence[Study], shuffle_images
     """Macro F1 of `report_findings` over the kinds that occur."""
     return float(np.mean(list(report_findings(subject, studies, shuffle_images, **kwargs).values())))
 
-# %% ../nbs/07_evaluation.ipynb #4fb39f8d
+# %% ../nbs/07_evaluation.ipynb #b86fda4e
+def _some(studies: Sequence[Study], most: int) -> list[Study]:
+    return [studies[i] for i in spread(np.arange(len(studies)), most)]
+
 @contextmanager
 def shuffled(subject: Subject, seed: int = 0) -> Iterator[Subject]:
     """The subject model while the entries of every weight tensor have changed places; they are put back at the end."""
@@ -406,7 +409,7 @@ def random_control(store: Store, sae: MatryoshkaSAE, subject: Subject, source: S
         found |= {f"{name}_{key}": scores[key] for key in ("fvu", "l0", "silent")}
     return found
 
-# %% ../nbs/07_evaluation.ipynb #6bffc8f2
+# %% ../nbs/07_evaluation.ipynb #6cbacee4
 def evaluate(store: Store, sae: MatryoshkaSAE, subject: Subject, source: Source, cfg: EvaluationConfig,
              out: Path | str) -> dict[str, Any]:
     """Evaluate a trained SAE on test patients; writes `evaluation.json` and, on the phantom, `concepts.parquet`.
@@ -423,9 +426,6 @@ def evaluate(store: Store, sae: MatryoshkaSAE, subject: Subject, source: Source,
     if studies[0].truth is not None: found |= _truth(store, sae, subject, source, studies, cfg, Path(out))
     write_json(Path(out) / "evaluation.json", found)
     return found
-
-def _some(studies: Sequence[Study], most: int) -> list[Study]:
-    return [studies[i] for i in spread(np.arange(len(studies)), most)]
 
 # %% ../nbs/07_evaluation.ipynb #2c8b55db
 def _truth(store: Store, sae: MatryoshkaSAE, subject: Subject, source: Source, studies: Sequence[Study],

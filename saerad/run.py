@@ -569,7 +569,7 @@ def _width(config: Config) -> int:
     "Width of the residual stream; MAIRA-2's is known without its gated files."
     return 4096 if config.subject.model == "microsoft/maira-2" else model_shape(config)[0]
 
-# %% ../nbs/13_run.ipynb #7d639b22
+# %% ../nbs/13_run.ipynb #587a76f1
 @app.command()
 def studies(source: Annotated[str, typer.Argument(help="phantom:SEED, openi:PATH, mimic-cxr:PATH or table:FILE")],
             settings: Settings = None) -> None:
@@ -592,14 +592,13 @@ def sweep(run: Run, variants: dict[str, Config]) -> Any:
     from saerad.extraction import extract
     from saerad.sweep import train_sweep
     from saerad.training import Job
+    free = ("sae", "training", "extraction", "seed")
+    if any(config.model_copy(update={key: getattr(run.config, key) for key in free}) != run.config for config in variants.values()):
+        raise UserError("sweep.grid varies a key that is not of sae, training, extraction or seed; take it out.")
     stores, jobs = {content_hash(run.config.extraction): run.store}, {}
     for name, config in variants.items():
-        if config.model_copy(update={"sae": run.config.sae, "training": run.config.training, "extraction": run.config.extraction,
-                                     "seed": run.config.seed}) != run.config:
-            raise UserError("sweep.grid varies a key that is not of sae, training, extraction or seed; take it out.")
-        key = content_hash(config.extraction)
-        if key not in stores:
-            stores[key] = extract(run.source, run.subject, config.extraction, run / f"sweep/activations-layer-{config.extraction.layer}")
+        key, folder = content_hash(config.extraction), run / f"sweep/activations-layer-{config.extraction.layer}"
+        if key not in stores: stores[key] = extract(run.source, run.subject, config.extraction, folder)
         jobs[name] = Job(stores[key], config.sae, config.training, config.seed, run / "sweep" / name)
     return train_sweep(jobs, run.config.seed, run / "sweep", run.config.sweep.rows)
 

@@ -67,7 +67,7 @@ def compared(name: str, jobs: dict[str, Job], saes: dict[str, MatryoshkaSAE], ro
             "store": job.store.folder.name, "split": split, "rows": found["rows"], "fvu": found["fvu"], "l0": found["l0"], "silent": found["silent"],
             "decoder_cosine": decoder_cosine(sae)["mean_nearest"], "seed_agreement": sum(shared) / len(shared) if shared else None}
 
-# %% ../nbs/07a_sweep.ipynb #09de9a9c
+# %% ../nbs/07a_sweep.ipynb #ff90199c
 def draw_sweep(table: pd.DataFrame) -> Figure:
     """FVU against L0, a line for each store, width, kind and order of groups."""
     figure, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
@@ -77,5 +77,8 @@ def draw_sweep(table: pd.DataFrame) -> Figure:
         mark = ax.plot(line["l0"], line["fvu"], "-", lw=1)[0]
         ax.plot(some["l0"], some["fvu"], "o", color=mark.get_color(), label=", ".join(map(str, label)) or None)
     ax.set(xscale="log", xlabel="active features of a token (L0)", ylabel="fraction of variance unexplained (FVU)", ylim=(0, None))
+    ticks = sorted({round(v) for v in table.groupby("k")["l0"].mean()})
+    ax.set_xticks(ticks, map(str, ticks))
+    ax.minorticks_off()
     if keys: ax.legend(title=", ".join(keys), frameon=False)
     return figure

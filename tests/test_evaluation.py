@@ -12,12 +12,16 @@ from saerad.core import UserError, read_table
 from saerad.evaluation import (
     EvaluationConfig,
     _whole_studies,
+    absorbed,
+    agreement,
     aurocs,
     centred_ranks,
     concept_recovery,
     concept_tokens,
     concepts_of,
     dead_share,
+    decoder_cosine,
+    density,
     evaluate,
     finding_f1,
     four_readings,
@@ -27,9 +31,11 @@ from saerad.evaluation import (
     read_batch,
     reconstruction,
     report_finding_f1,
+    shuffled,
     spliced_positions,
     spread,
     study_maxima,
+    union_of,
     with_other_picture,
 )
 from saerad.extraction import ExtractionConfig, extract, kept_tokens
@@ -299,3 +305,65 @@ def test_settings_are_checked():
     assert SAEConfig().k == 32
     with pytest.raises(ValueError): EvaluationConfig(splice="some")
     with pytest.raises(ValueError): EvaluationConfig(rows=0)
+
+
+# --- repeats, seeds, splitting and the control
+
+def test_agreement_of_a_permuted_copy_is_whole_and_of_a_stranger_none():
+    one, other = (MatryoshkaSAE(64, (32, 96), 4, seed=s) for s in (0, 1))
+    permuted = MatryoshkaSAE(64, (32, 96), 4)
+    permuted.W_dec.data = one.W_dec.data[torch.randperm(128, generator=torch.Generator().manual_seed(0))] * 3
+    assert agreement(one, permuted) == {"matched": 1.0, "mean_best": pytest.approx(1.0, abs=1e-5)}
+    assert agreement(one, other)["matched"] == 0 and agreement(one, other)["mean_best"] < 0.6
+    half = MatryoshkaSAE(64, (32, 96), 4, seed=1)
+    half.W_dec.data[:64] = one.W_dec.data[:64]
+    assert agreement(one, half)["matched"] == 0.5
+
+
+def test_decoder_cosine_sees_a_repeated_row():
+    sae = MatryoshkaSAE(64, (8,), 1)
+    alone = decoder_cosine(sae)
+    sae.W_dec.data[5] = sae.W_dec.data[2]
+    assert alone["above_07"] == 0 and decoder_cosine(sae)["above_07"] == 0.25
+
+
+def test_density_counts_every_feature_once():
+    assert density(np.array([0, 1e-6, 5e-3, 0.5, 1.0])) == {"<1e-5": 2, "<1e-4": 0, "<1e-3": 0, "<1e-2": 1, "<1e-1": 0, "<=1": 2}
+
+
+def test_a_split_concept_needs_the_union():
+    mark = np.array([1, 1, 1, 1, 0, 0, 0, 0.])
+    z = sparse.csc_matrix(np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0.]]))
+    assert union_of(z, mark, [0, 1, 2]) == ([0, 1], 1.0)
+    whole = sparse.csc_matrix(mark[:, None])
+    assert union_of(whole, mark, [0]) == ([0], 1.0)
+
+
+def test_absorbed_is_where_one_other_feature_carries_the_direction():
+    sae = MatryoshkaSAE(3, (4,), 1)
+    sae.W_dec.data = torch.tensor([[1., 0, 0], [0.8, 0.6, 0], [0, 0, 1.], [0.5, 0, 0.8]])
+    z = sparse.csr_matrix(np.array([[0, 2, 0, 0], [0, 0, 3, 0], [0, 1, 0, 1.6], [0, 0, 0, 0.]]))
+    assert absorbed(sae, z, np.arange(4), [0], np.array([1., 0, 0])) == 2
+    assert absorbed(sae, z, np.arange(4), [0], np.array([1., 0, 0]), share=0.9) == 1
+
+
+def test_fvu_by_medium_and_view(world):
+    rows = world.store.where("test")
+    found = reconstruction(world.store, world.sae, rows)
+    views = set(world.store.tokens["view"].to_numpy()[rows]) - {""}
+    assert set(found["fvu_by_view"]) == views and set(found["fvu_by_medium"]) <= {"image", "text"}
+    assert sum(found["density"].values()) == 512
+
+
+def test_kl_of_the_floors_is_counted_too(world):
+    readings = four_readings(world.subject, world.sae, prompts_of(world, 2), torch.zeros(256), ExtractionConfig(layer=LAYER), "kept")
+    assert readings["kl_zero"] == pytest.approx(readings["kl_mean"]) and readings["kl_zero"] > readings["kl"] >= -1e-4
+
+
+def test_shuffled_weights_are_put_back(world):
+    before = [p.detach().clone() for p in world.subject.model.parameters()]
+    with shuffled(world.subject):
+        now = list(world.subject.model.parameters())
+        assert any(not torch.equal(a, b) for a, b in zip(before, now, strict=True))
+        assert all(torch.allclose(a.float().sum(), b.float().sum(), atol=1e-2) for a, b in zip(before, now, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, world.subject.model.parameters(), strict=True))
