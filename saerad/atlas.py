@@ -154,12 +154,13 @@ def decile_groups(contexts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
              "contexts": [{k: v for k, v in c.items() if k != "decile"} for c in contexts if c["decile"] == t]}
             for t in tenths]
 
-# %% ../nbs/12_atlas.ipynb #dbd75be4
+# %% ../nbs/12_atlas.ipynb #33fd921f
 class Films:
     """Films of a run's studies as files in a folder, written when they are first asked for, and the boxes that phantom knows."""
     def __init__(self, run: RunTables, folder: Path | None, largest: int = 256) -> None:
         self.folder, self.largest, self._run, self._studies = folder, largest, run, None
         self._known: dict[tuple[str, str], str | None] = {}
+        self._boxes: dict[tuple[str, str], list[dict[str, Any]]] = {}
 
     def of(self, study: str, view: str = "frontal") -> str | None:
         """Address of a film within the atlas, or None where there is none."""
@@ -171,6 +172,11 @@ class Films:
         """The source's studies by id, opened once; empty where the source cannot be opened any more."""
         if self._studies is None: self._studies = _open_studies(self._run)
         return self._studies
+
+    def boxes(self, study: str, view: str) -> list[dict[str, Any]]:
+        """`finding_boxes` of a study of the run; drawn once, since many features share a film."""
+        if (study, view) not in self._boxes: self._boxes[study, view] = finding_boxes(self.studies.get(study), view)
+        return [dict(box) for box in self._boxes[study, view]]
 
     def _make(self, study: str, view: str) -> str | None:
         picture = self.studies[study].all_views.get(view) if self.folder is not None and study in self.studies else None
@@ -208,7 +214,7 @@ def share_inside(box: Mapping[str, float], rows: int, columns: int, patches: Seq
     heat[np.asarray(patches, int)] = activations
     return float(heat[touched].sum() / max(heat.sum(), 1e-12)), float(touched.mean())
 
-# %% ../nbs/12_atlas.ipynb #e6980bfb
+# %% ../nbs/12_atlas.ipynb #fcabf8c4
 PATCHES_SHOWN = 200   # of a film: the strongest; 37 by 37 patches would hide the film
 
 def feature_films(rows: Sequence[Mapping[str, Any]], films: Films) -> list[dict[str, Any]]:
@@ -216,7 +222,7 @@ def feature_films(rows: Sequence[Mapping[str, Any]], films: Films) -> list[dict[
     shown = []
     for row in rows:
         if (address := films.of(row["study"], row["view"])) is None: continue
-        boxes = finding_boxes(films.studies[row["study"]], row["view"])
+        boxes = films.boxes(row["study"], row["view"])
         for box in boxes:
             inside, area = share_inside(box, row["rows"], row["columns"], row["patches"], row["activations"])
             box["text"] = f"{box.pop('finding')}: {inside:.0%} of the activation on {area:.0%} of the film"

@@ -88,7 +88,7 @@ def open_run(folder: Path | str) -> RunView:
     """A run to look at."""
     return RunView(folder)
 
-# %% ../nbs/12b_lab.ipynb #91842a52
+# %% ../nbs/12b_lab.ipynb #f1001b59
 @dataclass(eq=False)
 class Comparison:
     """Two or more runs side by side; `settings` that differ and `numbers` of their summaries."""
@@ -99,7 +99,9 @@ class Comparison:
     def _repr_html_(self) -> str:
         settings = Html(self.settings.to_html(border=0)) if len(self.settings) else _tag("p", "The settings are the same.")
         return str(_tag("div", _tag("b", "settings that differ"), settings, _tag("b", "what was found"),
-                        Html(self.numbers.to_html(border=0, na_rep="–", float_format="%.3g"))))
+                        Html(self.numbers.to_html(border=0, na_rep="–", float_format=_shown))))
+
+def _shown(value: float) -> str: return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
 
 def compare(*folders: Path | str) -> Comparison:
     """Compare runs by settings and summary; with two, the change from the first to the second as well. Raises `UserError` for fewer than two."""
