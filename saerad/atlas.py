@@ -270,7 +270,7 @@ def _plain(value: Any) -> Any:
     value = value.item() if hasattr(value, "item") else value
     return round(value, 5) if isinstance(value, float) else value
 
-# %% ../nbs/12_atlas.ipynb #f0c83f2b
+# %% ../nbs/12_atlas.ipynb #0e4b10dd
 def _by_feature(table: pd.DataFrame | None) -> dict[int, list[dict[str, Any]]]:
     "The rows of a table under the number of their feature, in order."
     found: dict[int, list[dict[str, Any]]] = {}
@@ -283,13 +283,14 @@ def _pages(run: RunTables, table: pd.DataFrame, cfg: AtlasConfig, films: Films) 
     steered = {} if judged is None else dict(iter(judged.groupby("feature")))
     portraits, concepts = _by_feature(run.table("portraits/portraits.parquet")), _by_feature(_tracked(run))
     seen = _by_feature(run.table("portraits/films.parquet")) if films.folder is not None else {}
+    same = {"films_about": _films_about(run), "unit": _unit(run)}     # read once: the config is a file
     exemplars = Exemplars(run.folder / "exemplars") if run.has("exemplars/exemplars.parquet") and not cfg.publish else None
     for first in progress(range(0, len(table), CHUNK), "atlas"):
         picked = pick_contexts(exemplars.between(first, first + CHUNK), cfg).to_pylist() if exemplars else []
         contexts: dict[int, list[dict]] = {}
         for row in picked: contexts.setdefault(row["feature"], []).append(row)
         yield first // CHUNK, {f: _page(row, decile_groups(feature_contexts(contexts.get(f, []))), portraits.get(f, [{}])[0], concepts.get(f, []))
-                               | {"films": feature_films(seen.get(f, []), films), "films_about": _films_about(run), "unit": _unit(run)}
+                               | {"films": feature_films(seen.get(f, []), films), **same}
                                | feature_steering(steered.get(f), written, cfg)
                                for row in table.iloc[first:first + CHUNK].to_dict("records") for f in [int(row["feature"])]}
 
