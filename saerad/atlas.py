@@ -154,12 +154,13 @@ def decile_groups(contexts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
              "contexts": [{k: v for k, v in c.items() if k != "decile"} for c in contexts if c["decile"] == t]}
             for t in tenths]
 
-# %% ../nbs/12_atlas.ipynb #dbd75be4
+# %% ../nbs/12_atlas.ipynb #33fd921f
 class Films:
     """Films of a run's studies as files in a folder, written when they are first asked for, and the boxes that phantom knows."""
     def __init__(self, run: RunTables, folder: Path | None, largest: int = 256) -> None:
         self.folder, self.largest, self._run, self._studies = folder, largest, run, None
         self._known: dict[tuple[str, str], str | None] = {}
+        self._boxes: dict[tuple[str, str], list[dict[str, Any]]] = {}
 
     def of(self, study: str, view: str = "frontal") -> str | None:
         """Address of a film within the atlas, or None where there is none."""
@@ -171,6 +172,11 @@ class Films:
         """The source's studies by id, opened once; empty where the source cannot be opened any more."""
         if self._studies is None: self._studies = _open_studies(self._run)
         return self._studies
+
+    def boxes(self, study: str, view: str) -> list[dict[str, Any]]:
+        """`finding_boxes` of a study of the run; drawn once, since many features share a film."""
+        if (study, view) not in self._boxes: self._boxes[study, view] = finding_boxes(self.studies.get(study), view)
+        return [dict(box) for box in self._boxes[study, view]]
 
     def _make(self, study: str, view: str) -> str | None:
         picture = self.studies[study].all_views.get(view) if self.folder is not None and study in self.studies else None
@@ -208,7 +214,7 @@ def share_inside(box: Mapping[str, float], rows: int, columns: int, patches: Seq
     heat[np.asarray(patches, int)] = activations
     return float(heat[touched].sum() / max(heat.sum(), 1e-12)), float(touched.mean())
 
-# %% ../nbs/12_atlas.ipynb #e6980bfb
+# %% ../nbs/12_atlas.ipynb #fcabf8c4
 PATCHES_SHOWN = 200   # of a film: the strongest; 37 by 37 patches would hide the film
 
 def feature_films(rows: Sequence[Mapping[str, Any]], films: Films) -> list[dict[str, Any]]:
@@ -216,7 +222,7 @@ def feature_films(rows: Sequence[Mapping[str, Any]], films: Films) -> list[dict[
     shown = []
     for row in rows:
         if (address := films.of(row["study"], row["view"])) is None: continue
-        boxes = finding_boxes(films.studies[row["study"]], row["view"])
+        boxes = films.boxes(row["study"], row["view"])
         for box in boxes:
             inside, area = share_inside(box, row["rows"], row["columns"], row["patches"], row["activations"])
             box["text"] = f"{box.pop('finding')}: {inside:.0%} of the activation on {area:.0%} of the film"
@@ -264,7 +270,7 @@ def _plain(value: Any) -> Any:
     value = value.item() if hasattr(value, "item") else value
     return round(value, 5) if isinstance(value, float) else value
 
-# %% ../nbs/12_atlas.ipynb #f0c83f2b
+# %% ../nbs/12_atlas.ipynb #0e4b10dd
 def _by_feature(table: pd.DataFrame | None) -> dict[int, list[dict[str, Any]]]:
     "The rows of a table under the number of their feature, in order."
     found: dict[int, list[dict[str, Any]]] = {}
@@ -277,13 +283,14 @@ def _pages(run: RunTables, table: pd.DataFrame, cfg: AtlasConfig, films: Films) 
     steered = {} if judged is None else dict(iter(judged.groupby("feature")))
     portraits, concepts = _by_feature(run.table("portraits/portraits.parquet")), _by_feature(_tracked(run))
     seen = _by_feature(run.table("portraits/films.parquet")) if films.folder is not None else {}
+    same = {"films_about": _films_about(run), "unit": _unit(run)}     # read once: the config is a file
     exemplars = Exemplars(run.folder / "exemplars") if run.has("exemplars/exemplars.parquet") and not cfg.publish else None
     for first in progress(range(0, len(table), CHUNK), "atlas"):
         picked = pick_contexts(exemplars.between(first, first + CHUNK), cfg).to_pylist() if exemplars else []
         contexts: dict[int, list[dict]] = {}
         for row in picked: contexts.setdefault(row["feature"], []).append(row)
         yield first // CHUNK, {f: _page(row, decile_groups(feature_contexts(contexts.get(f, []))), portraits.get(f, [{}])[0], concepts.get(f, []))
-                               | {"films": feature_films(seen.get(f, []), films), "films_about": _films_about(run), "unit": _unit(run)}
+                               | {"films": feature_films(seen.get(f, []), films), **same}
                                | feature_steering(steered.get(f), written, cfg)
                                for row in table.iloc[first:first + CHUNK].to_dict("records") for f in [int(row["feature"])]}
 

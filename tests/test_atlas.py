@@ -48,6 +48,10 @@ def with_films(folder):
     best = int(table.f1.idxmax())
     table.loc[best, "explanation"] = f"fires on {NASTY}"
     write_table(path, pa.Table.from_pandas(table))
+    features = read_table(folder / "exemplars/features.parquet").to_pandas()
+    features.loc[best, [c for c in features if c.startswith("in_")]] = 0.0
+    features.loc[best, ["in_image", "in_findings"]] = 0.5
+    write_table(folder / "exemplars/features.parquet", pa.Table.from_pandas(features))
     films = [{"feature": f, "study": ids[0], "view": "frontal", "rows": 8, "columns": 8, "peak": 2.0, "patches": [9, 10], "activations": [1.0, 2.0]}
              for f in sorted({best, *range(0, len(table), 3)})]
     write_table(folder / "portraits/films.parquet", pa.Table.from_pylist(films))
