@@ -316,7 +316,7 @@ def _split(folder: Path, meta: dict[str, Any]) -> None:
 
 # %% ../nbs/04_store.ipynb #c75ccfd5
 @patch
-def finish(self: StoreWriter) -> "Store | None":
+def finish(self: StoreWriter) -> Any:
     """Write what is left and, if all parts are finished, join them; gives the store, or None while other parts are not finished.
 
     Raises `UserError` where there are no rows at all or the disk is full.
@@ -327,7 +327,7 @@ def finish(self: StoreWriter) -> "Store | None":
     return self._join()
 
 @patch
-def _join(self: StoreWriter) -> "Store | None":
+def _join(self: StoreWriter) -> Any:
     "Make a store of parts that are all finished."
     lock = _take(self.folder / ".join.lock", wait=True)
     try:
