@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STAGES', 'PACKAGE', 'SUMMARY', 'app', 'ConfigPath', 'Settings', 'Out', 'From', 'Check', 'StoreFolder', 'review',
            'mini', 'SubjectSection', 'Config', 'known_keys', 'nearest_key', 'with_settings', 'validated', 'changed',
-           'load_config', 'Stage', 'code_version', 'plan', 'Run', 'files_of', 'is_finished', 'remove', 'locked',
-           'do_subject', 'do_extract', 'assist', 'do_train', 'do_evaluate', 'do_exemplars', 'do_interpret', 'do_steer',
-           'do_portray', 'do_figures', 'do_atlas', 'summarise', 'check', 'check_studies', 'model_folder',
+           'load_config', 'Stage', 'code_version', 'plan', 'Run', 'files_of', 'is_finished', 'dependents', 'remove',
+           'locked', 'do_subject', 'do_extract', 'assist', 'do_train', 'do_evaluate', 'do_exemplars', 'do_interpret',
+           'do_steer', 'do_portray', 'do_figures', 'do_atlas', 'summarise', 'check', 'check_studies', 'model_folder',
            'model_settings', 'model_shape', 'check_room', 'check_endpoint', 'run_config', 'train_together', 'do_stage',
            'versions', 'peak_memory', 'write_config', 'model_hash', 'start', 'run_command', 'interpret_command',
            'estimate_of', 'studies', 'sweep_command', 'sweep', 'doctor', 'convert', 'review_pack', 'review_score',
@@ -232,6 +232,12 @@ def is_finished(run: Run, stage: Stage, key: str) -> bool:
     return entry.get("finished", False) and entry["key"] == key and entry["files"].items() <= files_of(run, stage).items()
 
 # %% ../nbs/13_run.ipynb #1897f16d
+def dependents(stage: Stage) -> list[Stage]:
+    """A stage and all that need what it leaves, in order: what they left says nothing of what it will leave next."""
+    names = {stage.name}
+    for later in STAGES.values(): names |= {later.name} if names & set(later.needs) else set()
+    return [s for s in STAGES.values() if s.name in names]
+
 def remove(run: Run, stage: Stage) -> None:
     """Remove what a stage left under other settings."""
     kept = {run / keep for keep in stage.keeps}
@@ -475,7 +481,8 @@ def do_stage(run: Run, stage: Stage, keys: dict[str, str], forced: bool, say: Ca
     stages, key = run.manifest["stages"], keys[stage.name]
     begun = stages.get(stage.name, {})
     if forced or begun.get("key") != key:
-        remove(run, stage)
+        for other in dependents(stage): remove(run, other)
+        for opened in ("store", "sae"): run.__dict__.pop(opened, None)      # read again from what will lie there then
         begun = {}
     entry = {"key": key, "inputs": {n: keys[n] for n in stage.needs if n in keys}, "seed": run.config.seed, "versions": versions(),
              "seconds": begun.get("seconds", 0.0) if not begun.get("finished") else 0.0, "finished": False}

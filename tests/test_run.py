@@ -1,6 +1,7 @@
 """Configs, keys, skipping and resuming: a real, tiny run."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,6 +191,16 @@ def test_from_does_a_stage_and_all_later_ones_again(done, config):
     lines = []
     run_config(config, done[0], first="figures", say=lines.append)
     assert [line.split()[0] for line in lines if "before" not in line] == ["figures", "atlas"]
+
+
+def test_a_folder_that_held_another_run_changes_nothing(done, config, tmp_path):
+    again, fresh = tmp_path / "again", tmp_path / "fresh"
+    shutil.copytree(done[0], again)
+    other = changed(config, ["sae.k=5", "training.steps=30"])
+    summaries = [run_config(other, out, last="evaluate", say=lambda line: None) for out in (again, fresh)]
+    assert summaries[0] | {"seconds": 0} == summaries[1] | {"seconds": 0}  # of the stages that were not done again nothing is left over
+    assert (again / "sae/evaluation.json").read_bytes() == (fresh / "sae/evaluation.json").read_bytes()
+    assert not (again / "interpretations/interpretations.parquet").exists()
 
 
 def test_two_processes_do_not_write_one_run(done, config):
