@@ -6,6 +6,7 @@
 __all__ = ['Ranks']
 
 # %% ../nbs/06b_ranks.ipynb #6a531c15
+import atexit
 import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -39,10 +40,10 @@ class Ranks:
         """The processes that `torchrun` started, on the devices that `pick` gives for their local ranks; or one alone."""
         size, rank, device = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)), pick(int(os.environ.get("LOCAL_RANK", 0)))
         if device.type == "cuda": torch.cuda.set_device(device)
-        if size > 1: dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        try: yield cls(rank, size, shard and size > 1, device)
-        finally:
-            if size > 1: dist.destroy_process_group()
+        if size > 1 and not dist.is_initialized():      # once in a process: a second group would meet the first one's addresses, and wait
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            atexit.register(dist.destroy_process_group)
+        yield cls(rank, size, shard and size > 1, device)
 
     @property
     def first(self) -> bool:
