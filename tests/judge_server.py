@@ -12,7 +12,7 @@ class JudgeServer(ThreadingHTTPServer):
 
     def __init__(self, trouble=lambda number, body: None):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.lock, self.bodies, self.keys, self.started = threading.Lock(), [], set(), []
+        self.lock, self.bodies, self.keys, self.paths, self.started, self.headers = threading.Lock(), [], set(), set(), [], {}
         self.trouble = lambda number, body: trouble(number, body) or (200, {}, completion(self.verdict(body["messages"][1]["content"])))
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
