@@ -416,7 +416,7 @@ def headlines(summary: Mapping[str, Any], interpreter: str = "") -> list[tuple[s
              _say("With the reconstruction in the stream's place {loss_recovered:.1%} of the loss is recovered, against zeros; {dead:.1%} of "
                   "the features are dead.", "Zeros are a soft floor; the figure also shows the mean.", sae),
              _say("{scored} of {features} features have an examined description; {f1_above_075} reach an F1 above 0.75, {f1_below_05} stay "
-                  "below 0.5; the median is {median_f1:.2f}.", "Silent contexts were drawn: {negatives}; an F1 against other ones is another number.", read),
+                  "below 0.5; the median is {median_f1:.2f}.", "Silent contexts were drawn: {negatives}; others would give another F1.", read),
              _say("With the description of another feature the median F1 is {shuffled_median_f1:.2f}.",
                   baseline + "On balanced contexts, always saying yes reaches 0.67.", read),
              _say("Of {reports} steered reports {on_target_only:.0%} changed on target only, {mixed:.0%} on and off target, "

@@ -160,9 +160,10 @@ def _invent_the_rest(folder: Path, table: pd.DataFrame, scores: pd.DataFrame, dr
         "feature": table.feature.to_numpy(np.int32), "promoted": words, "promoted_by": [[1.5 - 0.2 * j for j in range(5)]] * n,
         "suppressed": [list(reversed(w)) for w in words], "suppressed_by": [[-1.2 + 0.1 * j for j in range(5)]] * n,
         "neighbours": near, "cosine": [sorted(draw.random(4).tolist(), reverse=True) for _ in range(n)]}))
-    sweep = [{"name": order, "k": k, "l0": float(k - 1), "fvu": float((0.9 if order == "ascending" else 0.95) / (1 + 0.4 * k**0.7))}
+    sweep = [{"name": f"k={k}", "kind": "matryoshka_batch_topk", "group_order": order, "k": k, "l0": float(k - 1),
+              "fvu": float((0.9 if order == "ascending" else 0.95) / (1 + 0.4 * k**0.7))}
              for order in ("ascending", "reversed") for k in (8, 16, 32, 64)]
-    write_table(folder / "sweep.parquet", pa.Table.from_pylist(sweep))
+    write_table(folder / "sweep/table.parquet", pa.Table.from_pylist(sweep))
     effects = [("add", aim, sign, kind, 0.3, 0.3 + sign * (0.4 if aim == kind else 0.05 * i), 12) for aim in FINDINGS for sign in (-1, 1) for i,
                kind in enumerate(FINDINGS)]
     effects = pd.DataFrame(effects, columns=["method", "target", "sign", "finding", "baseline", "steered", "reports"])
@@ -340,10 +341,10 @@ plot_fidelity = PLOTS["fidelity"] = Plot(collect_fidelity, draw_fidelity, ("sae/
 
 # %% ../nbs/11_figures.ipynb #cf13ad41
 def collect_sweep(run: RunTables) -> pd.DataFrame:
-    """`name`, `l0`, `fvu` and the rest of each dictionary of a sweep, in order of L0."""
-    table = run.table("sweep.parquet")
-    kind = "name" if "name" in table else next((c for c in ("group_order", "expansion") if c in table), None)
-    return table.assign(name=table[kind].astype(str) if kind else "dictionary").sort_values(["name", "l0"]).reset_index(drop=True)
+    """`l0`, `fvu` and the rest of each dictionary of a sweep, in order of L0; `name` is its kind and order of groups."""
+    table = run.table("sweep/table.parquet")
+    kind = table["kind"].astype(str) + ", " + table["group_order"].astype(str)
+    return table.assign(name=kind).sort_values(["name", "l0"]).reset_index(drop=True)
 
 def draw_sweep(numbers: pd.DataFrame, ax: Axes) -> None:
     """FVU against L0, one line a kind of dictionary."""
@@ -353,7 +354,7 @@ def draw_sweep(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.set(xlabel="features a token (L0)", ylabel="variance unexplained (FVU)", ylim=(0, None), xlim=(0, None))
     if numbers.name.nunique() > 1: ax.legend()
 
-plot_sweep = PLOTS["sweep"] = Plot(collect_sweep, draw_sweep, ("sweep.parquet",),
+plot_sweep = PLOTS["sweep"] = Plot(collect_sweep, draw_sweep, ("sweep/table.parquet",),
                                    "What more features a token buy: variance unexplained (FVU) against the mean number of active "
                       "features (L0), on test patients, for the dictionaries of a sweep. Lower and further left is better.")
 
