@@ -1,9 +1,12 @@
-"""A real browser for the tests of pages; they are skipped, with the reason, where there is none."""
+"""What several tests share: a small dictionary, and a real browser (tests of pages are skipped, with the reason, where there is none)."""
 import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from saerad.sae import MatryoshkaSAE, SAEConfig
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
@@ -44,3 +47,27 @@ def browser(chromium):
     yield one
     for page in chromium.pages: page.close()
     assert one.errors == [] and all(url.startswith(("file:", "data:", "blob:", "about:")) for url in one.asked)
+
+
+@pytest.fixture
+def sae() -> MatryoshkaSAE:
+    """A small dictionary of five levels, none of whose numbers is a default."""
+    sae = MatryoshkaSAE.from_config(16, SAEConfig(k=8, level_weights=(1, 1, 2, 2, 4)), seed=3)
+    draw = torch.Generator().manual_seed(1)
+    sae.b_dec.data = torch.randn(16, generator=draw) * 0.1
+    sae.b_enc.data = torch.randn(64, generator=draw) * 0.1
+    sae.threshold.fill_(0.2)
+    sae.scale.fill_(7.5)
+    return sae
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(50, 16, generator=torch.Generator().manual_seed(2)) * 3
+
+
+class Rows:
+    """What is asked of a store by those who only read its rows."""
+    def __init__(self, x): self.x, self.d = x, x.shape[1]
+    def __len__(self): return len(self.x)
+    def read(self, rows): return self.x[rows]

@@ -6,32 +6,10 @@ import numpy as np
 import pytest
 import safetensors.torch as st
 import torch
+from conftest import Rows
 
 from saerad.core import UserError
 from saerad.sae import MatryoshkaSAE, SAEConfig, encode_rows
-
-
-@pytest.fixture
-def sae() -> MatryoshkaSAE:
-    sae = MatryoshkaSAE.from_config(16, SAEConfig(k=8), seed=3)
-    draw = torch.Generator().manual_seed(1)
-    sae.b_dec.data = torch.randn(16, generator=draw) * 0.1
-    sae.b_enc.data = torch.randn(64, generator=draw) * 0.1
-    sae.threshold.fill_(0.2)
-    sae.scale.fill_(7.5)
-    return sae
-
-
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(50, 16, generator=torch.Generator().manual_seed(2)) * 3
-
-
-class Rows:
-    """The two things that `encode_rows` asks of a store."""
-    def __init__(self, x): self.x, self.d = x, x.shape[1]
-    def read(self, rows): return self.x[rows]
-
 
 # --- settings
 
