@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['T', 'UserError', 'Section', 'write_beside', 'write_json', 'read_json', 'write_table', 'read_table', 'content_hash',
-           'file_hash', 'rng', 'torch_rng', 'progress']
+           'file_hash', 'rng', 'torch_rng', 'progress', 'join_processes']
 
-# %% ../nbs/14_core.ipynb #82e6f023
+# %% ../nbs/14_core.ipynb #2b7c87e8
+import atexit
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
@@ -113,3 +116,14 @@ def torch_rng(seed: int, *names: Any) -> torch.Generator:
 def progress(items: Iterable[T], desc: str, total: int | None = None) -> Iterable[T]:
     """A progress bar around `items` that appears after two seconds, and never where `TQDM_DISABLE` is set."""
     return tqdm(items, desc=desc, total=total, delay=2, leave=False, dynamic_ncols=True)
+
+# %% ../nbs/14_core.ipynb #aa21e3db
+def join_processes() -> None:
+    """Join the processes that `torchrun` started, once in a process; the group is left before the interpreter ends.
+
+    CPU tensors travel by gloo, CUDA tensors by NCCL. The ranks of an extraction may wait for one another for days.
+    """
+    if dist.is_initialized(): return
+    import torch.distributed.nn.functional  # noqa: F401, PLC0415
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=7))
+    atexit.register(dist.destroy_process_group)

@@ -7,14 +7,13 @@ __all__ = ['ExtractionConfig', 'kept_tokens', 'token_table', 'hooked_rows', 'res
            'windows_of', 'with_own_reports', 'to_host', 'one_behind', 'passes', 'hookpoints', 'rows_of', 'read_windows',
            'alone_at', 'folder_of', 'store_key', 'finished', 'world', 'parts_of', 'meet', 'extract']
 
-# %% ../nbs/03_extraction.ipynb #94eefc2e
+# %% ../nbs/03_extraction.ipynb #76fd2ad4
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from .core import Section, UserError, content_hash, progress, rng
+from .core import Section, UserError, content_hash, join_processes, progress, rng
 from .store import TOKEN_SCHEMA, Store, StoreWriter, ahead
 from .studies import SPLITS, Source, Study
 from .subjects import Prompt, Subject
@@ -234,7 +233,7 @@ def finished(out: Path | str, key: str) -> Store | None:
         return None
     return store if store.meta["key"] == key else None
 
-# %% ../nbs/03_extraction.ipynb #9c9a4802
+# %% ../nbs/03_extraction.ipynb #c3179548
 def world() -> tuple[int, int]:
     """Rank of this process and number of ranks, as torchrun says; 0 of 1 for a process on its own."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -247,7 +246,7 @@ def parts_of(studies: int, cfg: ExtractionConfig, rank: int = 0, ranks: int = 1)
 def meet(go: bool = True) -> bool:
     """Wait until all ranks of this torchrun are here, where there are several; gives what the first rank says."""
     if world()[1] == 1 or "MASTER_ADDR" not in os.environ: return go
-    if not dist.is_initialized(): dist.init_process_group("gloo", timeout=timedelta(days=7))
+    join_processes()
     said = [go]
     dist.broadcast_object_list(said, src=0)
     dist.barrier()

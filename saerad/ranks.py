@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['Ranks']
 
-# %% ../nbs/06b_ranks.ipynb #6a531c15
-import atexit
+# %% ../nbs/06b_ranks.ipynb #b927fb94
 import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +20,11 @@ from fastcore.basics import patch
 from jaxtyping import Float
 from torch import Tensor
 
-from .core import UserError
+from .core import UserError, join_processes
 from .sae import MatryoshkaSAE
 from .store import Store
 
-# %% ../nbs/06b_ranks.ipynb #9e860971
+# %% ../nbs/06b_ranks.ipynb #47a16fcf
 class Ranks:
     """The processes that train one SAE together; a lone process is the case of one.
 
@@ -40,9 +39,7 @@ class Ranks:
         """The processes that `torchrun` started, on the devices that `pick` gives for their local ranks; or one alone."""
         size, rank, device = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)), pick(int(os.environ.get("LOCAL_RANK", 0)))
         if device.type == "cuda": torch.cuda.set_device(device)
-        if size > 1 and not dist.is_initialized():      # once in a process: a second group would meet the first one's addresses, and wait
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-            atexit.register(dist.destroy_process_group)
+        if size > 1: join_processes()
         yield cls(rank, size, shard and size > 1, device)
 
     @property

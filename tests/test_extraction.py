@@ -415,6 +415,7 @@ def test_killed_at_twenty_random_moments(tmp_path: Path, monkeypatch: pytest.Mon
 TORCHRUN = """
 import sys
 sys.path.insert(0, {tests!r})
+import left_threads
 import torch
 torch.set_num_threads(1)
 from test_extraction import MANY, extract, studies, tiny
