@@ -31,7 +31,7 @@ from .store import TOKEN_SCHEMA, Store, StoreWriter, ahead
 from .studies import SPLITS, Source, Study
 from .subjects import Prompt, Subject
 
-# %% ../nbs/03_extraction.ipynb #fd75caad
+# %% ../nbs/03_extraction.ipynb #6d0d157f
 class ExtractionConfig(Section):
     """Which tokens of which reports go into the store, and from where in the model."""
     layer: int = Field(4, ge=0)    # the hookpoint is the output of this decoder layer, counted from 0
@@ -39,7 +39,7 @@ class ExtractionConfig(Section):
     image_tokens: str = Field("last", pattern=r"^(last|last_of_view|none|all|sample:[1-9]\d*)$")
     boilerplate: bool = False      # True keeps the prompt's own words too
     reports: Literal["given", "generated"] = "given"    # the study's findings, or what the model writes
-    dtype: Literal["float32", "bfloat16"] = "float32"   # of the stored rows
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"   # of the stored rows
     batch_size: int = Field(16, ge=1)                   # studies in one pass of the model
     rows_per_shard: int = Field(16384, ge=1)            # rows in one file of the store
     studies_per_part: int = Field(1024, ge=1)           # what one process takes at a time, where several share the work
