@@ -121,9 +121,10 @@ def put(self: Ledger, key: str, request: dict[str, Any], reply: Reply) -> None:
     row = key, json.dumps(request, ensure_ascii=False, sort_keys=True), json.dumps(asdict(reply), ensure_ascii=False)
     with self.lock, self.db: self.db.execute("INSERT OR IGNORE INTO calls VALUES (?, ?, ?)", row)
 
-# %% ../nbs/08b_endpoint.ipynb #424ffe4b
+# %% ../nbs/08b_endpoint.ipynb #5eae262a
 @patch
 def __len__(self: Ledger) -> int:
+    """How many answers there are."""
     with self.lock: return self.db.execute("SELECT count(*) FROM calls").fetchone()[0]
 
 @patch

@@ -79,9 +79,10 @@ class RunView(RunTables):
         items = [_tag("li", claim, " ", _tag("span", caveat, style="opacity:.65")) for claim, caveat in said]
         return str(_tag("div", _tag("b", f"run {self.folder.name}"), _tag("ul", *items) if items else _tag("p", "No stage has left a number yet.")))
 
-# %% ../nbs/12b_lab.ipynb #ee9f6c68
+# %% ../nbs/12b_lab.ipynb #1efd1e0b
 @patch
 def __getitem__(self: RunView, feature: int) -> FeatureView:
+    """One feature of the run; raises `UserError` for a number that it does not have."""
     rows = self.features[self.features.feature == feature]
     if not len(rows): raise UserError(f"{self.folder} has no feature {feature}; it has {len(self.features)}, from 0.")
     return FeatureView(self, int(feature), rows.iloc[0].to_dict())

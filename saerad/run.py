@@ -264,13 +264,15 @@ def locked(out: Path) -> Iterator[None]:
             raise UserError(f"another saerad process is writing {out}; wait for it, or choose another folder with --out.") from e
         yield
 
-# %% ../nbs/13_run.ipynb #6ad7eafa
+# %% ../nbs/13_run.ipynb #df201445
 def do_subject(run: Run) -> None:
+    """Teach the subject model of a run whose `model` is "trained"."""
     from saerad.mini import train_decoder
     train_decoder(run.source, run / "subject", run.config.subject.decoder, run.config.seed)
 
-# %% ../nbs/13_run.ipynb #f981f8f8
+# %% ../nbs/13_run.ipynb #32245083
 def do_extract(run: Run) -> None:
+    """Write the activations of all studies into the store."""
     from saerad.extraction import extract
     meet()
     extract(run.source, run.subject, run.config.extraction, run / "activations")
@@ -281,29 +283,34 @@ def assist(run: Run) -> dict[str, Any]:
     if meet(): extract(run.source, run.subject, run.config.extraction, run / "activations")
     return {}
 
-# %% ../nbs/13_run.ipynb #6279a6ec
+# %% ../nbs/13_run.ipynb #05864690
 def do_train(run: Run) -> None:
+    """Train the dictionary on the store."""
     from saerad.training import train_sae
     train_sae(run.store, run.config.sae, run.config.training, run.config.seed, run / "sae")
 
 def do_evaluate(run: Run) -> None:
+    """Measure the dictionary on test patients."""
     from saerad.evaluation import evaluate
     evaluate(run.store, run.sae, run.subject, run.source, run.config.evaluation, run / "sae")
 
-# %% ../nbs/13_run.ipynb #ba50d4c3
+# %% ../nbs/13_run.ipynb #4d84250d
 def do_exemplars(run: Run) -> None:
+    """Collect the contexts of every feature, near misses among them."""
     from saerad.exemplars import collect_exemplars
     from saerad.negatives import add_near_misses
     collect_exemplars(run.store, run.sae, run.config.exemplars, run.config.seed, run / "exemplars")
     add_near_misses(run.store, run.sae, run.config.exemplars, run.config.seed, run / "exemplars")
 
-# %% ../nbs/13_run.ipynb #a45a2f58
+# %% ../nbs/13_run.ipynb #4bc7ed38
 def do_interpret(run: Run) -> None:
+    """Describe the features and score the descriptions."""
     from saerad.interpretation import interpret
     interpret(run / "exemplars", run.config.interpretation, run.config.seed, run.source, run / "interpretations", run.sae)
 
-# %% ../nbs/13_run.ipynb #78f8859a
+# %% ../nbs/13_run.ipynb #ea5abb28
 def do_steer(run: Run) -> None:
+    """Push on features, judge the reports, and analyse the verdicts."""
     from saerad.effects import analyse, some_activations
     from saerad.steering import reader_of, steer
     said, concepts = (run / name for name in ("interpretations/interpretations.parquet", "sae/concepts.parquet"))
@@ -311,16 +318,19 @@ def do_steer(run: Run) -> None:
           run.config.extraction.layer, read_table(concepts) if concepts.exists() else None)
     analyse(run / "steering", run.subject, run.sae, read_table(said), reader_of(run.source), run.config.seed, some_activations(run.store, run.sae))
 
-# %% ../nbs/13_run.ipynb #ccec6326
+# %% ../nbs/13_run.ipynb #201d2356
 def do_portray(run: Run) -> None:
+    """Find the words, neighbours and films of every feature."""
     from saerad.portraits import portray
     portray(run.source, run.subject, run.sae, run.config.extraction.layer, run.config.portraits, run / "portraits")
 
 def do_figures(run: Run) -> None:
+    """Draw every figure that the run has the tables for."""
     from saerad.figures import draw_figures
     draw_figures(run.out, run.config.figures)
 
 def do_atlas(run: Run) -> None:
+    """Write the atlas and the report."""
     from saerad.atlas import build_atlas
     build_atlas(run.out, run.config.atlas)
 
