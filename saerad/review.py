@@ -114,7 +114,7 @@ def _answer(file: Path | str, reader: str, item: str, said: Mapping[str, Any], k
     return {"reader": reader, "item": int(item), "fits": said["fits"], "coherence": said.get("coherence"),
             "confusions": said.get("confusions") or [], **key["items"][item]}
 
-# %% ../nbs/12a_review.ipynb #f809202b
+# %% ../nbs/12a_review.ipynb #852b94de
 def cohen(a: np.ndarray, b: np.ndarray, weighted: bool = False) -> float:
     """Cohen's kappa of two readers' ratings 0, 1, 2 (linearly weighted if asked); nan where neither varies."""
     table = np.zeros((3, 3))
@@ -122,6 +122,7 @@ def cohen(a: np.ndarray, b: np.ndarray, weighted: bool = False) -> float:
     if len(set(a) | set(b)) < 2: return float("nan")
     with np.errstate(invalid="ignore", divide="ignore"): return float(cohens_kappa(table, wt="linear" if weighted else None, return_results=False))
 
+# %% ../nbs/12a_review.ipynb #703b1541
 def fleiss(ratings: np.ndarray) -> float:
     """Fleiss' kappa of ratings [items, readers]; nan where all are the same."""
     if len(np.unique(ratings)) < 2: return float("nan")
@@ -140,16 +141,18 @@ def interval(statistic: Callable[..., float], *columns: np.ndarray, draws: int =
 
 def _number(value: float) -> float | None: return round(float(value), 4) if np.isfinite(value) else None
 
-# %% ../nbs/12a_review.ipynb #655226be
+# %% ../nbs/12a_review.ipynb #a75eae27
 def _spearman(a: np.ndarray, b: np.ndarray) -> float:
     ranks = pd.DataFrame({"a": a, "b": b}).rank()
     return float(ranks.a.corr(ranks.b)) if ranks.a.nunique() > 1 and ranks.b.nunique() > 1 else float("nan")
 
+# %% ../nbs/12a_review.ipynb #8ca89858
 def _auroc(ratings: np.ndarray, own: np.ndarray) -> float:
     mine, other = ratings[own.astype(bool)], ratings[~own.astype(bool)]
     if not len(mine) or not len(other): return float("nan")
     return float((mine[:, None] > other).mean() + 0.5 * (mine[:, None] == other).mean())
 
+# %% ../nbs/12a_review.ipynb #e6988cf7
 def _binary_kappa(ratings: np.ndarray, f1: np.ndarray) -> float:
     "Cohen's kappa of 'rated 1.5 or more' and 'F1 above 0.75'."
     a, b = ratings >= 1.5, f1 > 0.75
