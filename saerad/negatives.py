@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'Mention', 'mentions_in', 'fired_in', 'nearest', 'Habit', 'habits', 'Pool', 'near_windows', 'take_turns',
            'add_near_misses']
 
-# %% ../nbs/08c_negatives.ipynb #92b32a1a
+# %% ../nbs/08c_negatives.ipynb #d34fe62a
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from fastcore.basics import patch
 from jaxtyping import Bool, Int
 
 from .core import progress, rng, write_beside
@@ -43,7 +44,7 @@ SOURCES = {"nearest": "a feature with a similar direction fires in it", "negated
            "side": "the same finding on another side", "severity": "the same finding of another size",
            "section": "the same finding or word in another section", "view": "the same view of another study"}
 
-# %% ../nbs/08c_negatives.ipynb #ac5eb1fc
+# %% ../nbs/08c_negatives.ipynb #8ec97a9a
 @dataclass(frozen=True)
 class Mention:
     """A finding named in the store: the row of its first token, and what is said of it."""
@@ -54,6 +55,7 @@ class Mention:
     severity: str
     section: str
 
+# %% ../nbs/08c_negatives.ipynb #4d15b829
 def mentions_in(tokens: pa.Table, around: Windows, stretches: Sequence[int], each: int, most: int) -> list[Mention]:
     """Mentions of findings in some stretches of a section, at most `each` of a combination and `most` in all."""
     found: list[Mention] = []
@@ -98,7 +100,7 @@ def nearest(sae: MatryoshkaSAE, count: int, block: int = 2048) -> Int[np.ndarray
             found.append(cosine.topk(min(count, len(unit) - 1), dim=1).indices.cpu())
     return torch.cat(found).numpy()
 
-# %% ../nbs/08c_negatives.ipynb #5f684612
+# %% ../nbs/08c_negatives.ipynb #30caa1eb
 @dataclass(frozen=True)
 class Habit:
     """What a feature's firing mentions have in common; an empty field is no habit."""
@@ -108,6 +110,7 @@ class Habit:
     severity: str = ""
     section: str = ""
 
+# %% ../nbs/08c_negatives.ipynb #319bf331
 def habits(mentions: Sequence[Mention], fired: Bool[np.ndarray, "mentions features"], least: int = 5) -> list[Habit]:
     """The habit of every feature."""
     table = pd.DataFrame([vars(m) for m in mentions], columns=list(Mention.__dataclass_fields__))
@@ -117,6 +120,7 @@ def habits(mentions: Sequence[Mention], fired: Bool[np.ndarray, "mentions featur
     rates = counts / np.maximum(marks.sum(1), 1)[:, None]
     return [_habit(table, kinds, counts[:, f], rates[:, f], fired[:, f], least) for f in range(fired.shape[1])]
 
+# %% ../nbs/08c_negatives.ipynb #98f5ca8a
 def _habit(table: pd.DataFrame, kinds: list[str], counts: np.ndarray, rates: np.ndarray, fired: np.ndarray, least: int) -> Habit:
     "The habit of one feature."
     if not kinds: return Habit()
@@ -129,7 +133,7 @@ def _habit(table: pd.DataFrame, kinds: list[str], counts: np.ndarray, rates: np.
         return str(share.index[0]) if len(said) >= least and share.iloc[0] >= 0.7 else ""
     return Habit(kinds[best], *(usual(c) for c in ("certainty", "side", "severity", "section")))
 
-# %% ../nbs/08c_negatives.ipynb #aecf7adf
+# %% ../nbs/08c_negatives.ipynb #07420c61
 class Pool:
     """Windows of one side that may turn out to be near misses, and what fires in each."""
     def __init__(self, store: Store, sae: MatryoshkaSAE, tokens: pa.Table, around: Windows, side: np.ndarray, which: int,
@@ -148,14 +152,16 @@ class Pool:
         self.section, self.view = np.array(names)[section[self.rows]], np.array(views)[view[self.rows]]
         self.words = self._words(tokens, around)
 
-    def _words(self, tokens: pa.Table, around: Windows) -> dict[str, np.ndarray]:
-        "The windows that hold each word."
-        held: dict[str, list[int]] = {}
-        for i, (a, b) in enumerate(zip(around.low(self.rows), around.high(self.rows), strict=True)):
-            for w in {w.strip().lower() for w in texts(tokens, np.arange(a, b + 1)).to_pylist()}: held.setdefault(w, []).append(i)
-        return {w: np.array(i) for w, i in held.items()}
+# %% ../nbs/08c_negatives.ipynb #d3a830bd
+@patch
+def _words(self: Pool, tokens: pa.Table, around: Windows) -> dict[str, np.ndarray]:
+    "The windows that hold each word."
+    held: dict[str, list[int]] = {}
+    for i, (a, b) in enumerate(zip(around.low(self.rows), around.high(self.rows), strict=True)):
+        for w in {w.strip().lower() for w in texts(tokens, np.arange(a, b + 1)).to_pylist()}: held.setdefault(w, []).append(i)
+    return {w: np.array(i) for w, i in held.items()}
 
-# %% ../nbs/08c_negatives.ipynb #3bd2ab23
+# %% ../nbs/08c_negatives.ipynb #34a5da47
 def near_windows(pool: Pool, feature: int, habit: Habit, near: np.ndarray, word: str, home: Sequence[str]) -> dict[str, np.ndarray]:
     """For each source the windows of `pool` that are near misses of a feature.
 
@@ -177,6 +183,7 @@ def near_windows(pool: Pool, feature: int, habit: Habit, near: np.ndarray, word:
              "view": silent & pictures & np.isin(pool.view, list(views))}
     return {s: np.flatnonzero(m) for s, m in masks.items()}
 
+# %% ../nbs/08c_negatives.ipynb #e2f552f8
 def take_turns(found: Mapping[str, np.ndarray], count: int, draw: np.random.Generator) -> tuple[np.ndarray, list[str]]:
     """At most `count` windows, each once, the sources in turn; and the source of each."""
     waiting = {s: list(draw.permutation(w)) for s, w in found.items() if len(w)}
@@ -188,7 +195,7 @@ def take_turns(found: Mapping[str, np.ndarray], count: int, draw: np.random.Gene
             if not waiting[s]: del waiting[s]
     return np.array(list(taken), np.int64), list(taken.values())
 
-# %% ../nbs/08c_negatives.ipynb #878fb4f3
+# %% ../nbs/08c_negatives.ipynb #cbe38deb
 def add_near_misses(store: Store, sae: MatryoshkaSAE, cfg: ExemplarsConfig, seed: int, out: Path | str) -> None:
     """Write `near.parquet` beside the exemplars in `out`: near misses of every feature that has enough contexts, from the same patients' sides."""
     if not (cfg.explain_hard or cfg.score_hard): return
@@ -202,6 +209,7 @@ def add_near_misses(store: Store, sae: MatryoshkaSAE, cfg: ExemplarsConfig, seed
             rows = [row for f, word, home in about for row in _drawn(pools, f, known[f], close[f], word, home, cfg, seed)]
             if rows: writer.write_table(_near_table(tokens, around, rows, cfg.window))
 
+# %% ../nbs/08c_negatives.ipynb #0c973a91
 def _about(made: Exemplars, first: int, last: int) -> Iterator[tuple[int, str, tuple[str, ...]]]:
     "Feature, commonest peak word and home sections of the features that have enough contexts."
     some = made.features[(made.features.status == "ok") & made.features.feature.between(first, last - 1)]
@@ -214,6 +222,7 @@ def _about(made: Exemplars, first: int, last: int) -> Iterator[tuple[int, str, t
         home = tuple(p for p in PLACES if getattr(row, f"in_{p}") >= 0.1)
         yield row.feature, share.index[0] if share.iloc[0] >= 0.5 else "", home
 
+# %% ../nbs/08c_negatives.ipynb #8491d77a
 def _drawn(pools: Sequence[Pool], feature: int, habit: Habit, near: np.ndarray, word: str, home: Sequence[str],
            cfg: ExemplarsConfig, seed: int) -> Iterator[tuple[int, str, int, str]]:
     "Feature, role, store row and source of each near miss of a feature."
@@ -224,6 +233,7 @@ def _drawn(pools: Sequence[Pool], feature: int, habit: Habit, near: np.ndarray, 
         for i, s in zip(chosen, sources, strict=True): rows.setdefault(int(pool.rows[i]), s)
         yield from ((feature, NEAR_ROLES[which], row, s) for row, s in rows.items())
 
+# %% ../nbs/08c_negatives.ipynb #135f464a
 def _near_table(tokens: pa.Table, around: Windows, rows: Sequence[tuple[int, str, int, str]], window: int) -> pa.Table:
     "Near misses with the columns of `SCHEMA`."
     feature, role, row, kind = (list(column) for column in zip(*rows, strict=True))
