@@ -13,7 +13,7 @@ __all__ = ['STAGES', 'PACKAGE', 'SUMMARY', 'app', 'ConfigPath', 'Settings', 'Out
            'estimate_of', 'studies', 'sweep_command', 'sweep', 'doctor', 'convert', 'review_pack', 'review_score',
            'mini_train', 'bench', 'bench_table', 'main', 'told', 'excuse']
 
-# %% ../nbs/13_run.ipynb #fd42f6eb
+# %% ../nbs/13_run.ipynb #d052d8c0
 import difflib
 import errno
 import fcntl
@@ -53,7 +53,16 @@ from .exemplars import Exemplars, ExemplarsConfig
 from .extraction import ExtractionConfig, hookpoints, meet, world
 from .figures import FiguresConfig
 from .grammar import CONCEPTS
-from .interpretation import InterpretationConfig, check_needs, description_names_truth, estimate, interpretation_summary, planned, tell_estimate
+from saerad.interpretation import (
+    InterpretationConfig,
+    check_needs,
+    description_names_truth,
+    estimate,
+    interpretation_summary,
+    named_files,
+    planned,
+    tell_estimate,
+)
 from .mini import DecoderConfig
 from .portraits import PortraitsConfig
 from .protocols import read_protocol
@@ -182,7 +191,7 @@ STAGES = {s.name: s for s in (
     Stage("figures", ("figures",), ("steer",), ("figures",), ("figures",)),
     Stage("atlas", ("atlas",), ("figures", "portray"), ("atlas",), ("atlas", "report.html")))}
 
-# %% ../nbs/13_run.ipynb #41d2af3a
+# %% ../nbs/13_run.ipynb #4a19f007
 PACKAGE = Path(saerad.__file__).parent
 
 def code_version(modules: Sequence[str]) -> str:
@@ -196,7 +205,8 @@ def plan(config: Config, studies: str, model: str) -> dict[str, str]:
     for s in STAGES.values():
         if s.name == "subject" and config.subject.model != "trained": continue
         inputs = {"settings": {name: getattr(config, name) for name in s.sections}, "seed": config.seed, "code": code_version(s.modules),
-                  "outside": {name: outside[name] for name in s.outside}, "needs": [keys[n] for n in s.needs if n in keys]}
+                  "outside": {name: outside[name] for name in s.outside}, "needs": [keys[n] for n in s.needs if n in keys],
+                  "files": [file_hash(f) for f in named_files(config.interpretation)] if "interpretation" in s.sections else []}
         keys[s.name] = content_hash(s.name, inputs)
     return keys
 
