@@ -391,7 +391,7 @@ def _phrases(f: Finding) -> Iterator[str]:
     for said in (f.side, f.severity, f.zone): yield f"{said} {kind}".strip()
     yield " ".join(w for w in (f.severity, f.side, kind) if w)
 
-# %% ../nbs/08_exemplars.ipynb #6991cfc0
+# %% ../nbs/08_exemplars.ipynb #6b8eab19
 def stated_table(tokens: pa.Table, side: np.ndarray) -> pa.Table:
     """Columns study and stated: what the findings section of each study that explains or scores says."""
     section, names = codes(tokens, "section")
@@ -402,6 +402,7 @@ def stated_table(tokens: pa.Table, side: np.ndarray) -> pa.Table:
              for part in progress(np.split(rows, cuts), "exemplars: reading reports") if len(part)]
     return pa.table({"study": [s for s, _ in found], "stated": pa.array([list(f) for _, f in found], pa.list_(pa.string()))})
 
+# %% ../nbs/08_exemplars.ipynb #b429d249
 def patch_grid(tokens: pa.Table) -> tuple[int, int]:
     """Rows and columns of the patches into which the subject model cuts a radiograph; (0, 0) where no image token was stored.
 

@@ -186,7 +186,7 @@ def detect_length(cfg: InterpretationConfig, count: int) -> int:
     """Longest answer, in tokens, to a question about `count` contexts."""
     return cfg.detect_tokens + max(0, 4 * (count - 5))
 
-# %% ../nbs/09_interpretation.ipynb #c8133af6
+# %% ../nbs/09_interpretation.ipynb #7f8f2523
 def _with_pictures(messages: list[Message], pictures: Sequence[str | None]) -> list[Message]:
     "The same messages with a picture behind each numbered line that has one."
     parts: list[dict[str, Any]] = []
@@ -222,7 +222,7 @@ def _frame(image: Image.Image, patch: tuple[int, int], grid: tuple[int, int]) ->
     left, right = (x + round(column * side / grid[1]) for column in (patch[1], patch[1] + 1))
     draw = ImageDraw.Draw(image)
     draw.rectangle((left - 1, top - 1, right, bottom), outline=0)
-    draw.rectangle((left, top, right - 1, bottom - 1), outline=255)
+    draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=255)
 
 # %% ../nbs/09_interpretation.ipynb #d70c5b81
 @dataclass(frozen=True)
