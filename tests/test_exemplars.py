@@ -1,4 +1,8 @@
 """Exemplars: counts against plain counting, roles against the splits, and the same bytes whatever the block size."""
+import json
+import os
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -355,3 +359,30 @@ def test_a_cache_for_delphi_holds_every_firing_once(store, dense, tmp_path):
     assert np.allclose(back, dense, rtol=1e-3) and sorted(edges)[0][0] == 0 and sorted(edges)[-1][1] == dense.shape[1] - 1
     assert all(a[1] + 1 == b[0] for a, b in zip(sorted(edges), sorted(edges)[1:], strict=False)) and not list(made.glob("*.part"))
     with pytest.raises(UserError, match="is not empty"): export_delphi(store, make_sae(), tmp_path)
+
+
+DELPHI = """
+import json, sys
+from pathlib import Path
+import torch
+from exemplars import import_delphi
+from word_world import WORDS
+latents, constructor, sampler = import_delphi()
+class Words:
+    def batch_decode(self, ids): return [WORDS[int(i)] for i in torch.as_tensor(ids).flatten()]
+folder, chosen = Path(sys.argv[1]), torch.tensor([int(f) for f in sys.argv[2:]])
+read = latents.LatentDataset(folder.parent, sampler(n_examples_train=5, n_examples_test=5, n_quantiles=5),
+                             constructor(example_ctx_len=16, n_non_activating=5, min_examples=5), Words(), [folder.name], {folder.name: chosen})
+for r in read: print(json.dumps([e.str_tokens[int(e.activations.argmax())] for e in [*r.train, *r.test]]))
+"""
+
+
+def test_delphi_itself_reads_the_cache(store, tmp_path):
+    root = Path(__file__).parents[1]
+    python = root / ".venv-bench/bin/python"
+    if not python.exists(): pytest.skip("delphi is not installed; `make bench-env` does that")
+    made = export_delphi(store, make_sae(), tmp_path, splits=5, length=32)
+    known = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests", root / "benchmarks")))}
+    done = subprocess.run([python, "-c", DELPHI, made, str(WORDS.index("effusion")), str(MIXED)], env=known, capture_output=True, text=True)
+    found = [set(json.loads(line)) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert done.returncode == 0 and len(found) == 2 and found[0] == {"effusion"} and found[1] <= set(SIZES), done.stderr
