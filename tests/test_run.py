@@ -213,14 +213,18 @@ def test_editing_a_protocol_or_its_prompt_interprets_again(done, config, tmp_pat
     assert again() == []
 
 
-def test_editing_a_table_of_descriptions_changes_the_key(tmp_path):
-    table = tmp_path / "released.csv"
+def test_editing_a_file_that_a_setting_names_changes_the_key(tmp_path):
+    protocol, prompt, table = tmp_path / "mine.yaml", tmp_path / "mine-1.txt", tmp_path / "released.csv"
+    prompt.write_text("Explain.")
+    protocol.write_text("explain_prompt: mine-1\ndetect_prompt: detect-paper-1\n")
     table.write_text("feature,label\n0,wires\n")
-    config = changed(Config(), [f"interpretation.descriptions={table}"])
-    before = plan(config, "studies", "model")
-    table.write_text("feature,label\n0,tubes\n")
-    after = plan(config, "studies", "model")
-    assert [name for name in before if before[name] != after[name]] == ["interpret", "steer", "figures", "atlas"]
+    config = changed(Config(), [f"interpretation.protocol={protocol}", f"interpretation.descriptions={table}"])
+    for path, more in ((protocol, "active: 5\n"), (prompt, " Briefly."), (table, "1,tubes\n")):
+        before = plan(config, "studies", "model")
+        assert plan(config, "studies", "model") == before
+        path.write_text(path.read_text() + more)
+        after = plan(config, "studies", "model")
+        assert [name for name in before if before[name] != after[name]] == ["interpret", "steer", "figures", "atlas"]
     table.unlink()
     with pytest.raises(UserError, match="released.csv does not exist"): plan(config, "studies", "model")
 
