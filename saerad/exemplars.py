@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLACES', 'VIEWS', 'EDGES', 'ROLES', 'NEAR_ROLES', 'SCHEMA', 'ExemplarsConfig', 'Windows', 'codes', 'windows',
            'blocks', 'lottery', 'Sample', 'bins', 'Tally', 'firings', 'Collector', 'sides', 'spread', 'deciles',
-           'Chosen', 'contexts_table', 'texts', 'stated', 'stated_table', 'sae_mark', 'collect_exemplars',
+           'Chosen', 'contexts_table', 'texts', 'stated', 'stated_table', 'patch_grid', 'sae_mark', 'collect_exemplars',
            'lean_tokens', 'Context', 'Example', 'FeatureContexts', 'Exemplars']
 
 # %% ../nbs/08_exemplars.ipynb #57d2fdac
@@ -417,12 +417,20 @@ def stated_table(tokens: pa.Table, side: np.ndarray) -> pa.Table:
              for part in progress(np.split(rows, cuts), "exemplars: reading reports") if len(part)]
     return pa.table({"study": [s for s, _ in found], "stated": pa.array([list(f) for _, f in found], pa.list_(pa.string()))})
 
-# %% ../nbs/08_exemplars.ipynb #4ef338fb
+# %% ../nbs/08_exemplars.ipynb #b429d249
+def patch_grid(tokens: pa.Table) -> tuple[int, int]:
+    """Rows and columns of the patches into which the subject model cuts a radiograph; (0, 0) where no image token was stored.
+
+    The last token of a radiograph is its last patch, so this holds for stores with one image token a view as well.
+    """
+    found = [pc.max(tokens[c]).as_py() for c in ("row", "col")]
+    return tuple(0 if n is None else n + 1 for n in found)
+
 def sae_mark(sae: MatryoshkaSAE) -> str:
     """Which SAE a table of exemplars is of: a hash of its weights."""
     return content_hash(*sae.state_dict().values())
 
-# %% ../nbs/08_exemplars.ipynb #49fe5e0d
+# %% ../nbs/08_exemplars.ipynb #fe541d40
 def collect_exemplars(store: Store, sae: MatryoshkaSAE, cfg: ExemplarsConfig, seed: int, out: Path | str) -> pa.Table:
     """One pass over `store` with `sae`; writes `features.parquet` and `exemplars.parquet` into `out`, returns the first.
 
@@ -438,7 +446,7 @@ def collect_exemplars(store: Store, sae: MatryoshkaSAE, cfg: ExemplarsConfig, se
     (out / "near.parquet").unlink(missing_ok=True)  # near misses of other exemplars
     write_table(out / "studies.parquet", stated_table(tokens, collector.side))
     table = collector.summary([sae.level(f) for f in range(sae.width)], chosen)
-    table = table.replace_schema_metadata({"sae": sae_mark(sae)})
+    table = table.replace_schema_metadata({"sae": sae_mark(sae), "grid": "x".join(map(str, patch_grid(tokens)))})
     write_table(out / "features.parquet", table)
     return table
 
@@ -496,7 +504,7 @@ class FeatureContexts:
     near_sources: tuple[str, ...] = ()        # what makes each of them near
     marks: tuple[tuple[int, ...], ...] = ()   # of the active scoring contexts: on which tokens the feature fires; only for setting exams
 
-# %% ../nbs/08_exemplars.ipynb #956a8135
+# %% ../nbs/08_exemplars.ipynb #9de517ab
 class Exemplars:
     """The tables of a run's `exemplars/` folder; raises `UserError` where one is absent or damaged, or of another SAE than `sae`."""
     def __init__(self, folder: Path | str, sae: MatryoshkaSAE | None = None):
@@ -504,6 +512,8 @@ class Exemplars:
         table = read_table(self.folder / "features.parquet")
         if sae is not None and (table.schema.metadata or {}).get(b"sae", b"").decode() != sae_mark(sae):
             raise UserError(f"{self.folder / 'features.parquet'} was made with another SAE than the one given; run `saerad exemplars` again.")
+        known = (table.schema.metadata or {}).get(b"grid", b"0x0").decode().split("x")
+        self.grid = int(known[0]), int(known[1])    # rows and columns of a radiograph's patches
         self.features = table.to_pandas()
         self.files = [_Ranged(self.folder / "exemplars.parquet")]
         if (self.folder / "near.parquet").exists(): self.files.append(_Ranged(self.folder / "near.parquet"))

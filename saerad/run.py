@@ -13,7 +13,7 @@ __all__ = ['STAGES', 'PACKAGE', 'SUMMARY', 'SHARED', 'app', 'ConfigPath', 'Setti
            'interpret_command', 'estimate_of', 'studies', 'sweep_command', 'sweep', 'doctor', 'convert', 'review_pack',
            'review_score', 'mini_train', 'bench', 'bench_table', 'main', 'told', 'excuse']
 
-# %% ../nbs/13_run.ipynb #e5af7892
+# %% ../nbs/13_run.ipynb #aa42374e
 import difflib
 import errno
 import fcntl
@@ -52,7 +52,16 @@ from .exemplars import Exemplars, ExemplarsConfig
 from .extraction import ExtractionConfig, hookpoints, meet, stored_studies, world
 from .figures import FiguresConfig
 from .grammar import CONCEPTS
-from .interpretation import InterpretationConfig, check_needs, description_names_truth, estimate, interpretation_summary, planned, tell_estimate
+from saerad.interpretation import (
+    InterpretationConfig,
+    check_needs,
+    description_names_truth,
+    estimate,
+    interpretation_summary,
+    named_files,
+    planned,
+    tell_estimate,
+)
 from .mini import DecoderConfig
 from .online import Online
 from .portraits import PortraitsConfig
@@ -193,14 +202,15 @@ def code_version(modules: Sequence[str]) -> str:
     files = [f for m in modules for f in (sorted((PACKAGE / m).glob("*.*")) if (PACKAGE / m).is_dir() else [PACKAGE / f"{m}.py"])]
     return content_hash([file_hash(f) for f in files])
 
-# %% ../nbs/13_run.ipynb #cb566595
+# %% ../nbs/13_run.ipynb #8c53d004
 def plan(config: Config, studies: str, model: str) -> dict[str, str]:
     """Key of every stage, in order, given the hashes of the studies and of the model."""
     outside, keys = {"studies": studies, "model": model}, {}
     for s in STAGES.values():
         if s.name == "subject" and config.subject.model != "trained": continue
         inputs = {"settings": {name: getattr(config, name) for name in s.sections}, "seed": config.seed, "code": code_version(s.modules),
-                  "outside": {name: outside[name] for name in s.outside}, "needs": [keys[n] for n in s.needs if n in keys]}
+                  "outside": {name: outside[name] for name in s.outside}, "needs": [keys[n] for n in s.needs if n in keys],
+                  "files": [file_hash(f) for f in named_files(config.interpretation)] if "interpretation" in s.sections else []}
         keys[s.name] = content_hash(s.name, inputs)
     return keys
 
