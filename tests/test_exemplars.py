@@ -213,6 +213,8 @@ def test_histograms_places_and_deciles(store, made, dense):
     assert np.array_equal([h.sum() for h in f.histogram], (dense > 0).sum(0))
     frontal = np.array([v == "frontal" for v in store.tokens["view"].to_pylist()])
     assert np.allclose(f.view_frontal, (dense[frontal] > 0).sum(0) / np.maximum((dense > 0).sum(0), 1))
+    before = store.tokens.to_pandas().groupby(["study", "section", "view"]).cumcount().to_numpy()     # tokens of the section before each
+    assert np.allclose(f.offset, ((dense > 0) * before[:, None]).sum(0) / np.maximum((dense > 0).sum(0), 1))
     some = f[f.status == "ok"]
     assert all(len(d) == 9 and (np.diff(d) >= 0).all() and d[-1] <= m for d, m in zip(some.deciles, some["max"], strict=True))
 
