@@ -39,10 +39,10 @@ from .findings import statements
 from .sae import MatryoshkaSAE
 from .store import Store
 
-# %% ../nbs/08c_negatives.ipynb #7ed192ad
+# %% ../nbs/08c_negatives.ipynb #7f2859af
 SOURCES = {"nearest": "a feature with a similar direction fires in it", "negated": "the same finding with the opposite certainty",
            "side": "the same finding on another side", "severity": "the same finding of another size",
-           "word": "the word that it mostly fires on, where it usually fires",
+           "word": "its favourite word, where it usually fires",
            "section": "the same finding or word in another section", "view": "the same view of another study"}
 
 # %% ../nbs/08c_negatives.ipynb #8ec97a9a
