@@ -49,13 +49,14 @@ def steps_of(sae: MatryoshkaSAE, before: Float[Tensor, "tokens d"], after: Float
               "random": noise / noise.norm(dim=1, keepdim=True) * gap.norm(dim=1, keepdim=True)}
     return {name: placing(field) for name, field in fields.items()} | {"end": adding(after[-1] - before[-1], "generated")}
 
-# %% ../nbs/10c_ceilings.ipynb #714441a7
+# %% ../nbs/10c_ceilings.ipynb #d57668cd
 SCHEMA = pa.schema([(n, pa.string()) for n in ("study", "patient", "finding", "step", "baseline", "text")] + [("times", pa.float64())])
 
 def ceiling(subject: Subject, sae: MatryoshkaSAE, layer: int, studies: Sequence[Study], findings: Sequence[Finding], out: Path | str,
             seed: int = 0, max_new_tokens: int | None = None) -> pd.DataFrame:
     """A row for each study, painted finding and step: the report and its baseline. Studies that are in `out` already are not written again."""
-    key = content_hash(subject.hash, sae.tensors(), float(sae.threshold), layer, findings, seed, max_new_tokens, file_hash(interventions.__file__), STEPS)
+    code = file_hash(interventions.__file__)
+    key = content_hash(subject.hash, sae.tensors(), float(sae.threshold), layer, findings, seed, max_new_tokens, code, STEPS)
     tables = []
     for study in progress(studies, "ceilings"):
         path = Path(out) / f"{study.study}-{key[:12]}.parquet"

@@ -5,7 +5,7 @@ import torch
 
 from saerad.extraction import ExtractionConfig, extract
 from saerad.findings import PHANTOM_KINDS, Finding
-from saerad.looking import heatmaps, inside, on_words, painted_response, patch_marks, peaks, picture_variants, prior_variants, word_activations
+from saerad.looking import heatmaps, inside, on_words, painted_response, patch_marks, picture_variants, prior_variants, word_activations
 from saerad.phantom import painted
 from saerad.sae import MatryoshkaSAE
 from saerad.studies import StudiesConfig, open_source
@@ -76,15 +76,12 @@ def test_variants_change_what_they_say_and_nothing_else(world, blind, dictionary
     assert told["another's"].prior_report == first.sections["findings"] and told["another's"].all_views["prior"] is first.views["frontal"]
 
 
-def test_peaks_and_words_are_read_where_they_stand(world, blind, dictionary):
+def test_words_and_patches_are_read_where_they_stand(world, blind, dictionary):
     from saerad.extraction import residuals
     study = next(s for s in world.split("train") if any("left" in w.concepts for w in s.truth.words["findings"]))
     prompt = blind.prompt(study, study.sections["findings"])
     stream = residuals(blind, [prompt], 1)[0]
     z = dictionary.encode(stream)
-    seen = peaks(blind, dictionary, 1, [prompt, prompt], [3, 5], batch=1)
-    assert seen.shape == (2, 2, 2)
-    assert np.allclose(seen[0, 0], z[prompt.section == "image"][:, [3, 5]].amax(0), atol=1e-5)
     at = on_words(prompt, study, "left")
     said = "".join(study.sections["findings"][a:b] for a, b in zip(prompt.start[at], prompt.end[at], strict=True))
     assert "left" in said.lower() and set(prompt.section[at]) == {"findings"}
