@@ -98,7 +98,7 @@ def memory(gigabytes: float, temporary: str, d: int = 4096) -> tuple[float, floa
 def measure(quick: bool) -> tuple[str, dict, dict, dict]:
     """The shape, our gigabytes a second, theirs, and ours over theirs; where there is time, memory at three sizes of a store."""
     rows, d, rounds, epochs = (1 << 15, 4096, 3, 4) if quick else (1 << 17, 4096, 5, 2)
-    sizes = json.loads(os.environ.get("SAERAD_STORE_SIZES", "[]" if quick else "[1, 4, 16]"))
+    sizes = json.loads(os.environ.get("SAERAD_STORE_SIZES", "[]" if quick else "[2, 8, 24]"))
     x = torch.randn(rows, d, generator=torch_rng(0, "bench", "store"))
     tables = [tokens(i, min(STUDY, rows - begin)) for i, begin in enumerate(range(0, rows, STUDY))]
     with tempfile.TemporaryDirectory() as temporary:

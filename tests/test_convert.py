@@ -2,11 +2,13 @@
 import json
 import os
 import subprocess
+import sys
 
 import pytest
 import safetensors.torch as st
 import torch
 from conftest import Rows
+from hub_server import HubServer
 
 from saerad.convert import FORMATS, convert, doctor, folded, read_sae
 from saerad.core import UserError
@@ -205,6 +207,32 @@ def test_a_threshold_can_be_measured(sae, x, tmp_path):
     assert "--store" in doctor(tmp_path)
     convert(tmp_path, tmp_path / "out", "saerad", store=Rows(x))
     assert (MatryoshkaSAE.load(tmp_path / "out").encode(x) > 0).sum(1).float().mean() == pytest.approx(8, abs=0.1)
+
+
+# --- the hub
+
+HUB = """
+import sys
+from saerad.run import main
+for arguments in {commands!r}:
+    try: main(arguments)
+    except SystemExit as e: print("ended with", e.code, flush=True)
+"""
+
+
+def test_an_sae_goes_to_the_hub_and_comes_back(sae, tmp_path):
+    sae.save(tmp_path / "ours")
+    commands = [["convert", str(tmp_path / "ours"), "hf:me/chest/layer-4", "--to", "sae_lens"], ["doctor", "hf:me/chest/layer-4"],
+                ["convert", "hf:me/chest/layer-4", str(tmp_path / "back"), "--to", "saerad"], ["doctor", "hf:me/nothing"]]
+    with HubServer() as hub:
+        env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "a-token", "HF_HUB_DISABLE_XET": "1",
+                            "HF_HUB_OFFLINE": "0", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        done = subprocess.run([sys.executable, "-c", HUB.format(commands=commands)], env=env, capture_output=True, text=True, timeout=300)
+        assert {"layer-4/sae_weights.safetensors", "layer-4/cfg.json"} <= set(hub.repositories["me/chest"]), done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("ended")] == [f"ended with {code}" for code in (0, 0, 0, 2)], done.stderr
+    for name in ("sae.safetensors", "config.json"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "back" / name).read_bytes(), name
+    assert "hf:me/nothing cannot be had from the hub" in done.stderr and "a-token" not in done.stderr + done.stdout
 
 
 # --- the peers themselves, where they are installed

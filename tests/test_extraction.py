@@ -301,7 +301,7 @@ def test_the_pass_ends_at_the_deepest_hookpoint(subject: Subject, source: Source
     for layer, rows in found.items(): assert torch.equal(rows, torch.cat(residuals(subject, prompts, layer)))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_shorter_rows(dtype: str, whole: Store, subject: Subject, source: Source, tmp_path: Path) -> None:
     """Rounding takes far less than a thousandth of the variance of real activations."""
     store = extract(source, subject, SMALL.model_copy(update={"dtype": dtype}), tmp_path)
