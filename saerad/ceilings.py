@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['STEPS', 'SCHEMA', 'steps_of', 'ceiling', 'ceiling_verdicts', 'ceiling_table', 'draw_ceiling']
 
-# %% ../nbs/10c_ceilings.ipynb #c2d13efb
-from collections.abc import Sequence
+# %% ../nbs/10c_ceilings.ipynb #b1a6f497
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,59 +31,75 @@ from .sae import MatryoshkaSAE
 from .studies import Study
 from .subjects import Subject
 
-# %% ../nbs/10c_ceilings.ipynb #ef735654
-STEPS = ("film", "patches", "dictionary", "features", "feature", "spread", "end", "random")
+# %% ../nbs/10c_ceilings.ipynb #f25b6b99
+STEPS = ("film", "stream", "patches", "end", "dictionary", "features", "feature", "spread", "random")
 
 @torch.no_grad()
-def steps_of(sae: MatryoshkaSAE, before: Float[Tensor, "tokens d"], after: Float[Tensor, "tokens d"], image: Bool[np.ndarray, " tokens"],
+def steps_of(sae: MatryoshkaSAE | None, before: Float[Tensor, "tokens d"], after: Float[Tensor, "tokens d"], image: Bool[np.ndarray, " tokens"],
              draw: torch.Generator, few: int = 5) -> dict[str, Intervention]:
-    """What every step but "film" does, from the stream (raw residual units) of a prompt without and with the painted finding."""
-    gap, at, scale = torch.zeros_like(before), torch.from_numpy(np.flatnonzero(image)), float(sae.scale)
-    gap[at] = after[at] - before[at]
-    change = sae.encode(after[at]) - sae.encode(before[at])              # [image tokens, features]
-    most = (change.norm(dim=0) * sae.W_dec.norm(dim=1)).argsort(descending=True)
-    noise = torch.randn(gap.shape, generator=draw)
-    def rebuilt(features: Tensor) -> Tensor: return gap.index_copy(0, at, change[:, features] @ sae.W_dec[features] * scale)
-    one = rebuilt(most[:1])
-    fields = {"patches": gap, "dictionary": rebuilt(most), "features": rebuilt(most[:few]), "feature": one,
-              "spread": gap.index_copy(0, at, one[at].mean(0).expand(len(at), -1)),
-              "random": noise / noise.norm(dim=1, keepdim=True) * gap.norm(dim=1, keepdim=True)}
-    return {name: placing(field) for name, field in fields.items()} | {"end": adding(after[-1] - before[-1], "generated")}
+    """What every step but "film" does, from the stream (raw residual units) of a prompt without and with the painted finding.
 
-# %% ../nbs/10c_ceilings.ipynb #d57668cd
+    Without an SAE only the steps that need none.
+    """
+    gap, noise, at = after - before, torch.randn(before.shape, generator=draw), torch.from_numpy(np.flatnonzero(image))
+    own = torch.zeros_like(gap).index_copy(0, at, gap[at])
+    end, earlier = adding(gap[-1], "generated"), torch.cat([gap[:-1], torch.zeros_like(gap[-1:])])
+    fields = {"patches": own, "random": noise / noise.norm(dim=1, keepdim=True) * own.norm(dim=1, keepdim=True)}
+    if sae is not None: fields |= _in_features(sae, before, after, at, few)
+    return {"stream": replace(end, field=earlier), "end": end} | {name: placing(field) for name, field in fields.items()}
+
+def _in_features(sae: MatryoshkaSAE, before: Tensor, after: Tensor, at: Tensor, few: int) -> dict[str, Tensor]:
+    "The steps that the dictionary takes, at the image tokens `at`."
+    change, nothing, scale = sae.encode(after[at]) - sae.encode(before[at]), torch.zeros_like(before), float(sae.scale)
+    most = (change.norm(dim=0) * sae.W_dec.norm(dim=1)).argsort(descending=True)
+    def rebuilt(features: Tensor) -> Tensor: return nothing.index_copy(0, at, change[:, features] @ sae.W_dec[features] * scale)
+    one = rebuilt(most[:1])
+    even = nothing.index_copy(0, at, one[at].mean(0).expand(len(at), -1))
+    return {"dictionary": rebuilt(most), "features": rebuilt(most[:few]), "feature": one, "spread": even}
+
+# %% ../nbs/10c_ceilings.ipynb #24ee37f9
 SCHEMA = pa.schema([(n, pa.string()) for n in ("study", "patient", "finding", "step", "baseline", "text")] + [("times", pa.float64())])
 
-def ceiling(subject: Subject, sae: MatryoshkaSAE, layer: int, studies: Sequence[Study], findings: Sequence[Finding], out: Path | str,
+def ceiling(subject: Subject, sae: MatryoshkaSAE | None, layer: int, studies: Sequence[Study], findings: Sequence[Finding], out: Path | str,
             seed: int = 0, max_new_tokens: int | None = None) -> pd.DataFrame:
-    """A row for each study, painted finding and step: the report and its baseline. Studies that are in `out` already are not written again."""
-    code = file_hash(interventions.__file__)
-    key = content_hash(subject.hash, sae.tensors(), float(sae.threshold), layer, findings, seed, max_new_tokens, code, STEPS)
-    tables = []
-    for study in progress(studies, "ceilings"):
-        path = Path(out) / f"{study.study}-{key[:12]}.parquet"
-        if not path.exists():
-            rows = _study_rows(subject, sae, layer, study, findings, seed, max_new_tokens)
-            write_table(path, pa.Table.from_pylist(rows, SCHEMA))
-        tables.append(read_table(path).to_pandas())
+    """A row for each study, painted finding and step: the report and its baseline. What is in `out` already is not written again."""
+    known = [sae.tensors(), float(sae.threshold)] if sae is not None else None
+    common = [subject.hash, max_new_tokens, file_hash(interventions.__file__)]
+    key, tables = content_hash(common, known, layer, seed, STEPS)[:12], []
+    for study in progress(studies, f"ceilings, layer {layer}"):
+        absent = [f for f in findings if f.kind not in {g.kind for g in study.truth.findings}]
+        which = content_hash(common, absent)[:12]
+        if not absent: continue
+        steps = _kept(Path(out) / f"{study.study}-{which}-{key}.parquet",
+                      lambda s=study, a=absent: _study_rows(subject, sae, layer, s, a, seed, max_new_tokens))
+        films = _kept(Path(out) / f"{study.study}-{which}-film.parquet", lambda s=study, a=absent: _films(subject, s, a, max_new_tokens))
+        tables += [films.assign(baseline=steps.baseline[0]), steps]
     return pd.concat(tables, ignore_index=True)
 
-def _study_rows(subject: Subject, sae: MatryoshkaSAE, layer: int, study: Study, findings: Sequence[Finding], seed: int,
+def _kept(path: Path, make: Callable[[], list[dict[str, Any]]]) -> pd.DataFrame:
+    "A table from the disk, where it is made if it is not there."
+    if not path.exists(): write_table(path, pa.Table.from_pylist(make(), SCHEMA))
+    return read_table(path).to_pandas()
+
+def _films(subject: Subject, study: Study, absent: Sequence[Finding], most: int | None) -> list[dict[str, Any]]:
+    "The reports on painted films."
+    texts = subject.generate([subject.prompt(painted(study, f)) for f in absent], most)
+    return [{"study": study.study, "patient": study.patient, "finding": f.kind, "step": "film", "text": t, "times": 1.0}
+            for f, t in zip(absent, texts, strict=True)]
+
+def _study_rows(subject: Subject, sae: MatryoshkaSAE | None, layer: int, study: Study, absent: Sequence[Finding], seed: int,
                 most: int | None) -> list[dict[str, Any]]:
-    "All rows of one study."
-    absent = [f for f in findings if f.kind not in {g.kind for g in study.truth.findings}]
+    "The rows of one study but for the films."
     prompts = [subject.prompt(s) for s in (study, *(painted(study, f) for f in absent))]
     before, *after = (x.float().cpu() for x in residuals(subject, prompts, layer))
     steps = {f: steps_of(sae, before, x, prompts[0].section == "image", torch_rng(seed, "ceilings", study.study, f.kind))
              for f, x in zip(absent, after, strict=True)}
     jobs = [(f, name, doing) for f, own in steps.items() for name, doing in own.items()]
     base, *written = write_steered(subject, prompts[0], [adding(torch.zeros(1, subject.d_model)), *(j[2] for j in jobs)], layer, most)
-    films = [write_steered(subject, p, [adding(torch.zeros(1, subject.d_model))], layer, most, perplexity=False)[0] for p in prompts[1:]]
-    common = {"study": study.study, "patient": study.patient, "baseline": base.text}
-    rows = [common | {"finding": f.kind, "step": "film", "text": w.text, "times": 1.0} for f, w in zip(absent, films, strict=True)]
-    return rows + [common | {"finding": f.kind, "step": name, "text": w.text, "times": w.perplexity / base.perplexity}
-                   for (f, name, _), w in zip(jobs, written, strict=True)]
+    return [{"study": study.study, "patient": study.patient, "baseline": base.text, "finding": f.kind, "step": name, "text": w.text,
+             "times": w.perplexity / base.perplexity} for (f, name, _), w in zip(jobs, written, strict=True)]
 
-# %% ../nbs/10c_ceilings.ipynb #9c49a547
+# %% ../nbs/10c_ceilings.ipynb #9ee5695b
 def ceiling_verdicts(rows: pd.DataFrame) -> pd.DataFrame:
     """`rows` with `outcome` and `effect` by the exact parser; the target is more of the finding's kind."""
     told = [judge(r.baseline, r.text, target_of(r.finding.replace("_", " ")), parse_report, 1, None, r.times) for r in rows.itertuples()]
@@ -91,17 +108,17 @@ def ceiling_verdicts(rows: pd.DataFrame) -> pd.DataFrame:
 def ceiling_table(told: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Purely on-target share of each step with its 95 % interval by study, the share that states more of the target, and where the rest went."""
     rows = []
-    for step in STEPS:
-        some = told[told.step == step]
+    for step, some in ((step, told[told.step == step]) for step in STEPS if (told.step == step).any()):
         share, low, high = share_interval(some.outcome == "on_target_only", some.study, seed)
         rows.append({"step": step, "reports": len(some), "on_target_only": share, "low": low, "high": high, "more of it": (some.effect > 0).mean(),
                      **{o: (some.outcome == o).mean() for o in ("unchanged", "mixed", "off_target_only", "degenerate")}})
     return pd.DataFrame(rows).set_index("step")
 
-# %% ../nbs/10c_ceilings.ipynb #82958714
+# %% ../nbs/10c_ceilings.ipynb #19ac5c28
 def draw_ceiling(table: pd.DataFrame, ax: Any) -> None:
     """Purely on-target share by step, with intervals; the null in grey."""
     error = [table.on_target_only - table.low, table.high - table.on_target_only]
-    ax.bar(table.index, table.on_target_only, yerr=error, color=["#009E73", *["#0072B2"] * 2, *["#D55E00"] * 3, "#56B4E9", "#BBBBBB"], ecolor="#444444", width=0.7)
+    colours = ["#009E73" if s == "film" else "#BBBBBB" if s == "random" else "#0072B2" if s in STEPS[1:4] else "#D55E00" for s in table.index]
+    ax.bar(table.index, table.on_target_only, yerr=error, color=colours, ecolor="#444444", width=0.7)
     ax.axhline(0.5, color="#444444", linewidth=0.8, linestyle="--")
     ax.set(ylim=(0, 1), ylabel="changed purely on target, share of reports")

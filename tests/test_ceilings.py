@@ -27,6 +27,10 @@ def test_steps(dictionary):
     steps = steps_of(dictionary, before, after, image, torch.Generator().manual_seed(1), few=3)
     assert set(steps) == set(STEPS) - {"film"}
     fields = {name: step.field for name, step in steps.items() if step.field is not None}
+    stream = fields.pop("stream")
+    assert torch.allclose(stream[:-1], (after - before)[:-1]) and not stream[-1].any()         # the last token is changed by the vector that stays on
+    assert torch.allclose(steps["stream"].directions[0], after[-1] - before[-1]) and steps["stream"].positions == "generated"
+    assert set(steps_of(None, before, after, image, torch.Generator())) == {"stream", "patches", "end", "random"}
     assert all(not f[~image].any() for f in fields.values())                                  # only the picture is changed
     assert torch.allclose(fields["patches"][image], (after - before)[image])
     assert torch.allclose(fields["dictionary"][image], (dictionary(after) - dictionary(before))[image], atol=1e-5)
