@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from saerad import ceilings
-from saerad.ceilings import STEPS, ceiling, ceiling_table, ceiling_verdicts, steps_of
+from saerad.ceilings import STEPS, by_count, ceiling, ceiling_table, ceiling_verdicts, steps_of
 from saerad.findings import Finding
 from saerad.sae import MatryoshkaSAE
 from saerad.studies import StudiesConfig, open_source
@@ -55,6 +55,10 @@ def test_findings_that_are_there_are_not_painted_and_nothing_is_written_twice(tm
     args = (blind, sae, 2, [study], [Finding(there, "left"), Finding(absent, "left", "upper")], tmp_path)
     rows = ceiling(*args, max_new_tokens=4)
     assert set(rows.finding) == {absent} and rows.step.tolist().count("film") == 1 and set(rows.step) == set(STEPS) and len(rows) == len(STEPS)
+    counted = by_count(*args[:-1], [1, 5, 8], tmp_path, max_new_tokens=4)
+    assert counted.step.tolist() == ["1", "5", "8"] and counted.baseline.iloc[0] == rows.baseline.iloc[0]
+    texts = rows.set_index("step").text
+    assert counted.text.tolist() == [texts["feature"], texts["features"], texts["dictionary"]]      # eight are all
     monkeypatch.setattr(ceilings, "write_steered", None)
     pd.testing.assert_frame_equal(ceiling(*args, max_new_tokens=4), rows)
 
@@ -65,4 +69,5 @@ def test_table():
                           "times": 1.0} for s in "ab" for step in STEPS])
     table = ceiling_table(ceiling_verdicts(rows))
     assert table.on_target_only["film"] == 1 and table["more of it"]["patches"] == 1 and table.mixed["patches"] == 1
+    assert table.kinds["film"] == 1 and table.kinds["patches"] == 0
     assert table.unchanged["end"] == 1 and table.off_target_only["random"] == 1
