@@ -117,9 +117,12 @@ def by_count(subject: Subject, sae: MatryoshkaSAE, layer: int, studies: Sequence
         tables.append(_kept(path, lambda s=study, a=absent: _study_rows(subject, layer, s, a, steps, seed, max_new_tokens)))
     return pd.concat(tables, ignore_index=True)
 
-# %% ../nbs/10c_ceilings.ipynb #a3e0dda2
+# %% ../nbs/10c_ceilings.ipynb #eb948860
 def ceiling_verdicts(rows: pd.DataFrame) -> pd.DataFrame:
-    """`rows` with `outcome` and `effect` by the exact parser, and `outcome_kinds` by one that sees kinds only; the target is more of the finding's kind."""
+    """`rows` with `outcome` and `effect` by the exact parser, and `outcome_kinds` by one that sees kinds only.
+
+    The target is more of the finding's kind.
+    """
     def told(read: Reader) -> list[Judgement]:
         return [judge(r.baseline, r.text, target_of(r.finding.replace("_", " ")), read, 1, None, r.times) for r in rows.itertuples()]
     exact, kinds = told(cache(parse_report)), told(cache(lambda text: only_kinds(parse_report(text))))
