@@ -142,11 +142,12 @@ def ceiling_table(told: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
                      **{o: (some.outcome == o).mean() for o in ("unchanged", "mixed", "off_target_only", "degenerate")}})
     return pd.DataFrame(rows).set_index("step")
 
-# %% ../nbs/10c_ceilings.ipynb #19ac5c28
+# %% ../nbs/10c_ceilings.ipynb #f2dc516b
 def draw_ceiling(table: pd.DataFrame, ax: Any) -> None:
     """Purely on-target share by step, with intervals; the null in grey."""
     error = [table.on_target_only - table.low, table.high - table.on_target_only]
     colours = ["#009E73" if s == "film" else "#BBBBBB" if s == "random" else "#0072B2" if s in STEPS[1:4] else "#D55E00" for s in table.index]
     ax.bar(table.index, table.on_target_only, yerr=error, color=colours, ecolor="#444444", width=0.7)
     ax.axhline(0.5, color="#444444", linewidth=0.8, linestyle="--")
-    ax.set(ylim=(0, 1), ylabel="changed purely on target, share of reports")
+    ax.tick_params(axis="x", rotation=35)
+    ax.set(ylim=(0, 1), ylabel="purely on target, share")
