@@ -85,7 +85,7 @@ def targets_of(features: pd.DataFrame, source: Source, cfg: MethodsConfig) -> di
     good = set(features[features.f1 >= cfg.min_f1].concept)
     return {name: named[name] for i, name in enumerate(able) if name in good or i < cfg.at_least}
 
-# %% ../nbs/10b_methods.ipynb #615bb986
+# %% ../nbs/10b_methods.ipynb #df093d08
 @dataclass(frozen=True)
 class Way:
     """One way of pushing on a concept."""
@@ -101,7 +101,7 @@ def ways_of(features: Mapping[str, int], sae: MatryoshkaSAE, layer: int, means: 
     next_one = dict(zip(names, names[1:] + names[:1], strict=True))
     noise = {c: torch.nn.functional.normalize(torch.randn(sae.d, generator=torch_rng(seed, "methods", c)), dim=0) for c in names}
     def added(rows: Mapping[str, Tensor], positions: str = "all") -> Any: return lambda c, a: adding(rows[c] * a * scale, positions)
-    made = [Way("add", layer, added(unit)), Way("add, writing", layer, added(unit, "generated")),
+    made = [Way("add", layer, added(unit)), Way("add, writing", layer, added(unit, "generated")), Way("add, image", layer, added(unit, "image")),
             Way("clamp", layer, lambda c, a: clamping(sae, [features[c]], [a])),
             Way("clamp, writing", layer, lambda c, a: clamping(sae, [features[c]], [a], "generated")),
             Way("scale", layer, lambda c, a: scaling(sae, [features[c]], [1 + 4 * a])),

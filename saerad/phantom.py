@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZE', 'Plane', 'PAINTERS', 'PATCH', 'Box', 'SIZES', 'Body', 'State', 'patient_states', 'Canvas', 'draw_anatomy',
-           'Drawing', 'draw_study', 'Truth', 'phantom_source']
+           'Drawing', 'draw_study', 'Truth', 'phantom_source', 'painted']
 
 # %% ../nbs/01_phantom.ipynb #2d3696ab
 from collections.abc import Callable, Iterable
@@ -31,7 +31,7 @@ class Body:
     rib_slope: float  # how steeply ribs fall towards the side
     domes: tuple[float, float]  # height of the right and the left half of the diaphragm
 
-# %% ../nbs/01_phantom.ipynb #d1d0a6d2
+# %% ../nbs/01_phantom.ipynb #a7d1db94
 @dataclass(frozen=True)
 class State:
     """One phantom study before anything is drawn or written."""
@@ -41,6 +41,7 @@ class State:
     projection: str                      # "AP" or "PA"
     findings: tuple[Finding, ...]        # what is there, with its change when there is a prior study
     resolved: tuple[Finding, ...] = ()   # what was there before and is gone
+    painted: tuple[Finding, ...] = ()    # what was put into the film afterwards, see `painted`
 
 # %% ../nbs/01_phantom.ipynb #158b993a
 _CHANCE = {"effusion": .10, "pneumothorax": .055, "consolidation": .075, "atelectasis": .085, "cardiomegaly": .16, "oedema": .11,
@@ -404,17 +405,19 @@ class Drawing(NamedTuple):
     boxes: dict[Finding, Box]                           # left, top, right, bottom in pixels
     patches: dict[Finding, Bool[np.ndarray, "8 8"]]     # patches of `PATCH` pixels that the finding touches
 
-# %% ../nbs/01_phantom.ipynb #3e981a5c
+# %% ../nbs/01_phantom.ipynb #83c69e8b
 _ORDER = ("cardiomegaly", "oedema", "consolidation", "atelectasis", "nodule", "pneumothorax", "effusion", "fracture", "sternotomy_wires",
           "enteric_tube", "endotracheal_tube", "central_line", "picc", "chest_tube", "pacemaker")
 
 def draw_study(seed: int, state: State) -> Drawing:
     """The radiograph of a study, with a box around each finding and the patches that it touches."""
     draw = rng(seed, "picture", state.patient, state.number)
-    enlarged = max((SEVERITIES.index(f.severity) + 1 for f in state.findings if f.kind == "cardiomegaly"), default=0)
+    enlarged = max((SEVERITIES.index(f.severity) + 1 for f in (*state.findings, *state.painted) if f.kind == "cardiomegaly"), default=0)
     canvas, boxes, patches = draw_anatomy(state.body, state.projection, enlarged, draw), {}, {}
-    for finding in sorted(state.findings, key=lambda f: (_ORDER.index(f.kind), f.side)):
-        mask = PAINTERS[finding.kind](canvas, finding, .65 if finding.certainty == "uncertain" else 1.0, draw)
+    after = rng(seed, "painted", state.patient, state.number)     # so that everything else stays as it was, the noise too
+    for finding in [*sorted(state.findings, key=lambda f: (_ORDER.index(f.kind), f.side)), *state.painted]:
+        chance = after if finding in state.painted else draw
+        mask = PAINTERS[finding.kind](canvas, finding, .65 if finding.certainty == "uncertain" else 1.0, chance)
         there = mask > .4 * max(float(mask.max()), .2)
         rows, cols = np.nonzero(there)
         patches[finding] = there.reshape(SIZE // PATCH, PATCH, SIZE // PATCH, PATCH).any((1, 3))
@@ -423,7 +426,7 @@ def draw_study(seed: int, state: State) -> Drawing:
     film = (film - film.min()) / (film.max() - film.min())
     return Drawing(np.round(film * 255).astype(np.uint8), boxes, patches)
 
-# %% ../nbs/01_phantom.ipynb #4164f198
+# %% ../nbs/01_phantom.ipynb #b1763eff
 @dataclass(frozen=True, eq=False)
 class Truth:
     """What phantom knows about one of its studies."""
@@ -434,7 +437,7 @@ class Truth:
     @property
     def findings(self) -> tuple[Finding, ...]:
         """What is there; findings that have resolved are not."""
-        return self.state.findings
+        return (*self.state.findings, *self.state.painted)
 
     @property
     def boxes(self) -> dict[Finding, Box]:
@@ -449,7 +452,7 @@ class Truth:
     @property
     def visual(self) -> frozenset[str]:
         """Names of the visual concepts that are true of the study."""
-        return visual_concepts(self.state.findings)
+        return visual_concepts(self.findings)
 
 # %% ../nbs/01_phantom.ipynb #27297e37
 @lru_cache(maxsize=8192)  # a study's picture is wanted again as its successor's prior view
@@ -490,3 +493,14 @@ def phantom_source(seed: int, cfg: StudiesConfig | None = None) -> Source:
             studies += _patient_studies(seed, patient, split)
         patient += 1
     return Source(cfg.source, studies, may_leave=True)
+
+# %% ../nbs/01_phantom.ipynb #6885d14c
+def painted(study: Study, *findings: Finding) -> Study:
+    """The same phantom study with further findings in its frontal film and in its truth; its text, anatomy and noise stay.
+
+    Like every film it uses the whole range from black to white, so a very bright finding darkens the rest a little.
+    """
+    state = replace(study.truth.state, painted=(*study.truth.state.painted, *findings))
+    name = "+".join([study.views["frontal"].name, *(f"{f.side} {f.kind}".strip() for f in findings)])
+    film = Picture(name, partial(_picture, study.truth.seed, state), "1")
+    return replace(study, views={**study.views, "frontal": film}, truth=replace(study.truth, state=state))

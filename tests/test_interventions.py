@@ -15,6 +15,7 @@ from saerad.interventions import (
     adding,
     clamping,
     perplexities,
+    placing,
     prompt_mask,
     roomy_cache,
     scaling,
@@ -120,6 +121,16 @@ def test_equal_to_a_forward_hook_at_every_kind_of_position(subject, prompt, posi
     expected = hooked(subject, prompt, 4, change, 8)
     got = write_steered(subject, prompt, [adding(torch.zeros(1, 256)), how, how], 4, 8, perplexity=False)
     assert [padded(list(w.ids), expected, subject.tokenizer.pad_token_id) for w in got[1:]] == [expected] * 2
+
+
+def test_a_field_is_added_to_the_prompt_token_by_token_and_to_its_row_alone(subject, prompt):
+    field = torch.randn(len(prompt), 256, generator=torch.Generator().manual_seed(4)) * 2
+    expected = hooked(subject, prompt, 4, lambda stream, first: field if first else 0.0 * stream, 8)
+    plain, placed, pushed = write_steered(subject, prompt, [adding(torch.zeros(1, 256)), placing(field), adding(field[:1])], 4, 8, perplexity=False)
+    pad = subject.tokenizer.pad_token_id
+    assert padded(list(placed.ids), expected, pad) == expected
+    assert plain.ids == write_steered(subject, prompt, [adding(torch.zeros(1, 256))], 4, 8, perplexity=False)[0].ids != placed.ids
+    assert pushed.ids == write_steered(subject, prompt, [adding(field[:1])], 4, 8, perplexity=False)[0].ids
 
 
 @pytest.fixture(scope="module")

@@ -66,9 +66,10 @@ def test_every_way_has_the_length_that_was_asked_for():
     sae.threshold.fill_(0.1)
     rows = {c: torch.nn.functional.normalize(torch.randn(16), dim=0) for c in ("a", "b")}
     ways = {w.name: w for w in ways_of({"a": 1, "b": 4}, sae, 3, {3: rows, 5: rows}, rows, 0)}
-    assert set(ways) == {"add", "add, writing", "clamp", "clamp, writing", "scale", "words", "other", "random", "means", "means, layer 5"}
+    assert set(ways) == {"add", "add, writing", "add, image",
+                         "clamp", "clamp, writing", "scale", "words", "other", "random", "means", "means, layer 5"}
     assert ways["means, layer 5"].layer == 5 and ways["add"].layer == 3
-    for name in ("add", "add, writing", "words", "other", "random", "means"):
+    for name in ("add", "add, writing", "add, image", "words", "other", "random", "means"):
         assert float(Batch([ways[name].make("a", -0.6)]).constant.norm()) == pytest.approx(6.0, rel=1e-4)
     other = Batch([ways["other"].make("a", 1.0)]).constant[0, 0]
     assert torch.allclose(other, Batch([ways["add"].make("b", 1.0)]).constant[0, 0])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from saerad.core import rng
 from saerad.findings import PHANTOM_KINDS, SEVERITIES, Finding
 from saerad.grammar import parse_report
-from saerad.phantom import PAINTERS, SIZE, draw_anatomy, draw_study, patient_states, phantom_source
+from saerad.phantom import PAINTERS, SIZE, draw_anatomy, draw_study, painted, patient_states, phantom_source
 from saerad.studies import StudiesConfig, split_of
 
 patients = st.integers(0, 50_000)
@@ -126,3 +126,20 @@ def test_a_larger_phantom_contains_the_smaller_one(source):
 def test_a_split_with_no_share_stays_empty():
     studies = phantom_source(0, StudiesConfig(fractions=(1., 0., 0.), train_patients=3))
     assert {s.split for s in studies} == {"train"}
+
+
+@pytest.mark.parametrize("kind", ["effusion", "nodule", "pacemaker", "cardiomegaly"])
+def test_painting_a_finding_changes_nothing_else(kind):
+    study = next(s for s in phantom_source(0, StudiesConfig(train_patients=8, validation_patients=1, test_patients=1)) if not s.truth.findings)
+    finding = Finding(kind, "" if kind == "cardiomegaly" else "left", "upper" if kind == "nodule" else "", "large" if kind != "nodule" else "")
+    more = painted(study, finding)
+    before, after = (s.views["frontal"].array().astype(int) for s in (study, more))
+    assert more.truth.findings == (finding,) and more.truth.words == study.truth.words and more.sections == study.sections
+    assert np.array_equal(after, painted(study, finding).views["frontal"].array()) and more.views["frontal"].name != study.views["frontal"].name
+    assert study.truth.findings == () and f"{kind.replace('_', ' ')} in view" in more.truth.visual
+    left, top, right, bottom = more.truth.boxes[finding]
+    outside = np.ones_like(before, bool)
+    outside[max(top - 8, 0):bottom + 8, max(left - 8, 0):right + 8] = False
+    stretched = np.polyval(np.polyfit(before[outside], after[outside], 1), before)     # a film always uses its whole range
+    changed = abs(after - stretched) > 8
+    assert changed[~outside].any() and changed[outside].mean() < (0.002 if kind != "cardiomegaly" else 0.05)
