@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['weighted_aurocs', 'Interval', 'recovery_intervals', 'Part', 'discriminants', 'probe']
 
-# %% ../nbs/07b_recovery.ipynb #da484ccd
+# %% ../nbs/07b_recovery.ipynb #f8029ad5
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +17,7 @@ from scipy import sparse
 from torch import Tensor
 
 from .core import UserError, rng
-from .evaluation import EvaluationConfig, concept_recovery, concept_tokens, concepts_of, spread, study_maxima
+from .evaluation import EvaluationConfig, concept_tokens, concepts_of, spread, study_maxima
 from .sae import MatryoshkaSAE, encode_rows
 from .store import Store
 from .studies import Source

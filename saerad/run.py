@@ -8,10 +8,10 @@ __all__ = ['STAGES', 'PACKAGE', 'SUMMARY', 'app', 'ConfigPath', 'Settings', 'Out
            'load_config', 'Stage', 'code_version', 'plan', 'Run', 'files_of', 'is_finished', 'dependents', 'remove',
            'locked', 'do_subject', 'do_extract', 'assist', 'do_train', 'do_evaluate', 'do_exemplars', 'do_interpret',
            'do_steer', 'do_portray', 'do_figures', 'do_atlas', 'summarise', 'check', 'check_studies', 'model_folder',
-           'model_settings', 'model_shape', 'check_room', 'check_endpoint', 'run_config', 'train_together', 'recorded',
-           'do_stage', 'versions', 'peak_memory', 'write_config', 'model_hash', 'start', 'run_command',
-           'interpret_command', 'estimate_of', 'studies', 'sweep_command', 'sweep', 'doctor', 'convert', 'review_pack',
-           'review_score', 'mini_train', 'bench', 'bench_table', 'main', 'told', 'excuse']
+           'model_settings', 'model_shape', 'check_room', 'check_endpoint', 'run_config', 'train_together', 'do_stage',
+           'versions', 'peak_memory', 'write_config', 'model_hash', 'start', 'run_command', 'interpret_command',
+           'estimate_of', 'studies', 'sweep_command', 'sweep', 'doctor', 'convert', 'review_pack', 'review_score',
+           'mini_train', 'bench', 'bench_table', 'main', 'told', 'excuse']
 
 # %% ../nbs/13_run.ipynb #fd42f6eb
 import difflib
@@ -475,10 +475,9 @@ def train_together(run: Run, keys: dict[str, str]) -> bool:
     if not is_finished(run, STAGES["train"], keys["train"]): do_train(run)
     return False
 
-# %% ../nbs/13_run.ipynb #8c92999c
-@contextmanager
-def recorded(run: Run, stage: Stage, keys: dict[str, str], forced: bool, say: Callable[[str], None]) -> Iterator[None]:
-    """Around the work of one stage: what it left under other settings goes, and the manifest says that it began and that it finished."""
+# %% ../nbs/13_run.ipynb #48680de6
+def do_stage(run: Run, stage: Stage, keys: dict[str, str], forced: bool, say: Callable[[str], None]) -> None:
+    """Do one stage and write down that it began and that it finished."""
     stages, key = run.manifest["stages"], keys[stage.name]
     begun = stages.get(stage.name, {})
     if forced or begun.get("key") != key:
@@ -490,15 +489,11 @@ def recorded(run: Run, stage: Stage, keys: dict[str, str], forced: bool, say: Ca
     stages[stage.name] = entry
     write_json(run / "manifest.json", run.manifest)
     started = time.monotonic()
-    try: yield
+    try: globals()[f"do_{stage.name}"](run)
     finally: entry["seconds"] = round(entry["seconds"] + time.monotonic() - started, 1)
     entry |= {"finished": True, "files": files_of(run, stage), "peak_memory_gb": peak_memory()}
     write_json(run / "manifest.json", run.manifest)
     say(f"{stage.name:<10} {entry['seconds']:7.1f} s")
-
-def do_stage(run: Run, stage: Stage, keys: dict[str, str], forced: bool, say: Callable[[str], None]) -> None:
-    """Do one stage and write down that it began and that it finished."""
-    with recorded(run, stage, keys, forced, say): globals()[f"do_{stage.name}"](run)
 
 # %% ../nbs/13_run.ipynb #97b8f26f
 def versions() -> dict[str, str]:

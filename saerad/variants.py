@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['Variant', 'run_variants', 'variant_table', 't_interval', 'differences']
 
-# %% ../nbs/13a_variants.ipynb #80f72bf3
+# %% ../nbs/13a_variants.ipynb #cc23aaad
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from saerad.run import (
     locked,
     model_hash,
     plan,
-    recorded,
     run_config,
     summarise,
     write_config,
@@ -35,7 +33,6 @@ from saerad.run import (
 from .store import Store
 from .studies import Source
 from .subjects import Subject
-from .training import Job, train_saes
 
 # %% ../nbs/13a_variants.ipynb #166f83eb
 class Variant(Run):
@@ -65,20 +62,7 @@ def _variant(base: Run, name: str, settings: Sequence[str]) -> Variant:
                         "add it to extraction.more_layers.")
     return Variant(config, base / "variants" / name, base)
 
-# %% ../nbs/13a_variants.ipynb #ca51cc66
-def _train(variants: Sequence[Variant], keys: Mapping[str, dict[str, str]], say: Callable[[str], None]) -> None:
-    "Train the dictionaries of variants that are not finished, those of one seed, batch and device on one stream."
-    groups: dict[str, list[Variant]] = {}
-    for v in variants:
-        t = v.config.training
-        if is_finished(v, STAGES["train"], keys[v.out.name]["train"]): continue
-        groups.setdefault(content_hash(v.config.seed, t.batch_size, t.device, t.shard), []).append(v)
-    for some in groups.values():
-        with ExitStack() as stack:
-            for v in some: stack.enter_context(recorded(v, STAGES["train"], keys[v.out.name], False, say))
-            train_saes([Job(v.store, v.config.sae, v.config.training, v.config.seed, v / "sae") for v in some], some[0].config.seed)
-
-# %% ../nbs/13a_variants.ipynb #e25d9ba6
+# %% ../nbs/13a_variants.ipynb #95e83698
 def run_variants(config: Config, settings: Mapping[str, Sequence[str]], out: Path | str, last: str = "evaluate",
                  say: Callable[[str], None] = print) -> dict[str, Variant]:
     """Do the run of `config` in `out` up to its activations, and its variants (`KEY=VALUE` settings by name) up to `last` in `out/variants/NAME`.
@@ -88,28 +72,29 @@ def run_variants(config: Config, settings: Mapping[str, Sequence[str]], out: Pat
     base = Run(config, out)
     variants = {name: _variant(base, name, values) for name, values in settings.items()}
     run_config(config, out, last="extract", say=say)
-    keys = {name: plan(v.config, base.source.hash(), model_hash(config)) for name, v in variants.items()}
     todo = list(STAGES)[list(STAGES).index("train"):list(STAGES).index(last) + 1]
     with locked(base.out):
-        for v in variants.values(): write_config(v)
-        _train(list(variants.values()), keys, say)
-        for name, v in variants.items():
-            for stage in todo[1:]:
-                if is_finished(v, STAGES[stage], keys[name][stage]): continue
-                do_stage(v, STAGES[stage], keys[name], False, lambda line, n=name: say(f"{n}: {line}"))
-            write_json(v / "summary.json", summarise(v))
+        for name, variant in variants.items():
+            keys = plan(variant.config, base.source.hash(), model_hash(config))
+            write_config(variant)
+            for stage in todo:
+                if is_finished(variant, STAGES[stage], keys[stage]): continue
+                do_stage(variant, STAGES[stage], keys, False, lambda line, name=name: say(f"{name}: {line}"))
+            write_json(variant / "summary.json", summarise(variant))
     return variants
 
-# %% ../nbs/13a_variants.ipynb #6e98b2c7
+# %% ../nbs/13a_variants.ipynb #b6094036
 def variant_table(variants: Mapping[str, Variant], settings: Mapping[str, Sequence[str]]) -> pd.DataFrame:
     """One row a variant: the settings that it was given, the numbers of its `summary.json`, and those of its `evaluation.json`.
 
-    Where two sections have a key of one name, the later one is called section_key: `features` are the dictionary's, `steering_features` the steered ones.
+    Where two sections have a key of one name, the later one is called section_key: `features` are the dictionary's,
+    `steering_features` the steered ones.
     """
     rows = []
     for name, variant in variants.items():
         row: dict[str, Any] = {"name": name}
-        for section, part in summarise(variant).items(): row |= {f"{section}_{key}" if key in row else key: value for key, value in part.items()}
+        for section, part in summarise(variant).items():
+            row |= {f"{section}_{key}" if key in row else key: value for key, value in part.items()}
         row = _evaluation(variant) | row | {k.rpartition(".")[2]: _plain(v) for k, v in (one.split("=", 1) for one in settings[name])}
         rows.append({key: value for key, value in row.items() if isinstance(value, (int, float, str))})
     return pd.DataFrame(rows)

@@ -41,7 +41,7 @@ def test_what_is_finished_is_skipped_and_what_is_lost_is_made_again(done):
     assert lines == ["extract    finished before"]
     (variants["a"] / "sae/sae.safetensors").unlink()
     run_variants(validated(SMALL, "the test"), SETTINGS, folder, say=lines.append)
-    assert [line.split()[0] for line in lines[2:]] == ["train"]
+    assert [line.split()[:2] for line in lines[2:]] == [["a:", "train"]]
     assert (variants["a"] / "sae/sae.safetensors").read_bytes() == before
 
 
