@@ -117,7 +117,7 @@ def progress(items: Iterable[T], desc: str, total: int | None = None) -> Iterabl
     """A progress bar around `items` that appears after two seconds, and never where `TQDM_DISABLE` is set."""
     return tqdm(items, desc=desc, total=total, delay=2, leave=False, dynamic_ncols=True)
 
-# %% ../nbs/14_core.ipynb #aa21e3db
+# %% ../nbs/14_core.ipynb #28b40fbf
 def join_processes() -> None:
     """Join the processes that `torchrun` started, once in a process; the group is left before the interpreter ends.
 
@@ -125,5 +125,6 @@ def join_processes() -> None:
     """
     if dist.is_initialized(): return
     import torch.distributed.nn.functional  # noqa: F401, PLC0415
+    if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=7))
     atexit.register(dist.destroy_process_group)

@@ -59,13 +59,13 @@ def spread(rows: Int[np.ndarray, " n"], most: int) -> Int[np.ndarray, " m"]:
     """At most `most` of the rows, evenly spaced."""
     return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(int)]
 
-# %% ../nbs/07_evaluation.ipynb #ceb53376
+# %% ../nbs/07_evaluation.ipynb #c7736ff2
 @torch.no_grad()
 def reconstruction(store: Store, sae: MatryoshkaSAE, rows: Int[np.ndarray, " n"]) -> dict[str, Any]:
     """FVU overall, by section, by view, of image against text, and by level; L0, density and silent features, on the store's `rows`."""
     check_width(sae, store.d)
     x, z = store.read(rows), encode_rows(sae, store, rows)
-    sections, views = (store.tokens[key].to_numpy()[rows] for key in ("section", "view"))
+    sections, views = (store.tokens[key].take(rows).to_numpy() for key in ("section", "view"))
     rebuilt, often = _decoded(sae, z, sae.width), z.getnnz(axis=0) / max(len(rows), 1)
     medium = np.where(sections == "image", "image", "text")
     return {"rows": len(rows), "fvu": fvu(x, rebuilt), "l0": z.nnz / max(len(rows), 1), "silent": float((often == 0).mean()),
@@ -287,7 +287,7 @@ def concept_recovery(store: Store, sae: MatryoshkaSAE, source: Source,
             rows.append(row)
     return pa.Table.from_pylist(rows, schema=CONCEPT_SCHEMA)
 
-# %% ../nbs/07_evaluation.ipynb #1f503c71
+# %% ../nbs/07_evaluation.ipynb #232b9820
 CONCEPT_SCHEMA = pa.schema([
     ("concept", pa.string()), ("kind", pa.string()),
     ("feature", pa.int32()),                                     # null where there were too few positives
@@ -299,7 +299,7 @@ def _whole_studies(store: Store, split: str, most: int) -> np.ndarray:
     "The split's rows up to the last study that still fits into `most`."
     rows = store.where(split)
     if len(rows) <= most: return rows
-    study = store.tokens["study"].to_numpy()[rows[:most + 1]]
+    study = store.tokens["study"].take(rows[:most + 1]).to_numpy()
     return rows[:np.flatnonzero(study != study[-1])[-1] + 1]
 
 # %% ../nbs/07_evaluation.ipynb #bce7fbaf

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ExtractionConfig', 'kept_tokens', 'token_table', 'hooked_rows', 'residuals', 'batches_by_length', 'Laid', 'laid_out',
            'windows_of', 'with_own_reports', 'to_host', 'one_behind', 'passes', 'hookpoints', 'rows_of', 'read_windows',
-           'alone_at', 'folder_of', 'store_key', 'finished', 'world', 'parts_of', 'meet', 'extract']
+           'alone_at', 'folder_of', 'store_key', 'finished', 'world', 'stored_studies', 'parts_of', 'meet', 'extract']
 
 # %% ../nbs/03_extraction.ipynb #76fd2ad4
 import os
@@ -31,7 +31,7 @@ from .store import TOKEN_SCHEMA, Store, StoreWriter, ahead
 from .studies import SPLITS, Source, Study
 from .subjects import Prompt, Subject
 
-# %% ../nbs/03_extraction.ipynb #752f848b
+# %% ../nbs/03_extraction.ipynb #fd75caad
 class ExtractionConfig(Section):
     """Which tokens of which reports go into the store, and from where in the model."""
     layer: int = Field(4, ge=0)    # the hookpoint is the output of this decoder layer, counted from 0
@@ -43,6 +43,7 @@ class ExtractionConfig(Section):
     batch_size: int = Field(16, ge=1)                   # studies in one pass of the model
     rows_per_shard: int = Field(16384, ge=1)            # rows in one file of the store
     studies_per_part: int = Field(1024, ge=1)           # what one process takes at a time, where several share the work
+    train_studies: int | None = Field(None, ge=1)       # of the training split, so many go into the store; None: all
 
 # %% ../nbs/03_extraction.ipynb #724bde10
 def kept_tokens(prompt: Prompt, cfg: ExtractionConfig) -> Bool[np.ndarray, "tokens"]:
@@ -233,10 +234,15 @@ def finished(out: Path | str, key: str) -> Store | None:
         return None
     return store if store.meta["key"] == key else None
 
-# %% ../nbs/03_extraction.ipynb #c3179548
+# %% ../nbs/03_extraction.ipynb #3efea532
 def world() -> tuple[int, int]:
     """Rank of this process and number of ranks, as torchrun says; 0 of 1 for a process on its own."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+def stored_studies(source: Source, cfg: ExtractionConfig) -> list[Study]:
+    """The studies that go into the store, in the order of writing."""
+    first = {"train": cfg.train_studies}
+    return [study for split in SPLITS for study in source.split(split)[:first.get(split)]]
 
 def parts_of(studies: int, cfg: ExtractionConfig, rank: int = 0, ranks: int = 1) -> list[tuple[int, int, int]]:
     """The parts of a rank: number, first study, study behind the last."""
@@ -252,7 +258,7 @@ def meet(go: bool = True) -> bool:
     dist.barrier()
     return said[0]
 
-# %% ../nbs/03_extraction.ipynb #a5ff8c1d
+# %% ../nbs/03_extraction.ipynb #7ab56e8f
 def extract(source: Source, subject: Subject, cfg: ExtractionConfig, out: Path | str) -> Store | None:
     """Store the residual stream of every kept token; goes on where a killed one was, and ends with the same bytes.
 
@@ -265,7 +271,7 @@ def extract(source: Source, subject: Subject, cfg: ExtractionConfig, out: Path |
     if all(finished(folder_of(out, cfg, layer), key) for layer, key in keys.items()):
         meet()
         return Store.open(out)
-    studies = [study for split in SPLITS for study in source.split(split)]
+    studies = stored_studies(source, cfg)
     parts = parts_of(len(studies), cfg)
     for p, begin, end in parts_of(len(studies), cfg, *world()):
         with ExitStack() as stack:

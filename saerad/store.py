@@ -6,7 +6,7 @@
 __all__ = ['T', 'TOKEN_SCHEMA', 'DTYPES', 'PART', 'BLOCK', 'CHUNK', 'KINDS', 'NAMED', 'MEMORY', 'pack_rows', 'unpack_rows',
            'checksum', 'StoreWriter', 'Store', 'ahead', 'deal']
 
-# %% ../nbs/04_store.ipynb #315e6b96
+# %% ../nbs/04_store.ipynb #d813e746
 import errno
 import fcntl
 import json
@@ -36,7 +36,6 @@ from xxhash import xxh3_128
 from saerad.core import (
     UserError,
     read_json,
-    read_table,
     rng,
     write_beside,
     write_json,
@@ -385,7 +384,7 @@ def _runs(tokens: Path, columns: list[str]) -> Iterator[tuple[Any, ...]]:
         for begin, end in zip(begins, np.r_[begins[1:], len(group)], strict=True):
             yield *(c.dictionary[int(n)].as_py() for c, n in zip(coded, numbers[:, begin], strict=True)), int(end - begin)
 
-# %% ../nbs/04_store.ipynb #af2dd1d2
+# %% ../nbs/04_store.ipynb #71cb90e6
 class Store:
     """A finished store: `store.read(rows)`, `store.tokens`, `store.where(split="train")`, `store.batches("train", 2048, seed=0)`."""
     def __init__(self, folder: Path | str):
@@ -410,8 +409,9 @@ class Store:
 
     @cached_property
     def tokens(self) -> pa.Table:
-        """Where each row came from: `TOKEN_SCHEMA`, row `i` of the table for row `i` of the store."""
-        return read_table(self.folder / "tokens.parquet")
+        """Where each row came from: row `i` of the table for row `i` of the store; `TOKEN_SCHEMA`, text as Arrow dictionaries."""
+        table = pq.read_table(self.folder / "tokens.parquet", read_dictionary=[f.name for f in TOKEN_SCHEMA if f.type == pa.string()])
+        return table.unify_dictionaries().combine_chunks()
 
 # %% ../nbs/04_store.ipynb #49e3d0c5
 @dataclass

@@ -36,7 +36,7 @@ from .ranks import Ranks
 from .sae import MatryoshkaSAE, SAEConfig
 from .store import Store
 
-# %% ../nbs/06_training.ipynb #132cb9da
+# %% ../nbs/06_training.ipynb #352148e9
 class TrainingConfig(Section):
     """How the dictionary is trained. Defaults that the MAIRA-2 study does not state are marked (ours)."""
     steps: int = Field(3000, ge=1)
@@ -56,6 +56,8 @@ class TrainingConfig(Section):
     precision: Literal["auto", "bfloat16", "float32"] = "auto"    # of dense products; auto: bfloat16 where there are units for it
     device: str = "auto"                             # cpu, cuda or cuda:N; auto: cuda where there is one
     shard: bool = False                              # with several processes: share out the dictionary, not the batch
+    online: bool = False                             # rows straight from the model instead of the store
+    online_bytes: int = Field(512 * 2**20, ge=1)     # what their shuffle buffer may hold in memory
     checkpoint_every: int = Field(500, ge=1)         # steps
     log_every: int = Field(50, ge=1)                 # steps
 

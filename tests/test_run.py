@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 import yaml
 
 from saerad import run as running
@@ -201,6 +203,43 @@ def test_a_folder_that_held_another_run_changes_nothing(done, config, tmp_path):
     assert summaries[0] | {"seconds": 0} == summaries[1] | {"seconds": 0}  # of the stages that were not done again nothing is left over
     assert (again / "sae/evaluation.json").read_bytes() == (fresh / "sae/evaluation.json").read_bytes()
     assert not (again / "interpretations/interpretations.parquet").exists()
+
+
+def test_training_without_a_store_of_its_rows(config, tmp_path):
+    online = changed(config, ["training.online=true", "training.online_bytes=2000000", "extraction.train_studies=6"])
+    summary = run_config(online, tmp_path / "online", last="evaluate")
+    assert 6 < summary["studies"]["studies"] < 30 and summary["sae"]["fvu"] < 1
+    assert isinstance(running.training_rows(Run(online, tmp_path / "online")), running.Online)
+    with pytest.raises(UserError, match="training.online"): running.check(Run(changed(online, ["extraction.reports=generated"]), tmp_path / "none"))
+
+
+COMMAND = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import left_threads
+import torch
+torch.set_num_threads(1)
+from saerad.run import main
+main(sys.argv[2:])
+"""
+
+
+def test_several_ranks_share_one_command(tmp_path):
+    """`saerad train` on two ranks leaves the store of one process and its dictionary but for rounding; the command once more does nothing."""
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    (tmp_path / "command.py").write_text(COMMAND)
+    command = [str(tmp_path / "command.py"), str(Path(__file__).parent), "train", str(tmp_path / "tiny.yaml"), "extraction.studies_per_part=8"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for out, how in (("one", []), ("two", together), ("two", together)):
+        ended = subprocess.run([sys.executable, *how, *command, "--out", str(tmp_path / out)], env=env, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, ended.stderr[-2000:]
+    files = [p.name for p in sorted((tmp_path / "one/activations").iterdir()) if p.suffix != ".lock"]
+    assert sum(n.startswith("shard") for n in files) >= 4
+    for name in files: assert (tmp_path / "two/activations" / name).read_bytes() == (tmp_path / "one/activations" / name).read_bytes(), name
+    assert [line.split() for line in ended.stdout.splitlines()[:2]] == [["extract", "finished", "before"], ["train", "finished", "before"]]
+    one, two = (safetensors.torch.load_file(tmp_path / out / "sae/sae.safetensors")["W_dec"] for out in ("one", "two"))
+    assert torch.cosine_similarity(one, two).min() > 0.99     # another engine rounds elsewhere
 
 
 def test_two_processes_do_not_write_one_run(done, config):

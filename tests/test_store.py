@@ -64,7 +64,7 @@ def test_reads_what_was_written(whole: Path) -> None:
     store, (x, tokens) = Store.open(whole), expected()
     assert len(store) == len(x) and store.d == D
     assert torch.equal(store.read(np.arange(len(x))), x)
-    assert store.tokens.equals(tokens)
+    assert store.tokens.cast(TOKEN_SCHEMA).equals(tokens)
     rows = rng(1).integers(len(x), size=500)
     assert torch.equal(store.read(rows), x[rows])
     assert store.read(np.array([], dtype=int)).shape == (0, D)
