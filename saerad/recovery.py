@@ -34,18 +34,24 @@ def weighted_aurocs(score: Float[np.ndarray, " n"], mark: Float[np.ndarray, " n"
     below = not_there.cumsum(1) - not_there / 2
     with np.errstate(invalid="ignore"): return (there * below).sum(1) / (there.sum(1) * not_there.sum(1))
 
-# %% ../nbs/07b_recovery.ipynb #5a23874c
+# %% ../nbs/07b_recovery.ipynb #6fb68186
 @dataclass(frozen=True)
 class Interval:
-    """A share of recovered concepts: over the test patients as they are, and the 95 % interval of drawing them again."""
+    """Over some concepts the share that is recovered and the mean AUROC, and their 95 % intervals from drawing test patients again.
+
+    A concept at the threshold falls below it in half of the draws and seldom rises, so the share need not lie in the middle of its interval.
+    """
     concepts: int
     share: float
     low: float
     high: float
+    auroc: float
+    auroc_low: float
+    auroc_high: float
 
 def recovery_intervals(store: Store, sae: MatryoshkaSAE, source: Source, concepts: pa.Table, at_least: float = 0.95, draws: int = 200,
                        seed: int = 0) -> dict[str, Interval]:
-    """By kind ("word", "visual", "all"): the share of counted concepts whose feature has a test AUROC of `at_least`, by bootstrap over test patients.
+    """By kind ("word", "visual", "all"): how many counted concepts' features have a test AUROC of `at_least`, by bootstrap over test patients.
 
     The features are those of `concepts`, chosen on training patients; they are not chosen again.
     """
@@ -61,8 +67,8 @@ def recovery_intervals(store: Store, sae: MatryoshkaSAE, source: Source, concept
 
 def _interval(aurocs: Float[np.ndarray, "concepts draws"], at_least: float) -> Interval:
     share = np.nanmean(np.where(np.isnan(aurocs), np.nan, aurocs >= at_least), axis=0)     # a draw may leave a rare concept without a case
-    low, high = np.quantile(share[1:], [0.025, 0.975])
-    return Interval(len(aurocs), float(share[0]), float(low), float(high))
+    ends = [float(q) for of in (share, np.nanmean(aurocs, axis=0)) for q in (of[0], *np.quantile(of[1:], [0.025, 0.975]))]
+    return Interval(len(aurocs), *ends)
 
 # %% ../nbs/07b_recovery.ipynb #544b9ea4
 def _counted(concepts: pa.Table, kind: str) -> list[dict]:

@@ -83,7 +83,7 @@ def run_variants(config: Config, settings: Mapping[str, Sequence[str]], out: Pat
             write_json(variant / "summary.json", summarise(variant))
     return variants
 
-# %% ../nbs/13a_variants.ipynb #b6094036
+# %% ../nbs/13a_variants.ipynb #843588f4
 def variant_table(variants: Mapping[str, Variant], settings: Mapping[str, Sequence[str]]) -> pd.DataFrame:
     """One row a variant: the settings that it was given, the numbers of its `summary.json`, and those of its `evaluation.json`.
 
@@ -95,7 +95,8 @@ def variant_table(variants: Mapping[str, Variant], settings: Mapping[str, Sequen
         row: dict[str, Any] = {"name": name}
         for section, part in summarise(variant).items():
             row |= {f"{section}_{key}" if key in row else key: value for key, value in part.items()}
-        row = _evaluation(variant) | row | {k.rpartition(".")[2]: _plain(v) for k, v in (one.split("=", 1) for one in settings[name])}
+        given = {k.rpartition(".")[2]: _plain(v) for k, v in (one.split("=", 1) for one in settings[name])}
+        row = given | _evaluation(variant) | row
         rows.append({key: value for key, value in row.items() if isinstance(value, (int, float, str))})
     return pd.DataFrame(rows)
 
