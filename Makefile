@@ -43,7 +43,7 @@ book: $(VENV)/.installed
 	$(BIN)/python .ci/notebooks.py site
 
 results: $(VENV)/.installed
-	$(BIN)/python .ci/notebooks.py execute nbs/results
+	SAERAD_FULL=1 $(BIN)/python .ci/notebooks.py execute nbs/results
 
 bench: $(VENV)/.installed
 	@for name in $$($(BIN)/saerad bench --list); do $(BIN)/saerad bench $$name || exit 1; done

@@ -171,15 +171,21 @@ def test() -> int:
 
 
 def execute(folder: Path) -> int:
-    """Execute every notebook top to bottom in a fresh kernel, but not the cells marked `eval: false`; say whose outputs changed."""
+    """Execute every notebook top to bottom in a fresh kernel, but not the cells marked `eval: false`; say whose outputs changed.
+
+    What the book finds is stored at its full size: it is left as it is unless `SAERAD_FULL` is 1.
+    """
     from nbclient import NotebookClient
     os.environ.update(QUIET)
+    full = os.environ.get("SAERAD_FULL") == "1"
     for path in notebooks(folder):
+        if NBS / "results" in path.parents and not full: continue
         nb = nbformat.read(path, 4)
         before = [outputs_of(c) for c in nb.cells]
         kept = {i: c.outputs for i, c in enumerate(nb.cells) if c.cell_type == "code" and SKIP.search(c.source)}
         for i in kept: nb.cells[i].metadata["tags"] = ["skip-execution"]
-        NotebookClient(nb, timeout=900, kernel_name="python3", coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}}).execute()
+        NotebookClient(nb, timeout=3600 if full else 900, kernel_name="python3", coalesce_streams=True,
+                       resources={"metadata": {"path": str(path.parent)}}).execute()
         for i, outputs in kept.items(): nb.cells[i].outputs = outputs
         for cell in nb.cells:
             for key in ("tags", "execution"): cell.metadata.pop(key, None)

@@ -37,6 +37,10 @@ STYLE = """
 .md-typeset div.math { overflow-x: auto; margin: 1em 0 }
 .md-typeset math { font-size: 1.05em }
 .md-typeset .source { float: right; font-size: .6rem; margin-top: -2.6em }
+@media (max-width: 44.9em) {
+  .md-typeset p:has(> img:only-child) { overflow-x: auto }
+  .md-typeset p > img:only-child { max-width: 640px }
+}
 """
 
 

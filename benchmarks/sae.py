@@ -92,16 +92,16 @@ report(step, rebuild)
 '''
 
 
-def _peer_python() -> Path | None:
+def peer_python() -> Path | None:
     path = ROOT / ".venv-bench" / "bin" / "python"
     return path if path.exists() else None
 
 
-def _measure(python: Path | str, code: str, shape: dict[str, int]) -> dict[str, float] | None:
+def in_a_process(python: Path | str, code: str, shape: dict[str, int]) -> dict[str, float] | None:
     """One contender in its own process; None when it does not run, with its last line of complaint on stderr."""
     with tempfile.TemporaryDirectory() as elsewhere:
         done = subprocess.run([str(python), "-c", code, json.dumps(shape)], capture_output=True, text=True, cwd=elsewhere,
-                              env=os.environ | {"PYTHONPATH": str(ROOT) if code is OURS else ""})
+                              env=os.environ | {"PYTHONPATH": str(ROOT) if str(python) == sys.executable else ""})
     if done.returncode:
         print("\n".join(done.stderr.strip().splitlines()[-1:]), file=sys.stderr)
         return None
@@ -120,11 +120,11 @@ def measure(quick: bool) -> tuple[str, dict, dict, dict]:
     """
     shape = (QUICK if quick else FULL) | json.loads(os.environ.get("SAERAD_BENCH_SHAPE", "{}"))
     contenders = {"ours": (sys.executable, OURS)}
-    if (peer := _peer_python()) is not None:
+    if (peer := peer_python()) is not None:
         contenders |= {"dictionary_learning": (peer, DICTIONARY_LEARNING), "sae_lens": (peer, SAE_LENS)}
     runs: dict[str, list[dict[str, float] | None]] = {name: [] for name in contenders}
     for _ in range(shape["rounds"]):                          # in turn, so that a slow minute hits all
-        for name, (python, code) in contenders.items(): runs[name].append(_measure(python, code, shape))
+        for name, (python, code) in contenders.items(): runs[name].append(in_a_process(python, code, shape))
     found = {name: _median(of_one) for name, of_one in runs.items()}
     ours, there = found.pop("ours"), {name: speed for name, speed in found.items() if speed}
     if there: there["fastest_peer"] = max(there.values(), key=lambda peer: peer["tokens_per_second"])

@@ -75,7 +75,7 @@ COLUMNS = [
     {"name": "steerability", "title": "steer- ability", "width": 78, "about": "share of its steered reports that changed on target and nowhere else"},
     {"name": "status", "title": "status", "text": True, "width": 104, "about": "whether it could be examined"}]
 
-# %% ../nbs/12_atlas.ipynb #4f1a7777
+# %% ../nbs/12_atlas.ipynb #ed9cf8ee
 def feature_table(run: RunTables) -> pd.DataFrame:
     """One row for every feature of a run; raises `UserError` where not even a dictionary has been trained."""
     features = run.table("exemplars/features.parquet")
@@ -90,6 +90,7 @@ def feature_table(run: RunTables) -> pd.DataFrame:
     joined = joined.merge(_steerability(run), on="feature", how="left")
     return joined.reindex(columns=list(dict.fromkeys([*joined.columns, *(c["name"] for c in COLUMNS)])))
 
+# %% ../nbs/12_atlas.ipynb #9b85b49a
 def _bare_features(run: RunTables) -> pd.DataFrame:
     "The features of a dictionary that nobody has looked at yet."
     if not run.has("sae/sae.safetensors"): raise UserError(f"{run.folder} holds no features yet; run `saerad train` first.")
@@ -97,7 +98,7 @@ def _bare_features(run: RunTables) -> pd.DataFrame:
     return pd.DataFrame({"feature": np.arange(sae.width), "level": [sae.level(f) for f in range(sae.width)], "density": np.nan,
                          "status": "not looked at"})
 
-# %% ../nbs/12_atlas.ipynb #0b63eeda
+# %% ../nbs/12_atlas.ipynb #0040c89a
 def _view(features: pd.DataFrame, run: RunTables) -> pd.Series:
     "The view on whose image tokens each feature fires most, None for features that do not fire on images."
     shares = features[[c for c in features if c.startswith("view_")]]
@@ -106,12 +107,14 @@ def _view(features: pd.DataFrame, run: RunTables) -> pd.Series:
     if films is None or "in_image" not in features: return pd.Series(None, index=features.index, dtype=object)
     return features.feature.map(films.drop_duplicates("feature").set_index("feature")["view"]).where(features.in_image > 0)
 
+# %% ../nbs/12_atlas.ipynb #f12fbed4
 @lru_cache(None)
 def _finding(description: str | None) -> str | None:
     "Findings that a description names."
     if not isinstance(description, str) or not description: return None
     return "; ".join(sorted(kind.replace("_", " ") for kind in target_of(description).kinds)) or None
 
+# %% ../nbs/12_atlas.ipynb #3f130f35
 def _steerability(run: RunTables) -> pd.DataFrame:
     "Share of purely on-target changes of each steered feature."
     measured = run.table("steering/steerability.parquet")
@@ -120,6 +123,7 @@ def _steerability(run: RunTables) -> pd.DataFrame:
     if judged is None: return pd.DataFrame({"feature": pd.Series(dtype="int64"), "steerability": pd.Series(dtype=float)})
     return (judged.outcome == "on_target_only").groupby(judged.feature).mean().rename("steerability").reset_index()
 
+# %% ../nbs/12_atlas.ipynb #e00e784f
 def _judged(run: RunTables) -> pd.DataFrame | None:
     "Judgements of features, without those of random directions; a degenerate report has an outcome of its own."
     table = run.table("steering/judgements.parquet")
@@ -139,13 +143,14 @@ def pick_contexts(exemplars: pa.Table, cfg: AtlasConfig) -> pa.Table:
     rank = rows.groupby(["feature", "decile"]).cumcount()
     return table.take(rows.index[rank < np.where(rows.decile == 10, cfg.exemplars, cfg.per_decile)].to_numpy())
 
-# %% ../nbs/12_atlas.ipynb #faa43043
+# %% ../nbs/12_atlas.ipynb #2614f4c9
 def feature_contexts(picked: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Contexts of one feature ready to be shown, in the order given."""
     use = {"explain_active": "seen by the interpreter", "score_active": "held out"}
     return [{"tokens": list(e["tokens"]), "activations": [round(float(a), 2) for a in e["activations"]], "peak": int(e["peak"]),
              "decile": int(e["decile"]), "place": f"{e['section'].replace('_', ' ')}, study {e['study']}, {use[e['role']]}"} for e in picked]
 
+# %% ../nbs/12_atlas.ipynb #65b7c2e6
 def decile_groups(contexts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Contexts under the heading of their tenth."""
     names = {10: "Strongest tenth of its firings", 1: "Weakest tenth"}
@@ -195,7 +200,7 @@ def _open_studies(run: RunTables) -> dict[str, Study]:
     try: return {s.study: s for s in open_source(StudiesConfig(**settings | {"check_pictures": False}))}
     except UserError: return {}
 
-# %% ../nbs/12_atlas.ipynb #9280b15c
+# %% ../nbs/12_atlas.ipynb #c1e49cfa
 def finding_boxes(study: Study | None, view: str) -> list[dict[str, Any]]:
     """Boxes (per cent of the film) of the findings in a phantom view; none for other sources and for lateral views."""
     seen = study.prior if study is not None and view == "prior" else study
@@ -205,6 +210,7 @@ def finding_boxes(study: Study | None, view: str) -> list[dict[str, Any]]:
              "width": 100 * (right - left) / width, "height": 100 * (bottom - top) / height}
             for f, (left, top, right, bottom) in seen.truth.boxes.items()]
 
+# %% ../nbs/12_atlas.ipynb #eee4d288
 def share_inside(box: Mapping[str, float], rows: int, columns: int, patches: Sequence[int], activations: Sequence[float]) -> tuple[float, float]:
     """Share of the activation on patches that a box touches, and the share of the film that those patches are."""
     y, x = np.divmod(np.arange(rows * columns), columns)
@@ -214,9 +220,10 @@ def share_inside(box: Mapping[str, float], rows: int, columns: int, patches: Seq
     heat[np.asarray(patches, int)] = activations
     return float(heat[touched].sum() / max(heat.sum(), 1e-12)), float(touched.mean())
 
-# %% ../nbs/12_atlas.ipynb #fcabf8c4
+# %% ../nbs/12_atlas.ipynb #d071b811
 PATCHES_SHOWN = 200   # of a film: the strongest; 37 by 37 patches would hide the film
 
+# %% ../nbs/12_atlas.ipynb #a3e720a0
 def feature_films(rows: Sequence[Mapping[str, Any]], films: Films) -> list[dict[str, Any]]:
     """The films of one feature ready to be shown, strongest first; those that are not there any more are left out."""
     shown = []
@@ -233,7 +240,7 @@ def feature_films(rows: Sequence[Mapping[str, Any]], films: Films) -> list[dict[
                       "boxes": [{k: round(v, 2) if isinstance(v, float) else v for k, v in b.items()} for b in boxes]})
     return shown
 
-# %% ../nbs/12_atlas.ipynb #5da00338
+# %% ../nbs/12_atlas.ipynb #6fe96b17
 def feature_steering(mine: pd.DataFrame | None, written: pd.DataFrame | None, cfg: AtlasConfig) -> dict[str, Any]:
     """`doses` (shares of the outcomes by α), `steered` pairs and a sentence from one feature's judgements; empty where it was not steered."""
     if mine is None: return {"doses": [], "steered": [], "steering": ""}
@@ -243,6 +250,7 @@ def feature_steering(mine: pd.DataFrame | None, written: pd.DataFrame | None, cf
     return {"doses": doses, "steered": _pairs(mine, written, cfg),
             "steering": f"{len(mine)} reports of {mine.study.nunique()} studies of held-out patients.{target}"}
 
+# %% ../nbs/12_atlas.ipynb #f64e8f76
 def _pairs(mine: pd.DataFrame, written: pd.DataFrame | None, cfg: AtlasConfig) -> list[dict[str, Any]]:
     "Steered reports beside their baselines, on-target ones first and unchanged ones last."
     if cfg.publish or written is None: return []
@@ -270,13 +278,14 @@ def _plain(value: Any) -> Any:
     value = value.item() if hasattr(value, "item") else value
     return round(value, 5) if isinstance(value, float) else value
 
-# %% ../nbs/12_atlas.ipynb #0e4b10dd
+# %% ../nbs/12_atlas.ipynb #4d54f964
 def _by_feature(table: pd.DataFrame | None) -> dict[int, list[dict[str, Any]]]:
     "The rows of a table under the number of their feature, in order."
     found: dict[int, list[dict[str, Any]]] = {}
     for row in [] if table is None else table.to_dict("records"): found.setdefault(int(row["feature"]), []).append(row)
     return found
 
+# %% ../nbs/12_atlas.ipynb #3c1fedd9
 def _pages(run: RunTables, table: pd.DataFrame, cfg: AtlasConfig, films: Films) -> Iterator[tuple[int, dict[int, dict]]]:
     "The chunks of feature pages: number of the chunk, and feature → what its page shows."
     judged, written = _judged(run), run.table("steering/generations.parquet")
@@ -294,12 +303,13 @@ def _pages(run: RunTables, table: pd.DataFrame, cfg: AtlasConfig, films: Films) 
                                | feature_steering(steered.get(f), written, cfg)
                                for row in table.iloc[first:first + CHUNK].to_dict("records") for f in [int(row["feature"])]}
 
+# %% ../nbs/12_atlas.ipynb #0eb2e639
 def _tracked(run: RunTables) -> pd.DataFrame | None:
     "Phantom's concepts that a feature tracks."
     concepts = run.table("sae/concepts.parquet")
     return None if concepts is None else concepts[concepts.tracked.astype(bool)]
 
-# %% ../nbs/12_atlas.ipynb #0e810dfd
+# %% ../nbs/12_atlas.ipynb #f399a608
 def _page(row: Mapping[str, Any], groups: list[dict], portrait: Mapping[str, Any], concepts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     "What the page of one feature shows, without its films and its steering."
     def pairs(a: str, b: str) -> list[list]:
@@ -310,6 +320,7 @@ def _page(row: Mapping[str, Any], groups: list[dict], portrait: Mapping[str, Any
             "promoted": pairs("promoted", "promoted_by"), "suppressed": pairs("suppressed", "suppressed_by"),
             "neighbours": pairs("neighbours", "cosine")}
 
+# %% ../nbs/12_atlas.ipynb #45ce5400
 def _about(row: Mapping[str, Any]) -> str:
     "How a feature was examined and how often it fires, in words."
     if _plain(row["density"]) is None: return "Nobody has looked yet at what it fires on."
@@ -318,11 +329,13 @@ def _about(row: Mapping[str, Any]) -> str:
     return (f"{fires} Described and examined by: {row['interpreter']}, {int(row['scored_contexts'])} contexts of held-out patients, "
             f"silent ones drawn: {row['negatives']}.")
 
+# %% ../nbs/12_atlas.ipynb #40d38712
 def _interval(row: Mapping[str, Any]) -> str:
     "The bootstrap interval of F1, where there is one."
     low, high = _plain(row.get("f1_low")), _plain(row.get("f1_high"))
     return "" if low is None or high is None else f"95 %: {low:.2f} to {high:.2f}"
 
+# %% ../nbs/12_atlas.ipynb #d831af80
 def _tags(row: Mapping[str, Any], concepts: Sequence[Mapping[str, Any]]) -> list[str]:
     "What a feature is, in a few words each."
     tags = [f"level {int(row['level'])}" if _plain(row.get("level")) is not None else "", f"mainly in {_plain(row.get('mainly'))}".replace("_", " "),
@@ -331,7 +344,7 @@ def _tags(row: Mapping[str, Any], concepts: Sequence[Mapping[str, Any]]) -> list
             *(f"tracks the phantom's concept {c['concept'].replace('_', ' ')} (AUROC {c['auroc_test']:.2f})" for c in concepts)]
     return [tag for tag in tags if tag and not tag.endswith("None")]
 
-# %% ../nbs/12_atlas.ipynb #812e5cf6
+# %% ../nbs/12_atlas.ipynb #221f2271
 HISTOGRAM_EDGES = [m * 2.0**e for e in range(-8, 8) for m in (1, 1.5)] + [256.0]   # as the exemplars' pass counts; the outer bins are open
 
 def _histogram(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -344,6 +357,7 @@ def _histogram(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"counts": [int(c) for c in counts[low:high]], "edges": HISTOGRAM_EDGES[low:high + 1],
             "about": f"{int(sum(counts)):,} firings; the mean is {row['mean_active']:.2f}."}
 
+# %% ../nbs/12_atlas.ipynb #c6d5d42c
 def _films_about(run: RunTables) -> str:
     "What a reader must know about the heatmaps of this run."
     trained = str(run.config.get("extraction", {}).get("image_tokens", "last"))
@@ -351,11 +365,12 @@ def _films_about(run: RunTables) -> str:
     return ("Films of held-out studies on which the feature is strongest. Orange: its activation by patch, each film on its own scale; "
             f"dashed: where the phantom drew a finding.{known}")
 
+# %% ../nbs/12_atlas.ipynb #4cd5360a
 def _unit(run: RunTables) -> str:
     unit = run.config.get("steering", {}).get("unit", "")
     return {"raw": "α, raw units of the residual stream", "scale": "α, share of a typical residual's length"}.get(unit, "α")
 
-# %% ../nbs/12_atlas.ipynb #4a4d6ef8
+# %% ../nbs/12_atlas.ipynb #03ebb6a6
 NOTICES = {
     True: "Published edition: every report text, film and study id was left out of these pages.",
     False: "This edition holds text and films of the studies. Before it leaves this machine, build one with atlas.publish=true."}
@@ -365,6 +380,7 @@ STAGES_SHOWN = {
     "interpretations/interpretations.parquet": "descriptions and scores (`saerad interpret`)",
     "steering/judgements.parquet": "what pushing on them does (`saerad steer`)"}
 
+# %% ../nbs/12_atlas.ipynb #c9998746
 def _asset(name: str) -> str: return (files("saerad") / "assets" / "atlas" / name).read_text(encoding="utf-8")
 
 def _template(name: str) -> jinja2.Template:
@@ -372,13 +388,14 @@ def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(loader=jinja2.FunctionLoader(_asset), autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.get_template(name)
 
+# %% ../nbs/12_atlas.ipynb #d8c55cc2
 def _title(run: RunTables) -> str:
     "What was studied, from the config."
     source = str(run.config.get("studies", {}).get("source", "")).rpartition("/")[2]
     model = Path(run.config.get("subject", {}).get("model", "")).name
     return f"Features of the model {model} on {source}" if source and model else "Features of a run"
 
-# %% ../nbs/12_atlas.ipynb #e5bf960b
+# %% ../nbs/12_atlas.ipynb #3af69b5e
 COPIED = ("atlas.css", "atlas.js", "vendor/table.min.js", "vendor/table.min.css", "vendor/plot.min.js", "vendor/LICENSES.txt")
 
 def write_atlas(run: Path | str, cfg: AtlasConfig | None = None) -> Path:
@@ -399,13 +416,14 @@ def write_atlas(run: Path | str, cfg: AtlasConfig | None = None) -> Path:
     with write_beside(folder / "index.html") as part: part.write_text(page, encoding="utf-8")
     return folder / "index.html"
 
+# %% ../nbs/12_atlas.ipynb #8ee8cfdd
 def _intro(table: pd.DataFrame) -> str:
     scored = int(table.f1.notna().sum())
     return (f"{len(table):,} features of a sparse dictionary of the model's residual stream; {scored:,} of them have a description "
             "that was examined. "
             "F1 is a description's own score, control F1 that of another feature's description: only the difference speaks for it.")
 
-# %% ../nbs/12_atlas.ipynb #ab5def72
+# %% ../nbs/12_atlas.ipynb #9db702a7
 def headlines(summary: Mapping[str, Any], interpreter: str = "") -> list[tuple[str, str]]:
     """(claim, caveat) sentences from `summary.json`; a number that is not there makes no sentence."""
     baseline = "The interpreter is the lexical baseline, which knows words and no medicine. " if interpreter == "lexical" else ""
@@ -428,13 +446,14 @@ def headlines(summary: Mapping[str, Any], interpreter: str = "") -> list[tuple[s
              _say("The subject model's own reports find what is on the film with a macro F1 of {report_finding_f1:.2f}.", "", truth)]
     return [sentence for sentence in found if sentence]
 
+# %% ../nbs/12_atlas.ipynb #81fd0be6
 def _say(claim: str, caveat: str, numbers: Mapping[str, Any]) -> tuple[str, str] | None:
     "Both sentences with their numbers, or None where one of them is missing."
     known = {k: v for k, v in numbers.items() if v is not None}
     try: return claim.format(**known), caveat.format(**known)
     except KeyError: return None
 
-# %% ../nbs/12_atlas.ipynb #37ea56e9
+# %% ../nbs/12_atlas.ipynb #aaf43037
 def best_features(run: RunTables, cfg: AtlasConfig, films: Films, count: int = 3, contexts: int = 3) -> list[dict[str, Any]]:
     """The features with the highest F1 and different descriptions, with their strongest contexts shaded and a film where they see one."""
     scores = run.table("interpretations/interpretations.parquet")
@@ -445,6 +464,7 @@ def best_features(run: RunTables, cfg: AtlasConfig, films: Films, count: int = 3
              **portrait_of(run, int(row["feature"]), cfg, films, contexts)}
             for row in chosen.to_dict("records")]
 
+# %% ../nbs/12_atlas.ipynb #bfb76f3e
 def portrait_of(run: RunTables, feature: int, cfg: AtlasConfig, films: Films, contexts: int = 8) -> dict[str, Any]:
     """`exemplars` (the strongest contexts with shades) and `films` of one feature, for pages that hold everything themselves."""
     if cfg.publish: return {"exemplars": [], "films": []}
@@ -457,11 +477,13 @@ def portrait_of(run: RunTables, feature: int, cfg: AtlasConfig, films: Films, co
     seen = run.table("portraits/films.parquet") if films.folder is not None and _on_images(run, feature) else None
     return {"exemplars": mine, "films": [] if seen is None else feature_films(seen[seen.feature == feature].to_dict("records")[:2], films)}
 
+# %% ../nbs/12_atlas.ipynb #8a4e3ae2
 def _on_images(run: RunTables, feature: int) -> bool:
     "Whether a tenth of a feature's firings are on image tokens."
     table = run.table("exemplars/features.parquet")
     return "in_image" in table and bool((table.loc[table.feature == feature, "in_image"] >= 0.1).any())
 
+# %% ../nbs/12_atlas.ipynb #72c2e53f
 def _scores(row: Mapping[str, Any]) -> str:
     "The scores of one feature with their controls, in words."
     control = _plain(row.get("shuffled_f1"))

@@ -59,7 +59,7 @@ def _unpickle(path: Path) -> dict[str, Any]:
     if isinstance(found, dict): return found
     raise UserError(f"{path} holds a {type(found).__name__} and not a dictionary of tensors; give an ae.pt.")
 
-# %% ../nbs/05a_convert.ipynb #29dce265
+# %% ../nbs/05a_convert.ipynb #b7beec97
 def _from_dictionary_learning(path: Path) -> Found:
     found, scale, sure = _unpickle(path), 1.0, False
     note = "the layout does not say whether the norm factor is folded in; it is taken to be, so scale is 1"
@@ -78,12 +78,14 @@ def _from_dictionary_learning(path: Path) -> Found:
     if token: tensors["threshold"] = torch.tensor(0.0)
     return Found("dictionary_learning", kind, tensors, sizes, int(t["k"]) if "k" in t else None, [note], "token" if token else "batch", sure=sure)
 
+# %% ../nbs/05a_convert.ipynb #89904e8b
 def _one_group_kind(path: Path) -> str:
     "What config.json says of the class."
     cfg = read_json(path.with_name("config.json")) if path.with_name("config.json").exists() else {}
     name = cfg.get("trainer", {}).get("dict_class", "")
     return {"AutoEncoderTopK": "topk", "BatchTopKSAE": "batch_topk"}.get(name, "topk or batch_topk")
 
+# %% ../nbs/05a_convert.ipynb #5e2978ef
 def _our_names(found: dict[str, Any]) -> dict[str, Any]:
     "TopK and BatchTopK have other names, transposed weights, and in older files `bias` for `b_dec`."
     if "encoder.weight" not in found: return found
@@ -91,7 +93,7 @@ def _our_names(found: dict[str, Any]) -> dict[str, Any]:
     ours = {names.get(n, n): t for n, t in found.items()}
     return ours | {"W_enc": found["encoder.weight"].T, "W_dec": found["decoder.weight"].T}
 
-# %% ../nbs/05a_convert.ipynb #a52bdcad
+# %% ../nbs/05a_convert.ipynb #58002630
 SAE_LENS = {"jumprelu": "jumprelu", "matryoshka_batchtopk": "matryoshka_batch_topk", "batchtopk": "batch_topk", "topk": "topk"}
 
 def _from_sae_lens(folder: Path) -> Found:
@@ -106,12 +108,14 @@ def _from_sae_lens(folder: Path) -> Found:
     notes = ["k and the groups are not in this layout; it is read as a single group"] if kind == "jumprelu" else []
     return Found("sae_lens", kind, tensors, sizes, int(cfg["k"]) if "k" in cfg else None, notes, "token" if kind == "topk" else "batch", sure=False)
 
+# %% ../nbs/05a_convert.ipynb #b2cafce4
 def _one_threshold(path: Path, t: dict[str, Tensor], kind: str) -> Tensor:
     if kind == "topk": return torch.tensor(0.0)
     threshold = t.get("threshold", t.get("topk_threshold", torch.tensor(-1.0))).reshape(-1)
     if threshold.min() == threshold.max(): return threshold[0].clone()
     raise UserError(f"{path} has a threshold of its own for each feature; saerad keeps one for all.")
 
+# %% ../nbs/05a_convert.ipynb #20c6a964
 def _check_sae_lens(path: Path, cfg: dict[str, Any]) -> str:
     if (kind := cfg.get("architecture")) not in SAE_LENS:
         raise UserError(f"{path}: architecture is {kind!r}; only {', '.join(SAE_LENS)} are read.")
@@ -156,11 +160,12 @@ def folded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     in_units = {n: tensors[n] * tensors["scale"] for n in ("b_enc", "b_dec", "threshold")}
     return tensors | in_units | {"scale": torch.tensor(1.0)}
 
-# %% ../nbs/05a_convert.ipynb #d0699ec2
+# %% ../nbs/05a_convert.ipynb #8f3e09f2
 def _mark(t: dict[str, Tensor]) -> str:
     "What identifies the weights of a folded SAE."
     return content_hash(t["b_enc"], t["b_dec"], t["W_enc"][:, 0].contiguous(), t["W_dec"][0].contiguous())
 
+# %% ../nbs/05a_convert.ipynb #39830621
 def remember(found: Found, folder: Path) -> None:
     """Write what another library's layout cannot hold beside it: `saerad.json` and `saerad.safetensors`."""
     with write_beside(folder / "saerad.safetensors") as part:
@@ -169,6 +174,7 @@ def remember(found: Found, folder: Path) -> None:
         "weights": _mark(folded(found.tensors)), "kind": found.kind, "selection": found.selection, "k": found.k,
         "group_sizes": found.group_sizes, "level_weights": found.level_weights})
 
+# %% ../nbs/05a_convert.ipynb #5ea85f4e
 def recalled(found: Found, folder: Path) -> Found:
     """`found` with what `remember` wrote beside it, if that belongs to these weights."""
     if not (folder / "saerad.json").exists() or not (folder / "saerad.safetensors").exists(): return found
@@ -196,7 +202,7 @@ def _to_dictionary_learning(found: Found, folder: Path) -> None:
         "trainer_class": f"{name}Trainer", "dict_class": "AutoEncoderTopK" if name == "TopK" else f"{name}SAE",
         "activation_dim": d, "dict_size": width, "k": found.k}})
 
-# %% ../nbs/05a_convert.ipynb #099103d7
+# %% ../nbs/05a_convert.ipynb #e5a19866
 def _to_sae_lens(found: Found, folder: Path) -> None:
     t = folded(found.tensors)
     d, width = t["W_enc"].shape
@@ -210,6 +216,7 @@ def _to_sae_lens(found: Found, folder: Path) -> None:
         "metadata": {"saerad": {"k": found.k, "group_sizes": found.group_sizes, "scale_folded": float(found.tensors["scale"])}}}
         | ({"k": found.k, "rescale_acts_by_decoder_norm": False} if token else {}))
 
+# %% ../nbs/05a_convert.ipynb #f1f97300
 def _to_sparsify(found: Found, folder: Path) -> None:
     t = folded(found.tensors)
     d, width = t["W_enc"].shape
@@ -219,9 +226,10 @@ def _to_sparsify(found: Found, folder: Path) -> None:
         "d_in": d, "num_latents": width, "expansion_factor": max(1, width // d), "k": found.k, "activation": "topk",
         "normalize_decoder": True, "multi_topk": False, "skip_connection": False, "transcode": False})
 
-# %% ../nbs/05a_convert.ipynb #68e1c750
+# %% ../nbs/05a_convert.ipynb #a92f23cf
 FORMATS = ("saerad", "dictionary_learning", "sae_lens", "sparsify")
 
+# %% ../nbs/05a_convert.ipynb #98c0906b
 def losses_of(found: Found, to: str) -> list[str]:
     """What another library would compute differently, in words; empty where nothing."""
     lost = []
@@ -231,6 +239,7 @@ def losses_of(found: Found, to: str) -> list[str]:
         lost.append(f"{to} has no Matryoshka SAE with k features for every token")
     return lost
 
+# %% ../nbs/05a_convert.ipynb #ab4ea8c3
 def convert(src: Path | str, dst: Path | str, to: str, force: bool = False, store: Store | None = None) -> Path | str:
     """Write the SAE at `src` into the new folder `dst`, or to `hf:OWNER/NAME`, in the layout `to`, one of `FORMATS`.
 
@@ -255,13 +264,14 @@ def convert(src: Path | str, dst: Path | str, to: str, force: bool = False, stor
         remember(found, dst)
     return dst
 
-# %% ../nbs/05a_convert.ipynb #c7c97d65
+# %% ../nbs/05a_convert.ipynb #39b16acd
 def _hub_name(name: str) -> tuple[str, str, str | None]:
     "Repository, folder in it and revision."
     match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@(.+))?", name)
     if match is None: raise UserError(f"{name} is no name of a repository; write hf:OWNER/NAME[/FOLDER][@REVISION].")
     return match[1], match[2] or "", match[3]
 
+# %% ../nbs/05a_convert.ipynb #3b6dd2cd
 def pull(name: str) -> Path:
     """Fetch `hf:OWNER/NAME[/FOLDER][@REVISION]`; gives the folder. Raises `UserError` when the hub does not give it."""
     repo, inside, revision = _hub_name(name)
@@ -270,6 +280,7 @@ def pull(name: str) -> Path:
         raise UserError(f"{name} cannot be had from the hub ({type(e).__name__}); check the name, or log in.") from e
     return Path(folder) / inside
 
+# %% ../nbs/05a_convert.ipynb #96c3b5fb
 def push(folder: Path | str, name: str) -> str:
     """Put a folder of an SAE into a repository of the hub, made where it is missing; gives its address."""
     repo, inside, revision = _hub_name(name)
@@ -280,13 +291,14 @@ def push(folder: Path | str, name: str) -> str:
         raise UserError(f"{name} could not be written on the hub ({type(e).__name__}); log in with an account that may write there.") from e
     return name
 
-# %% ../nbs/05a_convert.ipynb #443ddbbb
+# %% ../nbs/05a_convert.ipynb #1e6c6866
 def activations(store: Store, found: Found, most: int = 4096) -> Float[Tensor, "n d"]:
     """Some of the store's vectors, evenly spaced, in raw units; raises `UserError` when the width is another."""
     d = found.tensors["W_enc"].shape[0]
     if store.d != d: raise UserError(f"the SAE reads vectors of width {d} and the store holds width {store.d}; use its own model's store.")
     return store.read(np.linspace(0, len(store) - 1, min(most, len(store))).astype(int))
 
+# %% ../nbs/05a_convert.ipynb #57ce2a5d
 @torch.no_grad()
 def tried(found: Found, x: Float[Tensor, "n d"], scale: float) -> tuple[float, float]:
     """FVU and L0 on raw vectors, taken as an SAE that expects raw / `scale`; an unset threshold is put where L0 is `k`."""
@@ -294,6 +306,7 @@ def tried(found: Found, x: Float[Tensor, "n d"], scale: float) -> tuple[float, f
     z = sae.encode(x)
     return float((x - sae.decode(z)).square().sum() / (x - x.mean(0)).square().sum()), float((z > 0).sum(1).float().mean())
 
+# %% ../nbs/05a_convert.ipynb #81878789
 @torch.no_grad()
 def _with_threshold(found: Found, x: Tensor, scale: float) -> dict[str, Tensor]:
     t = found.tensors | {"scale": torch.tensor(scale)}
@@ -302,18 +315,20 @@ def _with_threshold(found: Found, x: Tensor, scale: float) -> dict[str, Tensor]:
     cut = np.partition(pre.numpy(), len(pre) - found.k * len(x) - 1)[len(pre) - found.k * len(x) - 1]
     return t | {"threshold": torch.tensor(max(float(cut), 0.0))}
 
+# %% ../nbs/05a_convert.ipynb #8cac6f41
 def scales(found: Found, x: Float[Tensor, "n d"]) -> dict[float, tuple[float, float]]:
     """FVU and L0 of the checkpoint's own scale, of raw vectors, and of vectors divided by their typical length."""
     typical = float(x.square().sum(1).mean().sqrt())
     return {s: tried(found, x, s) for s in dict.fromkeys((float(found.tensors["scale"]), 1.0, typical))}
 
+# %% ../nbs/05a_convert.ipynb #a8df9665
 def settled(found: Found, x: Float[Tensor, "n d"]) -> Found:
     """`found` with the scale that reconstructs best, where it was in doubt, and a threshold, where there was none."""
     results = scales(found, x)
     best = float(found.tensors["scale"]) if found.sure else min(results, key=lambda s: results[s][0])
     return replace(found, tensors=_with_threshold(found, x, best), sure=True)
 
-# %% ../nbs/05a_convert.ipynb #d8b5b5e4
+# %% ../nbs/05a_convert.ipynb #9135d4bd
 def _advice(found: Found, order: str, norms: Tensor) -> Iterable[str]:
     yield from found.notes
     if found.tensors["threshold"] < 0:
@@ -324,6 +339,7 @@ def _advice(found: Found, order: str, norms: Tensor) -> Iterable[str]:
         yield "decoder rows are not of length 1: activations and steering strengths of features do not compare"
     if found.selection == "batch" and found.k is None: yield "k is not stated, so its L0 cannot be judged"
 
+# %% ../nbs/05a_convert.ipynb #6cabd219
 def _verdict(found: Found, x: Float[Tensor, "n d"]) -> Iterable[str]:
     results, own = scales(found, x), float(found.tensors["scale"])
     for s, (error, on) in results.items(): yield f"on {len(x)} vectors, raw / {s:.6g}: FVU {error:.4f}, L0 {on:.1f}"

@@ -45,7 +45,7 @@ def share_interval(hits: Sequence[bool], study: Sequence[str], seed: int = 0, re
     low, high = np.quantile(drawn @ k / (drawn @ n), [0.025, 0.975])
     return share, float(low), float(high)
 
-# %% ../nbs/10a_effects.ipynb #4735060b
+# %% ../nbs/10a_effects.ipynb #c5b2a4bc
 SHARES = ["method", "image", "feature", "alpha", "what", "reports", "studies", "share", "low", "high"]
 
 def outcome_shares(judgements: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
@@ -61,6 +61,7 @@ def outcome_shares(judgements: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
             rows += [at | row for row in _shares_of(some, seed)]
     return pd.DataFrame(rows, columns=SHARES)
 
+# %% ../nbs/10a_effects.ipynb #7a17dc74
 def _shares_of(some: pd.DataFrame, seed: int) -> list[dict[str, Any]]:
     right = some.on_direction.fillna(False).astype(bool)
     marks = {o: some.outcome == o for o in OUTCOMES} | {"towards": right & (some.effect != 0), "away": ~right & some.on_direction.notna()}
@@ -72,7 +73,7 @@ def _shares_of(some: pd.DataFrame, seed: int) -> list[dict[str, Any]]:
     return [{"what": what, "reports": len(hit), "studies": study.nunique(), **dict(zip(named, share_interval(hit, study, seed), strict=True))}
             for what, hit, study in rows]
 
-# %% ../nbs/10a_effects.ipynb #a8d57ad1
+# %% ../nbs/10a_effects.ipynb #ab2e455d
 EFFECTS = ["method", "target", "sign", "finding", "baseline", "steered", "change", "low", "high", "reports"]
 
 def effect_matrix(generations: pd.DataFrame, judgements: pd.DataFrame, reader: Reader, seed: int = 0) -> pd.DataFrame:
@@ -88,6 +89,7 @@ def effect_matrix(generations: pd.DataFrame, judgements: pd.DataFrame, reader: R
             rows.append((method, target, int(sign), kind, old.mean(), new.mean(), (new - old).mean(), low, high, len(at)))
     return pd.DataFrame(rows, columns=EFFECTS)
 
+# %% ../nbs/10a_effects.ipynb #82eb5462
 def _mean_interval(values: np.ndarray, study: Sequence[str], seed: int, resamples: int = 1000) -> tuple[float, float]:
     names, which = np.unique(np.asarray(study, dtype=str), return_inverse=True)
     if len(names) < 2: return float("nan"), float("nan")
@@ -107,7 +109,7 @@ def draw_effects(matrix: pd.DataFrame, ax: Any, method: str = "add") -> None:
     ax.set_yticks(range(len(order)), order, fontsize=7)
     ax.figure.colorbar(picture, ax=ax, label="change along α, share of reports", shrink=0.8)
 
-# %% ../nbs/10a_effects.ipynb #746b20d5
+# %% ../nbs/10a_effects.ipynb #3485fb88
 PREDICTORS = ("output_score", "alike", "crowding", "co_activation", "f1")
 
 @torch.no_grad()
@@ -123,6 +125,7 @@ def output_scores(subject: Subject, sae: MatryoshkaSAE, features: Sequence[int],
     pushed = logp(middle + t["W_dec"][list(features)] * float(sae.scale) * strength)
     return (pushed - logp(middle[None])).amax(-1).cpu().numpy()
 
+# %% ../nbs/10a_effects.ipynb #febc0581
 def geometry(sae: MatryoshkaSAE, features: Sequence[int]) -> pd.DataFrame:
     """`alike` and `crowding` of some features: cosines of encoder column and decoder row, and of the nearest other decoder row."""
     t = sae.tensors()
@@ -132,6 +135,7 @@ def geometry(sae: MatryoshkaSAE, features: Sequence[int]) -> pd.DataFrame:
     near[torch.arange(len(at)), at] = -1.0
     return pd.DataFrame({"feature": at, "alike": (rows[at] * columns[at]).sum(1).numpy(), "crowding": near.amax(1).numpy()})
 
+# %% ../nbs/10a_effects.ipynb #f4b6eef1
 def co_activation(active: Any, features: Sequence[int]) -> Float[np.ndarray, " n"]:
     """Largest Jaccard overlap of each feature with another, over the rows of a sparse [tokens, features] matrix of activations."""
     on = (active > 0).astype(np.float32)
@@ -148,7 +152,7 @@ def some_activations(store: Store, sae: MatryoshkaSAE, most: int = 20_000) -> sp
     rows = store.where("train")
     return encode_rows(sae, store, rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(int)])
 
-# %% ../nbs/10a_effects.ipynb #dc48c164
+# %% ../nbs/10a_effects.ipynb #ec357e84
 def predicted_steerability(table: pd.DataFrame, predictors: Sequence[str] = PREDICTORS, measured: str = "measured") -> pd.DataFrame:
     """`table` with `predicted`: from a ridge regression on the features outside a feature's own fifth."""
     used = [p for p in predictors if p in table and table[p].notna().all() and table[p].nunique() > 1]
@@ -157,6 +161,7 @@ def predicted_steerability(table: pd.DataFrame, predictors: Sequence[str] = PRED
     hands = KFold(min(5, len(table)), shuffle=True, random_state=0)
     return table.assign(predicted=cross_val_predict(model, table[used].to_numpy(), table[measured].to_numpy(), cv=hands))
 
+# %% ../nbs/10a_effects.ipynb #b62df3c0
 def prediction_quality(table: pd.DataFrame, seed: int = 0, shuffles: int = 200, **kwargs: Any) -> dict[str, float]:
     """Spearman's ρ between predicted and measured, and the share of `shuffles` with measurements shuffled that do as well (p)."""
     def quality(t: pd.DataFrame) -> float:
@@ -167,7 +172,7 @@ def prediction_quality(table: pd.DataFrame, seed: int = 0, shuffles: int = 200, 
     null = [quality(table.assign(measured=draw.permutation(table.measured.to_numpy()))) for _ in range(shuffles)]
     return {"features": len(table), "rho": rho, "p": float((1 + sum(n >= rho for n in null)) / (1 + shuffles))}
 
-# %% ../nbs/10a_effects.ipynb #9837af91
+# %% ../nbs/10a_effects.ipynb #97a0f888
 def analyse(folder: Path | str, subject: Subject, sae: MatryoshkaSAE, interpretations: pa.Table, reader: Reader, seed: int = 0,
             active: Any = None) -> dict[str, pd.DataFrame]:
     """Write `shares.parquet`, `effects.parquet` and `steerability.parquet` into a `steering/` folder; `active`: activations of some tokens."""
@@ -179,6 +184,7 @@ def analyse(folder: Path | str, subject: Subject, sae: MatryoshkaSAE, interpreta
     for name, table in tables.items(): write_table(folder / f"{name}.parquet", pa.Table.from_pandas(table, preserve_index=False))
     return tables
 
+# %% ../nbs/10a_effects.ipynb #63d19098
 def steerability(shares: pd.DataFrame, subject: Subject, sae: MatryoshkaSAE, interpretations: pa.Table, judgements: pd.DataFrame,
                  active: Any = None) -> pd.DataFrame:
     """One row a steered feature: what could be known before (`PREDICTORS`), what was measured, and what was predicted."""

@@ -57,7 +57,7 @@ class EndpointConfig(Section):
     budget: float | None = Field(None, gt=0)        # stop before more than this is spent, answers in the ledger counted
     token_characters: float = Field(3.5, gt=0)      # characters a token, for estimates made before an endpoint has counted
 
-# %% ../nbs/08b_endpoint.ipynb #6e3edac7
+# %% ../nbs/08b_endpoint.ipynb #33da4c92
 def host_of(base_url: str) -> str:
     """Host of an endpoint; raises `UserError` for what is no http(s) address or holds a password."""
     try: parts = urlsplit(base_url)
@@ -68,11 +68,13 @@ def host_of(base_url: str) -> str:
         raise UserError("interpretation.base_url holds a user name or password; put the key into the variable that api_key_env names.")
     return parts.hostname
 
+# %% ../nbs/08b_endpoint.ipynb #e0fc36d6
 def is_loopback(host: str) -> bool:
     """Whether a host is this machine and nothing else."""
     try: return ipaddress.ip_address(host).is_loopback
     except ValueError: return host == "localhost"
 
+# %% ../nbs/08b_endpoint.ipynb #c738bfe6
 def check_destination(cfg: EndpointConfig, may_leave: bool) -> None:
     """Raises `UserError` when text that may not leave the machine would go to a host that the config does not name."""
     host = host_of(cfg.base_url)
@@ -90,7 +92,7 @@ class Reply:
     tokens_out: int = 0
     tokens_cached: int = 0     # of tokens_in: found in the endpoint's prompt cache
 
-# %% ../nbs/08b_endpoint.ipynb #c28c25f0
+# %% ../nbs/08b_endpoint.ipynb #7345976c
 class Ledger:
     """Questions and answers in SQLite, by content; safe to use from several threads."""
     TABLE = "CREATE TABLE IF NOT EXISTS calls (key TEXT PRIMARY KEY, request TEXT NOT NULL, reply TEXT NOT NULL) WITHOUT ROWID"
@@ -105,25 +107,33 @@ class Ledger:
         except sqlite3.DatabaseError as e:
             raise UserError(f"{self.path} is not a ledger ({e}); move it away and run again.") from e
 
-    def get(self, key: str) -> Reply | None:
-        """The answer to a question, if it was ever given."""
-        with self.lock: row = self.db.execute("SELECT reply FROM calls WHERE key = ?", (key,)).fetchone()
-        return Reply(**json.loads(row[0])) if row else None
+# %% ../nbs/08b_endpoint.ipynb #545a3347
+@patch
+def get(self: Ledger, key: str) -> Reply | None:
+    """The answer to a question, if it was ever given."""
+    with self.lock: row = self.db.execute("SELECT reply FROM calls WHERE key = ?", (key,)).fetchone()
+    return Reply(**json.loads(row[0])) if row else None
 
-    def put(self, key: str, request: dict[str, Any], reply: Reply) -> None:
-        """Write an answer down; it is on disk when this returns."""
-        row = key, json.dumps(request, ensure_ascii=False, sort_keys=True), json.dumps(asdict(reply), ensure_ascii=False)
-        with self.lock, self.db: self.db.execute("INSERT OR IGNORE INTO calls VALUES (?, ?, ?)", row)
+# %% ../nbs/08b_endpoint.ipynb #58658479
+@patch
+def put(self: Ledger, key: str, request: dict[str, Any], reply: Reply) -> None:
+    """Write an answer down; it is on disk when this returns."""
+    row = key, json.dumps(request, ensure_ascii=False, sort_keys=True), json.dumps(asdict(reply), ensure_ascii=False)
+    with self.lock, self.db: self.db.execute("INSERT OR IGNORE INTO calls VALUES (?, ?, ?)", row)
 
-    def __len__(self) -> int:
-        with self.lock: return self.db.execute("SELECT count(*) FROM calls").fetchone()[0]
+# %% ../nbs/08b_endpoint.ipynb #5eae262a
+@patch
+def __len__(self: Ledger) -> int:
+    """How many answers there are."""
+    with self.lock: return self.db.execute("SELECT count(*) FROM calls").fetchone()[0]
 
-    def tokens(self) -> Reply:
-        """All tokens that the ledger's answers cost, as one `Reply` without text."""
-        names = ("tokens_in", "tokens_out", "tokens_cached")
-        sums = ", ".join(f"sum(coalesce(json_extract(reply, '$.{n}'), 0))" for n in names)
-        with self.lock: row = self.db.execute(f"SELECT {sums} FROM calls").fetchone()
-        return Reply(**{n: v or 0 for n, v in zip(names, row, strict=True)})
+@patch
+def tokens(self: Ledger) -> Reply:
+    """All tokens that the ledger's answers cost, as one `Reply` without text."""
+    names = ("tokens_in", "tokens_out", "tokens_cached")
+    sums = ", ".join(f"sum(coalesce(json_extract(reply, '$.{n}'), 0))" for n in names)
+    with self.lock: row = self.db.execute(f"SELECT {sums} FROM calls").fetchone()
+    return Reply(**{n: v or 0 for n, v in zip(names, row, strict=True)})
 
 # %% ../nbs/08b_endpoint.ipynb #051ce52d
 @patch
@@ -142,7 +152,7 @@ def settle(self: Ledger) -> None:
         self.db.close()
     for suffix in ("-wal", "-shm"): self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
 
-# %% ../nbs/08b_endpoint.ipynb #922cc707
+# %% ../nbs/08b_endpoint.ipynb #756e9e15
 class Pace:
     """Spaces calls out in time; `faster` after a good answer, `slower` after a refusal for speed, `heard` for what headers say."""
     def __init__(self, rate: float | None = None, clock: Callable[[], float] = time.monotonic):
@@ -150,42 +160,51 @@ class Pace:
         self.next, self.met_limit, self.stepped, self.lock = clock(), False, -1.0, threading.Lock()
         self.cap, self.tokens = float("inf"), 0.0
 
-    def slot(self) -> float:
-        """Seconds to wait before the next call may start."""
-        with self.lock:
-            now = self.clock()
-            start = max(now, self.next)
-            self.next = start + 1 / self.rate
-            return start - now
+# %% ../nbs/08b_endpoint.ipynb #cba311eb
+@patch
+def slot(self: Pace) -> float:
+    """Seconds to wait before the next call may start."""
+    with self.lock:
+        now = self.clock()
+        start = max(now, self.next)
+        self.next = start + 1 / self.rate
+        return start - now
 
-    def faster(self) -> None:
-        """A call was answered."""
-        with self.lock:
-            if not self.fixed: self.rate = min(self.cap, self.rate + (0.05 if self.met_limit else 0.5))
+# %% ../nbs/08b_endpoint.ipynb #108a663d
+@patch
+def faster(self: Pace) -> None:
+    """A call was answered."""
+    with self.lock:
+        if not self.fixed: self.rate = min(self.cap, self.rate + (0.05 if self.met_limit else 0.5))
 
-    def slower(self, retry_after: float) -> None:
-        """The endpoint said that calls come too fast; one step back, however many calls hear it at once."""
-        with self.lock:
-            now = self.clock()
-            if retry_after > 5: self.next = max(self.next, now + retry_after)  # not a hiccup: everybody waits
-            if self.fixed or now - self.stepped < 1: return
-            self.rate = max(0.2, self.rate * (0.95 if self.met_limit else 0.75))
-            self.met_limit, self.stepped = True, now
+# %% ../nbs/08b_endpoint.ipynb #5629e1c0
+@patch
+def slower(self: Pace, retry_after: float) -> None:
+    """The endpoint said that calls come too fast; one step back, however many calls hear it at once."""
+    with self.lock:
+        now = self.clock()
+        if retry_after > 5: self.next = max(self.next, now + retry_after)  # not a hiccup: everybody waits
+        if self.fixed or now - self.stepped < 1: return
+        self.rate = max(0.2, self.rate * (0.95 if self.met_limit else 0.75))
+        self.met_limit, self.stepped = True, now
 
-    def heard(self, headers: Mapping[str, str], tokens: int) -> None:
-        """Take in the limits a minute that the headers of an answer of so many tokens state, and how long to wait where nothing remains."""
-        limits = {kind: _number(headers.get(f"x-ratelimit-limit-{kind}", "")) for kind in ("requests", "tokens")}
-        with self.lock:
-            self.tokens = tokens if not self.tokens else 0.95 * self.tokens + 0.05 * tokens
-            caps = [limits["requests"] / 60] if limits["requests"] else []
-            if limits["tokens"] and self.tokens: caps.append(limits["tokens"] / 60 / self.tokens)
-            if self.fixed or not caps: return
-            known, self.cap = self.cap < float("inf"), 0.98 * min(caps)
-            self.rate = min(self.rate, self.cap) if known else self.cap
-            for kind in limits:
-                if headers.get(f"x-ratelimit-remaining-{kind}") == "0":
-                    self.next = max(self.next, self.clock() + min(60.0, _seconds(headers.get(f"x-ratelimit-reset-{kind}", ""))))
+# %% ../nbs/08b_endpoint.ipynb #d74cd188
+@patch
+def heard(self: Pace, headers: Mapping[str, str], tokens: int) -> None:
+    """Take in the limits a minute that the headers of an answer of so many tokens state, and how long to wait where nothing remains."""
+    limits = {kind: _number(headers.get(f"x-ratelimit-limit-{kind}", "")) for kind in ("requests", "tokens")}
+    with self.lock:
+        self.tokens = tokens if not self.tokens else 0.95 * self.tokens + 0.05 * tokens
+        caps = [limits["requests"] / 60] if limits["requests"] else []
+        if limits["tokens"] and self.tokens: caps.append(limits["tokens"] / 60 / self.tokens)
+        if self.fixed or not caps: return
+        known, self.cap = self.cap < float("inf"), 0.98 * min(caps)
+        self.rate = min(self.rate, self.cap) if known else self.cap
+        for kind in limits:
+            if headers.get(f"x-ratelimit-remaining-{kind}") == "0":
+                self.next = max(self.next, self.clock() + min(60.0, _seconds(headers.get(f"x-ratelimit-reset-{kind}", ""))))
 
+# %% ../nbs/08b_endpoint.ipynb #21dadbc8
 def _number(text: str) -> float:
     "A number of a header, 0 where there is none."
     try: return max(0.0, float(text))
@@ -196,13 +215,14 @@ def _seconds(text: str) -> float:
     units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
     return sum(float(n) * units[u] for n, u in re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|)", text))
 
-# %% ../nbs/08b_endpoint.ipynb #c1f02017
+# %% ../nbs/08b_endpoint.ipynb #a71fb226
 def parse_list(text: str, count: int) -> list[bool] | None:
     """The list of `count` zeros and ones that `text` is, or None."""
     if not re.fullmatch(r"\s*\[\s*[01]\s*(,\s*[01]\s*)*\]\s*", text): return None
     found = [c == "1" for c in re.findall(r"[01]", text)]
     return found if len(found) == count else None
 
+# %% ../nbs/08b_endpoint.ipynb #145323db
 MARK = "[EXPLANATION]:"
 
 def parse_explanation(text: str) -> str | None:
@@ -211,7 +231,7 @@ def parse_explanation(text: str) -> str | None:
     if not lines or not lines[-1].strip().startswith(MARK): return None
     return lines[-1].strip()[len(MARK):].strip() or None
 
-# %% ../nbs/08b_endpoint.ipynb #b34ae18c
+# %% ../nbs/08b_endpoint.ipynb #b66ecb0c
 def unwrapped(text: str) -> str:
     """What a structured answer holds, in the form that an unstructured one would have; any other text as it is."""
     try: value = json.loads(text)
@@ -220,12 +240,13 @@ def unwrapped(text: str) -> str:
     inside = next(iter(value.values()))
     return json.dumps(inside) if isinstance(inside, list) else f"{MARK} {inside}" if isinstance(inside, str) else text
 
+# %% ../nbs/08b_endpoint.ipynb #1fb0b6c2
 def schema_of(name: str, kind: Mapping[str, Any]) -> dict[str, Any]:
     """The `response_format` for an object with the one field `name`."""
     body = {"type": "object", "properties": {name: dict(kind)}, "required": [name], "additionalProperties": False}
     return {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": body}}
 
-# %% ../nbs/08b_endpoint.ipynb #7162a0ee
+# %% ../nbs/08b_endpoint.ipynb #2a3abada
 class CallFailed(Exception):
     """A call that was given up, with the reason."""
 
@@ -240,39 +261,45 @@ class Endpoint:
         self.host, self.lock, self.client = host_of(cfg.base_url), threading.Lock(), None
         self.pool = ThreadPoolExecutor(cfg.concurrency, thread_name_prefix="ask")
 
-    def _connect(self) -> openai.OpenAI:
-        "The client, made when the first call is due: a replay needs neither a key nor an endpoint."
-        key = os.environ.get(self.cfg.api_key_env, "")
-        if not key and not is_loopback(self.host):
-            raise UserError(f"the environment variable {self.cfg.api_key_env} is not set; it must hold the key for {self.host}.")
-        # no proxy for loopback and no redirect anywhere: text goes to the host that was checked, or nowhere
-        http = openai.DefaultHttpxClient(trust_env=not is_loopback(self.host), follow_redirects=False)
-        common = {"api_key": key or "none", "timeout": self.cfg.timeout_s, "max_retries": 0, "http_client": http}
-        if self.cfg.api == "azure": return openai.AzureOpenAI(azure_endpoint=self.cfg.base_url, api_version=self.cfg.api_version, **common)
-        return openai.OpenAI(base_url=self.cfg.base_url, **common)
-
     def close(self) -> None:
         """Drop the calls that have not begun and wait for those under way, whose answers are still written down."""
         self.pool.shutdown(wait=True, cancel_futures=True)
         if self.client: self.client.close()
 
-    def request(self, messages: Sequence[Message], max_tokens: int, schema: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The body of a call."""
-        body = {"model": self.cfg.model, "messages": list(messages), "temperature": self.cfg.temperature, self.cfg.length_key: max_tokens}
-        return body | ({"response_format": schema} if schema else {})
+# %% ../nbs/08b_endpoint.ipynb #27988e9f
+@patch
+def _connect(self: Endpoint) -> openai.OpenAI:
+    "The client, made when the first call is due: a replay needs neither a key nor an endpoint."
+    key = os.environ.get(self.cfg.api_key_env, "")
+    if not key and not is_loopback(self.host):
+        raise UserError(f"the environment variable {self.cfg.api_key_env} is not set; it must hold the key for {self.host}.")
+    # no proxy for loopback and no redirect anywhere: text goes to the host that was checked, or nowhere
+    http = openai.DefaultHttpxClient(trust_env=not is_loopback(self.host), follow_redirects=False)
+    common = {"api_key": key or "none", "timeout": self.cfg.timeout_s, "max_retries": 0, "http_client": http}
+    if self.cfg.api == "azure": return openai.AzureOpenAI(azure_endpoint=self.cfg.base_url, api_version=self.cfg.api_version, **common)
+    return openai.OpenAI(base_url=self.cfg.base_url, **common)
 
+# %% ../nbs/08b_endpoint.ipynb #08ad3788
+@patch
+def request(self: Endpoint, messages: Sequence[Message], max_tokens: int, schema: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The body of a call."""
+    body = {"model": self.cfg.model, "messages": list(messages), "temperature": self.cfg.temperature, self.cfg.length_key: max_tokens}
+    return body | ({"response_format": schema} if schema else {})
+
+# %% ../nbs/08b_endpoint.ipynb #a4a15a26
 def cost_of(tokens: Reply, cfg: EndpointConfig) -> float:
     """Price of an answer's tokens; 0 without prices."""
     cached = cfg.price_in if cfg.price_cached is None else cfg.price_cached
     parts = ((tokens.tokens_in - tokens.tokens_cached, cfg.price_in), (tokens.tokens_cached, cached), (tokens.tokens_out, cfg.price_out))
     return sum(n * (price or 0.0) for n, price in parts) / 1e6
 
+# %% ../nbs/08b_endpoint.ipynb #3ad3fb4c
 def tokens_in(messages: Sequence[Message], cfg: EndpointConfig) -> int:
     """About how many tokens some messages are, pictures not counted."""
     characters = sum(len(m["content"] if isinstance(m["content"], str) else "".join(p.get("text", "") for p in m["content"])) for m in messages)
     return round(characters / cfg.token_characters)
 
-# %% ../nbs/08b_endpoint.ipynb #0e8c0d5b
+# %% ../nbs/08b_endpoint.ipynb #160b0b77
 @patch
 def ask(self: Endpoint, messages: Sequence[Message], max_tokens: int, schema: dict[str, Any] | None = None) -> Reply:
     """The answer to some messages, from the ledger or the endpoint; raises `CallFailed` when it is given up or over the budget.
@@ -291,6 +318,7 @@ def ask(self: Endpoint, messages: Sequence[Message], max_tokens: int, schema: di
     self.ledger.put(key, slim(request), reply)
     return reply
 
+# %% ../nbs/08b_endpoint.ipynb #5fb019d9
 @patch
 def _within_budget(self: Endpoint, request: dict[str, Any], most: float) -> Reply:
     "Ask when the budget allows the call at its dearest."
@@ -305,6 +333,7 @@ def _within_budget(self: Endpoint, request: dict[str, Any], most: float) -> Repl
             if reply: self.spent += cost_of(reply, self.cfg)
     return reply
 
+# %% ../nbs/08b_endpoint.ipynb #2ea2fde9
 class NoSchema(Exception):
     """The endpoint knows no structured answers."""
 
@@ -317,6 +346,7 @@ def _knows_schemas(self: Endpoint) -> bool:
 @patch(as_prop=True)
 def _no_schema(self: Endpoint) -> str: return content_hash(self.cfg.base_url, self.cfg.model, "knows no schema")
 
+# %% ../nbs/08b_endpoint.ipynb #7ec3be23
 def slim(request: dict[str, Any]) -> dict[str, Any]:
     """A request with each picture replaced by its hash, for the ledger."""
     def part(p: dict[str, Any]) -> dict[str, Any]:
@@ -346,7 +376,7 @@ def _persist(self: Endpoint, request: dict[str, Any]) -> Reply:
         raise UserError(f"{self.cfg.base_url} has stopped answering ({reason}); run again later, it goes on where it was.")
     raise CallFailed(reason)
 
-# %% ../nbs/08b_endpoint.ipynb #c07abf8b
+# %% ../nbs/08b_endpoint.ipynb #2eb21e32
 @patch
 def _once(self: Endpoint, request: dict[str, Any]) -> Reply:
     "One try of a call; what its headers say about limits is taken in."
@@ -355,6 +385,7 @@ def _once(self: Endpoint, request: dict[str, Any]) -> Reply:
     self.pace.heard(raw.headers, reply.tokens_in + reply.tokens_out)
     return reply
 
+# %% ../nbs/08b_endpoint.ipynb #806e2a67
 def _reply(completion: Any) -> Reply:
     "The part of a completion that we keep; raises `ValueError` when it is none."
     if not getattr(completion, "choices", None): raise ValueError("the reply is no chat completion")
@@ -365,6 +396,7 @@ def _reply(completion: Any) -> Reply:
     cached = getattr(getattr(usage, "prompt_tokens_details", None), "cached_tokens", 0) or 0
     return Reply(text if not refusal else "", refusal, getattr(usage, "prompt_tokens", 0) or 0, getattr(usage, "completion_tokens", 0) or 0, cached)
 
+# %% ../nbs/08b_endpoint.ipynb #85af649f
 @patch
 def _trouble(self: Endpoint, error: Exception, attempt: int) -> tuple[str, Any]:
     "Why a call failed and how long to wait; a `Reply` for a refusal; raises what trying again cannot mend."
@@ -384,6 +416,7 @@ def _trouble(self: Endpoint, error: Exception, attempt: int) -> tuple[str, Any]:
     if isinstance(error, (openai.APIError, ValueError)): return f"unreadable reply ({type(error).__name__})", backoff
     raise error
 
+# %% ../nbs/08b_endpoint.ipynb #a3f0fd38
 @patch
 def _status(self: Endpoint, error: openai.APIStatusError, backoff: float) -> tuple[str, Any]:
     "What an HTTP status says."
@@ -398,18 +431,20 @@ def _status(self: Endpoint, error: openai.APIStatusError, backoff: float) -> tup
     said = f"HTTP {status}: {str(error.message)[:200]}"
     raise UserError(f"{where} does not accept the request ({said}); correct interpretation.model or base_url.") from error
 
+# %% ../nbs/08b_endpoint.ipynb #d9791a2b
 def _retry_after(error: openai.APIStatusError, otherwise: float) -> float:
     "Seconds that the endpoint asks us to wait, at most two minutes."
     try: return min(120.0, max(0.0, float(error.response.headers.get("retry-after", otherwise))))
     except ValueError: return otherwise
 
-# %% ../nbs/08b_endpoint.ipynb #adfe3354
+# %% ../nbs/08b_endpoint.ipynb #25f3a5d4
 @dataclass(frozen=True)
 class Answer:
     """A parsed answer, or None and why."""
     value: Any
     why: str = ""     # "" | "refusal" | "parse failure" | the reason a call was given up
 
+# %% ../nbs/08b_endpoint.ipynb #7a69852e
 @patch
 def ask_for(self: Endpoint, messages: Sequence[Message], parse: Callable[[str], T | None], wanted: str, max_tokens: int,
             schema: dict[str, Any] | None = None) -> Answer:
@@ -425,7 +460,7 @@ def ask_for(self: Endpoint, messages: Sequence[Message], parse: Callable[[str], 
                 {"role": "user", "content": f"That could not be read. Answer again with {wanted} and nothing else."}]
     return Answer(None, "parse failure")
 
-# %% ../nbs/08b_endpoint.ipynb #58bff22c
+# %% ../nbs/08b_endpoint.ipynb #c1d54224
 MOST_IN_A_BATCH = 20_000    # below what endpoints take in one file
 
 @patch
@@ -453,6 +488,7 @@ def hand_in(self: Endpoint, say: Callable[[str], None] = print) -> int:
     say(f"interpretation: batch of {len(held['requests'])}, {found} answered")
     return found
 
+# %% ../nbs/08b_endpoint.ipynb #088c0a12
 @patch
 def _submit(self: Endpoint, requests: Mapping[str, dict[str, Any]]) -> str:
     "Upload questions; the number of the batch."
@@ -461,6 +497,7 @@ def _submit(self: Endpoint, requests: Mapping[str, dict[str, Any]]) -> str:
     file = self.client.files.create(file=("questions.jsonl", "\n".join(lines).encode()), purpose="batch")
     return self.client.batches.create(input_file_id=file.id, endpoint=url, completion_window="24h").id
 
+# %% ../nbs/08b_endpoint.ipynb #37f8aae6
 @patch
 def _take_in(self: Endpoint, line: dict[str, Any], requests: Mapping[str, dict[str, Any]]) -> bool:
     "Write one answer of a batch down; False for one that is none."

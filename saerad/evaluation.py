@@ -49,17 +49,18 @@ class EvaluationConfig(Section):
     control_steps: int = Field(0, ge=0)         # steps of the control: an SAE on a subject model with shuffled weights; 0: none
     control_studies: int = Field(200, ge=1)     # training studies that it is trained on
 
-# %% ../nbs/07_evaluation.ipynb #2bc4b6a3
+# %% ../nbs/07_evaluation.ipynb #936cf042
 def fvu(x: Float[Tensor, "n d"], rebuilt: Float[Tensor, "n d"]) -> float:
     """Fraction of variance unexplained, around the mean of these vectors; nan when they do not vary."""
     total = (x - x.mean(0)).square().sum()
     return float((x - rebuilt).square().sum() / total) if total > 0 else float("nan")
 
+# %% ../nbs/07_evaluation.ipynb #b104007d
 def spread(rows: Int[np.ndarray, " n"], most: int) -> Int[np.ndarray, " m"]:
     """At most `most` of the rows, evenly spaced."""
     return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(int)]
 
-# %% ../nbs/07_evaluation.ipynb #c7736ff2
+# %% ../nbs/07_evaluation.ipynb #e31a83cd
 @torch.no_grad()
 def reconstruction(store: Store, sae: MatryoshkaSAE, rows: Int[np.ndarray, " n"]) -> dict[str, Any]:
     """FVU overall, by section, by view, of image against text, and by level; L0, density and silent features, on the store's `rows`."""
@@ -73,16 +74,19 @@ def reconstruction(store: Store, sae: MatryoshkaSAE, rows: Int[np.ndarray, " n"]
             "fvu_by_section": _by(sections, x, rebuilt), "fvu_by_view": _by(views, x, rebuilt), "fvu_by_medium": _by(medium, x, rebuilt),
             "l0_by_section": {s: z[sections == s].nnz / int((sections == s).sum()) for s in sorted(set(sections))}}
 
+# %% ../nbs/07_evaluation.ipynb #a53dd73e
 def _decoded(sae: MatryoshkaSAE, z: sparse.csr_matrix, prefix: int) -> Tensor:
     "Raw vectors from the first `prefix` columns of sparse features."
     shares = z[:, :prefix] @ sae.W_dec[:prefix].detach().cpu().numpy()
     return (torch.from_numpy(shares) + sae.b_dec.detach().cpu()) * sae.scale.cpu()
 
+# %% ../nbs/07_evaluation.ipynb #c27bcbe9
 def _by(label: np.ndarray, x: Tensor, rebuilt: Tensor) -> dict[str, float]:
     "FVU of the rows under each label but the empty one, against their own mean."
     at = {str(one): np.flatnonzero(label == one) for one in sorted(set(label)) if one}
     return {one: fvu(x[i], rebuilt[i]) for one, i in at.items() if len(i) > 1}
 
+# %% ../nbs/07_evaluation.ipynb #61a29b65
 def density(often: Float[np.ndarray, " features"]) -> dict[str, int]:
     """Number of features by how often they are on: below 1e-5, then a bin for each power of ten up to always."""
     edges = [0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0000001]
@@ -110,7 +114,7 @@ class Pass:
         """Summed cross-entropy of the report's tokens, in nats."""
         return float(-self.logp.gather(1, self.target[:, None]).sum())
 
-# %% ../nbs/07_evaluation.ipynb #2b235a84
+# %% ../nbs/07_evaluation.ipynb #2c2b65de
 def predicted(prompts: Sequence[Prompt]) -> tuple[Int[Tensor, " targets"], Int[Tensor, " targets"]]:
     """Study and position of every report token and of the one that ends it, in a right-padded batch."""
     study, position = [], []
@@ -121,6 +125,7 @@ def predicted(prompts: Sequence[Prompt]) -> tuple[Int[Tensor, " targets"], Int[T
         position.append(at)
     return torch.from_numpy(np.concatenate(study)), torch.from_numpy(np.concatenate(position))
 
+# %% ../nbs/07_evaluation.ipynb #5e518dcc
 @torch.no_grad()
 def read_batch(subject: Subject, prompts: Sequence[Prompt], layer: int, stream: Tensor | None = None) -> Pass:
     """Read teacher-forced prompts; with `stream`, the output of `layer` is replaced by it."""
@@ -132,7 +137,7 @@ def read_batch(subject: Subject, prompts: Sequence[Prompt], layer: int, stream: 
     study, position = (t.to(logits.device) for t in predicted(prompts))
     return Pass(held, logits[study, position - 1].float().log_softmax(-1), inputs["input_ids"][study, position])
 
-# %% ../nbs/07_evaluation.ipynb #bfd5d558
+# %% ../nbs/07_evaluation.ipynb #6389870a
 def spliced_positions(prompts: Sequence[Prompt], cfg: ExtractionConfig, splice: str, width: int) -> Tensor:
     """True [studies, width] where the stream is replaced: where tokens were stored, or everywhere in the prompt."""
     where = torch.zeros(len(prompts), width, dtype=torch.bool)
@@ -140,6 +145,7 @@ def spliced_positions(prompts: Sequence[Prompt], cfg: ExtractionConfig, splice: 
         where[i, :len(prompt)] = torch.from_numpy(kept_tokens(prompt, cfg)) if splice == "kept" else True
     return where
 
+# %% ../nbs/07_evaluation.ipynb #33c2ad6a
 @torch.no_grad()
 def four_readings(subject: Subject, sae: MatryoshkaSAE, prompts: Sequence[Prompt], mean: Float[Tensor, " d"],
                   cfg: ExtractionConfig, splice: str) -> dict[str, float]:
@@ -174,7 +180,7 @@ def loss_recovered(store: Store, sae: MatryoshkaSAE, subject: Subject, studies: 
         **{key: sum(s[key] for s in sums) / tokens for key in ("kl", "kl_zero", "kl_mean")}, "perplexity": float(np.exp(loss["clean"])),
         "loss_studies": len(prompts), "splice": cfg.splice}
 
-# %% ../nbs/07_evaluation.ipynb #4fad85fe
+# %% ../nbs/07_evaluation.ipynb #797ff2b7
 def _nearest(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"], itself: bool = False, rows: int = 2048) -> tuple[Tensor, Tensor]:
     "For every row of `a` the largest cosine to a row of `b` (but its own number, if `itself`), and which row that is."
     a, b = (torch.nn.functional.normalize(t, dim=1) for t in (a, b))
@@ -185,12 +191,14 @@ def _nearest(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"], itself: bool = Fa
         best.append(cosine.max(1))
     return torch.cat([m.values for m in best]), torch.cat([m.indices for m in best])
 
+# %% ../nbs/07_evaluation.ipynb #d306cf28
 @torch.no_grad()
 def decoder_cosine(sae: MatryoshkaSAE) -> dict[str, float]:
     """Cosine of every decoder row to its nearest other one: mean, and share above 0.7."""
     nearest, _ = _nearest(sae.W_dec, sae.W_dec, itself=True)
     return {"mean_nearest": float(nearest.mean()), "above_07": float((nearest > 0.7).float().mean())}
 
+# %% ../nbs/07_evaluation.ipynb #9a3651ba
 @torch.no_grad()
 def agreement(a: MatryoshkaSAE, b: MatryoshkaSAE, cosine: float = 0.7) -> dict[str, float]:
     """Share of `a`'s features matched in `b` (each the other's nearest, at least this cosine), and the mean best cosine."""
@@ -198,11 +206,12 @@ def agreement(a: MatryoshkaSAE, b: MatryoshkaSAE, cosine: float = 0.7) -> dict[s
     mutual = back[to] == torch.arange(len(to), device=to.device)
     return {"matched": float((mutual & (there >= cosine)).float().mean()), "mean_best": float(there.mean())}
 
-# %% ../nbs/07_evaluation.ipynb #0adeb8bc
+# %% ../nbs/07_evaluation.ipynb #22ccf329
 def concepts_of(kind: str) -> list[Concept]:
     """The phantom's concepts of one kind, "word" or "visual", in their order."""
     return [c for c in CONCEPTS.values() if c.kind == kind]
 
+# %% ../nbs/07_evaluation.ipynb #a4ea49f6
 def concept_tokens(store: Store, source: Source,
                    rows: Int[np.ndarray, " n"]) -> tuple[Int[np.ndarray, " m"], sparse.csr_matrix]:
     """Those `rows` that are text of a study's own sections, and [m, word concepts]: 1 where the token is in a word of it."""
@@ -217,6 +226,7 @@ def concept_tokens(store: Store, source: Source,
     marks = sparse.csr_matrix((np.ones(len(at), np.float32), (at, which)), shape=(text.sum(), len(column)))
     return rows[text], marks
 
+# %% ../nbs/07_evaluation.ipynb #ee2605af
 def _concepts_at(study: Study, section: str, start: int, end: int) -> set[str]:
     words = study.truth.words.get(section, ())
     return {name for w in words if w.start < end and w.end > start for name in w.concepts}
@@ -248,7 +258,7 @@ def aurocs(z: sparse.spmatrix, marks: sparse.spmatrix) -> Float[np.ndarray, "con
     with np.errstate(invalid="ignore", divide="ignore"):
         return (total - positives * (positives + 1) / 2) / (positives * (n - positives))
 
-# %% ../nbs/07_evaluation.ipynb #3ab8bcd6
+# %% ../nbs/07_evaluation.ipynb #acbfa687
 def study_maxima(z: sparse.csr_matrix, study: Sequence[str]) -> tuple[list[str], sparse.csr_matrix]:
     """The studies and each feature's largest activation over a study's rows, which stand together."""
     names = np.asarray(study)
@@ -256,6 +266,7 @@ def study_maxima(z: sparse.csr_matrix, study: Sequence[str]) -> tuple[list[str],
     parts = [sparse.csr_matrix(z[a:b].max(axis=0)) for a, b in pairwise(edges)]
     return names[edges[:-1]].tolist(), sparse.vstack(parts, format="csr")
 
+# %% ../nbs/07_evaluation.ipynb #82a8577e
 Told = dict[str, tuple[Float[np.ndarray, "concepts features"], Float[np.ndarray, " concepts"]]]
 
 def _told(store: Store, sae: MatryoshkaSAE, source: Source, rows: Int[np.ndarray, " n"]) -> Told:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLACES', 'VIEWS', 'EDGES', 'ROLES', 'NEAR_ROLES', 'SCHEMA', 'ExemplarsConfig', 'Windows', 'codes', 'windows',
            'blocks', 'lottery', 'Sample', 'bins', 'Tally', 'firings', 'Collector', 'sides', 'spread', 'deciles',
-           'Chosen', 'contexts_table', 'texts', 'stated', 'stated_table', 'sae_mark', 'collect_exemplars',
+           'Chosen', 'contexts_table', 'texts', 'stated', 'stated_table', 'patch_grid', 'sae_mark', 'collect_exemplars',
            'lean_tokens', 'Context', 'Example', 'FeatureContexts', 'Exemplars']
 
 # %% ../nbs/08_exemplars.ipynb #57d2fdac
@@ -70,7 +70,7 @@ class Windows:
         """Last row of each row's window."""
         return np.minimum(self.last[self.run[rows]], rows + self.reach[self.run[rows]])
 
-# %% ../nbs/08_exemplars.ipynb #5fcdec52
+# %% ../nbs/08_exemplars.ipynb #0f1dd998
 def codes(tokens: pa.Table, column: str) -> tuple[np.ndarray, list[str]]:
     """A column of strings as small integers and their meanings."""
     coded = tokens[column]
@@ -79,6 +79,7 @@ def codes(tokens: pa.Table, column: str) -> tuple[np.ndarray, list[str]]:
     if isinstance(coded, pa.ChunkedArray): coded = coded.chunk(0)
     return coded.indices.to_numpy(zero_copy_only=False), coded.dictionary.to_pylist()
 
+# %% ../nbs/08_exemplars.ipynb #0ec069f2
 def windows(tokens: pa.Table, reach: int) -> Windows:
     """Windows of `reach` tokens either side of every row, cut where the study, section or view ends."""
     starts = np.zeros(len(tokens), bool)
@@ -112,7 +113,7 @@ def lottery(rows: np.ndarray, features: np.ndarray, seed: int) -> np.ndarray:
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
     return x ^ (x >> np.uint64(31))
 
-# %% ../nbs/08_exemplars.ipynb #8dd96281
+# %% ../nbs/08_exemplars.ipynb #d752cd4c
 class Sample:
     """The `size` lowest tickets of every group, each with its row and the activations of its window."""
     def __init__(self, groups: int, size: int, width: int):
@@ -120,33 +121,39 @@ class Sample:
         self.tickets, self.rows = np.zeros((groups, size), np.uint64), np.zeros((groups, size), np.int64)
         self.values = np.zeros((groups, size, width), np.float32)  # pages of memory are taken only when written to
 
-    def add(self, group: np.ndarray, ticket: np.ndarray, row: np.ndarray, values: np.ndarray) -> None:
-        """Offer contexts: `values` is float32 [contexts, width]."""
-        order = np.argsort(group, kind="stable")
-        turn = np.arange(len(group)) - np.searchsorted(group[order], group[order])
-        rounds = order[np.argsort(turn, kind="stable")]  # in one round a group is offered one context
-        for these in np.split(rounds, np.cumsum(np.bincount(turn))[:-1]) if len(group) else []:
-            these = these[ticket[these] < self.limit[group[these]]]
-            self._place(group[these], ticket[these], row[these], values[these])
+# %% ../nbs/08_exemplars.ipynb #7321d9c8
+@patch
+def add(self: Sample, group: np.ndarray, ticket: np.ndarray, row: np.ndarray, values: np.ndarray) -> None:
+    """Offer contexts: `values` is float32 [contexts, width]."""
+    order = np.argsort(group, kind="stable")
+    turn = np.arange(len(group)) - np.searchsorted(group[order], group[order])
+    rounds = order[np.argsort(turn, kind="stable")]  # in one round a group is offered one context
+    for these in np.split(rounds, np.cumsum(np.bincount(turn))[:-1]) if len(group) else []:
+        these = these[ticket[these] < self.limit[group[these]]]
+        self._place(group[these], ticket[these], row[these], values[these])
 
-    def _place(self, group: np.ndarray, ticket: np.ndarray, row: np.ndarray, values: np.ndarray) -> None:
-        "Put contexts of different groups into a free place each, or that of the highest ticket."
-        size = self.tickets.shape[1]
-        full = self.count[group] == size
-        place = self.count[group]
-        place[full] = self.tickets[group[full]].argmax(1)
-        self.tickets[group, place], self.rows[group, place], self.values[group, place] = ticket, row, values
-        self.count[group] += ~full
-        full = group[self.count[group] == size]
-        self.limit[full] = self.tickets[full].max(1)
+# %% ../nbs/08_exemplars.ipynb #f73cb61b
+@patch
+def _place(self: Sample, group: np.ndarray, ticket: np.ndarray, row: np.ndarray, values: np.ndarray) -> None:
+    "Put contexts of different groups into a free place each, or that of the highest ticket."
+    size = self.tickets.shape[1]
+    full = self.count[group] == size
+    place = self.count[group]
+    place[full] = self.tickets[group[full]].argmax(1)
+    self.tickets[group, place], self.rows[group, place], self.values[group, place] = ticket, row, values
+    self.count[group] += ~full
+    full = group[self.count[group] == size]
+    self.limit[full] = self.tickets[full].max(1)
 
-    def of(self, group: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and values of a group's contexts, ordered by ticket."""
-        held = self.count[group]
-        order = np.argsort(self.tickets[group, :held])
-        return self.rows[group, order], self.values[group, order]
+# %% ../nbs/08_exemplars.ipynb #04727b2c
+@patch
+def of(self: Sample, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and values of a group's contexts, ordered by ticket."""
+    held = self.count[group]
+    order = np.argsort(self.tickets[group, :held])
+    return self.rows[group, order], self.values[group, order]
 
-# %% ../nbs/08_exemplars.ipynb #70431037
+# %% ../nbs/08_exemplars.ipynb #f6f51018
 PLACES = ("image", "boilerplate", "indication", "technique", "comparison", "prior_report", "findings")
 VIEWS = ("frontal", "lateral", "prior")
 EDGES = np.array([m * 2.0**e for e in range(-8, 8) for m in (1, 1.5)])   # lower edges of the 32 bins; the outer ones are open
@@ -155,6 +162,7 @@ def bins(values: np.ndarray) -> np.ndarray:
     """Index into `EDGES` of the bin of each positive float32."""
     return ((values.view(np.int32) >> 22) - 2 * (127 - 8)).clip(0, len(EDGES) - 1)
 
+# %% ../nbs/08_exemplars.ipynb #15be9176
 class Tally:
     """Running statistics of every feature: firings by place, the sum, maximum and histogram of its activations."""
     def __init__(self, features: int):
@@ -181,7 +189,7 @@ def firings(z: np.ndarray, fires: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     row = np.repeat(np.arange(len(z)), np.count_nonzero(fires, axis=1))
     return row, flat - row * z.shape[1], z.ravel()[flat]
 
-# %% ../nbs/08_exemplars.ipynb #823e51ca
+# %% ../nbs/08_exemplars.ipynb #f0035dad
 class Collector:
     """The state of one pass over the store; `read` feeds it a block, `choose` picks a feature's exemplars."""
     def __init__(self, tokens: pa.Table, features: int, cfg: ExemplarsConfig, seed: int):
@@ -199,6 +207,7 @@ class Collector:
         draw = rng(self.seed, "exemplars", "pool", side)
         return np.sort(draw.choice(rows, min(self.cfg.silent_pool, len(rows)), replace=False))
 
+# %% ../nbs/08_exemplars.ipynb #76c1663c
 def _numbered(tokens: pa.Table, column: str, names: Sequence[str], other: Sequence[str] = ()) -> np.ndarray:
     "A column as indices into `names`, −1 for one of `other`; raises `UserError` for any other word."
     code, found = codes(tokens, column)
@@ -220,7 +229,7 @@ def sides(tokens: pa.Table, cfg: ExemplarsConfig) -> np.ndarray:
                         "split the studies by patient and extract again.")
     return side
 
-# %% ../nbs/08_exemplars.ipynb #ba373533
+# %% ../nbs/08_exemplars.ipynb #ddd3eacf
 @patch
 def read(self: Collector, z: torch.Tensor, begin: int) -> None:
     """Take in the activations of rows `begin` … of the store: `z` [rows, features], normalised units, 0 where silent."""
@@ -234,6 +243,7 @@ def read(self: Collector, z: torch.Tensor, begin: int) -> None:
             low, high = self.windows.low(pool[p]) - begin, self.windows.high(pool[p]) - begin
             fired[p] = fires[low:high + 1].any(0)
 
+# %% ../nbs/08_exemplars.ipynb #454d6fad
 @patch
 def _offer(self: Collector, z: np.ndarray, begin: int, row: np.ndarray, feature: np.ndarray) -> None:
     "Put the block's peaks into the sample."
@@ -246,6 +256,7 @@ def _offer(self: Collector, z: np.ndarray, begin: int, row: np.ndarray, feature:
         some = some[peak]
         self.sample.add(group[some], ticket[some], begin + row[some], values[peak])
 
+# %% ../nbs/08_exemplars.ipynb #fb018d4f
 @patch
 def _around(self: Collector, z: np.ndarray, begin: int, row: np.ndarray, feature: np.ndarray) -> np.ndarray:
     "Activations float32 [firings, 2·window + 1] of a feature in the window around a row, 0 beyond its ends."
@@ -279,7 +290,7 @@ class Chosen:
     values: np.ndarray    # float32 [contexts, 2·window + 1]
     status: str           # "ok" | "too few contexts" | "dead"
 
-# %% ../nbs/08_exemplars.ipynb #2e697b60
+# %% ../nbs/08_exemplars.ipynb #10632e28
 @patch
 def choose(self: Collector, feature: int) -> Chosen:
     """Exemplars of one feature, by seed alone."""
@@ -302,6 +313,7 @@ def choose(self: Collector, feature: int) -> Chosen:
     return Chosen(np.concatenate(role).astype(np.int8), np.concatenate(row), np.concatenate(decile),
                   np.concatenate(value), status)
 
+# %% ../nbs/08_exemplars.ipynb #fd33d9b1
 @patch
 def _active(self: Collector, peaks: np.ndarray, ten: np.ndarray, order: np.ndarray, side: int, count: int) -> np.ndarray:
     "Indices of the active contexts of one side, strongest decile first."
@@ -319,7 +331,7 @@ SCHEMA = pa.schema([("feature", pa.int32()), ("role", pa.string()), ("study", pa
                     ("patch_row", pa.int16()), ("patch_col", pa.int16()),    # of an image token: where in its radiograph; -1 for text
                     ("source", pa.string())])                                # of a silent context: "random", or what makes it a near miss
 
-# %% ../nbs/08_exemplars.ipynb #aface3e9
+# %% ../nbs/08_exemplars.ipynb #674e09a3
 @patch
 def table(self: Collector, features: list[int], chosen: list[Chosen]) -> pa.Table:
     """The exemplars of some features with the columns of `SCHEMA`."""
@@ -328,6 +340,7 @@ def table(self: Collector, features: list[int], chosen: list[Chosen]) -> pa.Tabl
                "source": np.where(role % 2 == 1, "random", ""), "decile": np.concatenate([c.decile for c in chosen])}
     return contexts_table(self.tokens, self.windows, row, np.concatenate([c.values for c in chosen]), columns)
 
+# %% ../nbs/08_exemplars.ipynb #fea425d1
 def contexts_table(tokens: pa.Table, windows: Windows, row: np.ndarray, values: np.ndarray, columns: Mapping[str, Any]) -> pa.Table:
     """Contexts around `row` with the columns of `SCHEMA`; `values` float32 [contexts, 2·window + 1] are their activations."""
     steps = np.arange(values.shape[1]) - values.shape[1] // 2
@@ -344,6 +357,7 @@ def _column(values: Any, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
     "A column of the wanted type."
     return (values if isinstance(values, (pa.Array, pa.ChunkedArray)) else pa.array(values)).cast(kind)
 
+# %% ../nbs/08_exemplars.ipynb #56dd255e
 def texts(tokens: pa.Table, rows: np.ndarray) -> pa.Array:
     """The text of some rows; an image token, which has none, is written `[image]`."""
     some = tokens.select(["section", "text"]).take(pa.array(rows))
@@ -351,7 +365,7 @@ def texts(tokens: pa.Table, rows: np.ndarray) -> pa.Array:
     if isinstance(text, pa.ChunkedArray): text, section = text.chunk(0), section.chunk(0)
     return pc.if_else(pc.equal(section, "image"), "[image]", text)
 
-# %% ../nbs/08_exemplars.ipynb #854cefe4
+# %% ../nbs/08_exemplars.ipynb #3b89bc25
 @patch
 def summary(self: Collector, levels: list[int], chosen: list[Chosen]) -> pa.Table:
     """A row for every feature: how often, how strongly and where it fires, how many contexts it got, and its status.
@@ -372,6 +386,7 @@ def summary(self: Collector, levels: list[int], chosen: list[Chosen]) -> pa.Tabl
                      "histogram": pa.array(list(self.tally.histogram), pa.list_(pa.int64())),
                      **count, "status": [c.status for c in chosen]})
 
+# %% ../nbs/08_exemplars.ipynb #97d7c70b
 @patch
 def _deciles(self: Collector, feature: int) -> list[float]:
     "Nine cuts of a feature's sampled peaks into tenths."
@@ -391,7 +406,7 @@ def _phrases(f: Finding) -> Iterator[str]:
     for said in (f.side, f.severity, f.zone): yield f"{said} {kind}".strip()
     yield " ".join(w for w in (f.severity, f.side, kind) if w)
 
-# %% ../nbs/08_exemplars.ipynb #fd702572
+# %% ../nbs/08_exemplars.ipynb #6b8eab19
 def stated_table(tokens: pa.Table, side: np.ndarray) -> pa.Table:
     """Columns study and stated: what the findings section of each study that explains or scores says."""
     section, names = codes(tokens, "section")
@@ -402,11 +417,20 @@ def stated_table(tokens: pa.Table, side: np.ndarray) -> pa.Table:
              for part in progress(np.split(rows, cuts), "exemplars: reading reports") if len(part)]
     return pa.table({"study": [s for s, _ in found], "stated": pa.array([list(f) for _, f in found], pa.list_(pa.string()))})
 
+# %% ../nbs/08_exemplars.ipynb #b429d249
+def patch_grid(tokens: pa.Table) -> tuple[int, int]:
+    """Rows and columns of the patches into which the subject model cuts a radiograph; (0, 0) where no image token was stored.
+
+    The last token of a radiograph is its last patch, so this holds for stores with one image token a view as well.
+    """
+    found = [pc.max(tokens[c]).as_py() for c in ("row", "col")]
+    return tuple(0 if n is None else n + 1 for n in found)
+
 def sae_mark(sae: MatryoshkaSAE) -> str:
     """Which SAE a table of exemplars is of: a hash of its weights."""
     return content_hash(*sae.state_dict().values())
 
-# %% ../nbs/08_exemplars.ipynb #57e81b48
+# %% ../nbs/08_exemplars.ipynb #fe541d40
 def collect_exemplars(store: Store, sae: MatryoshkaSAE, cfg: ExemplarsConfig, seed: int, out: Path | str) -> pa.Table:
     """One pass over `store` with `sae`; writes `features.parquet` and `exemplars.parquet` into `out`, returns the first.
 
@@ -422,16 +446,18 @@ def collect_exemplars(store: Store, sae: MatryoshkaSAE, cfg: ExemplarsConfig, se
     (out / "near.parquet").unlink(missing_ok=True)  # near misses of other exemplars
     write_table(out / "studies.parquet", stated_table(tokens, collector.side))
     table = collector.summary([sae.level(f) for f in range(sae.width)], chosen)
-    table = table.replace_schema_metadata({"sae": sae_mark(sae)})
+    table = table.replace_schema_metadata({"sae": sae_mark(sae), "grid": "x".join(map(str, patch_grid(tokens)))})
     write_table(out / "features.parquet", table)
     return table
 
+# %% ../nbs/08_exemplars.ipynb #2a23d77a
 def lean_tokens(store: Store) -> pa.Table:
     """The store's token table with every word written once: a tenth of the memory of `store.tokens`."""
     words = ["study", "patient", "split", "section", "view", "text"]
     table = pq.read_table(store.folder / "tokens.parquet", columns=[*words, "row", "col", "token_id"], read_dictionary=words)
     return table.unify_dictionaries().combine_chunks()
 
+# %% ../nbs/08_exemplars.ipynb #2466a9a1
 def _write(collector: Collector, path: Path, group: int = 32) -> list[Chosen]:
     "Choose and write the exemplars, a row group for every `group` features."
     chosen = []
@@ -478,7 +504,7 @@ class FeatureContexts:
     near_sources: tuple[str, ...] = ()        # what makes each of them near
     marks: tuple[tuple[int, ...], ...] = ()   # of the active scoring contexts: on which tokens the feature fires; only for setting exams
 
-# %% ../nbs/08_exemplars.ipynb #d9194bec
+# %% ../nbs/08_exemplars.ipynb #9de517ab
 class Exemplars:
     """The tables of a run's `exemplars/` folder; raises `UserError` where one is absent or damaged, or of another SAE than `sae`."""
     def __init__(self, folder: Path | str, sae: MatryoshkaSAE | None = None):
@@ -486,6 +512,8 @@ class Exemplars:
         table = read_table(self.folder / "features.parquet")
         if sae is not None and (table.schema.metadata or {}).get(b"sae", b"").decode() != sae_mark(sae):
             raise UserError(f"{self.folder / 'features.parquet'} was made with another SAE than the one given; run `saerad exemplars` again.")
+        known = (table.schema.metadata or {}).get(b"grid", b"0x0").decode().split("x")
+        self.grid = int(known[0]), int(known[1])    # rows and columns of a radiograph's patches
         self.features = table.to_pandas()
         self.files = [_Ranged(self.folder / "exemplars.parquet")]
         if (self.folder / "near.parquet").exists(): self.files.append(_Ranged(self.folder / "near.parquet"))
@@ -501,6 +529,7 @@ class Exemplars:
         """The exemplars of one feature, as a table to look at."""
         return self.between(feature, feature + 1).to_pandas()
 
+# %% ../nbs/08_exemplars.ipynb #70adc115
 class _Ranged:
     "A table ordered by feature, read a few row groups at a time."
     def __init__(self, path: Path):
@@ -513,7 +542,7 @@ class _Ranged:
         some = [i for i, (low, high) in enumerate(self.ranges) if high >= first and low < last]
         return self.file.read_row_groups(some).filter((pc.field("feature") >= first) & (pc.field("feature") < last))
 
-# %% ../nbs/08_exemplars.ipynb #5e7d3e8d
+# %% ../nbs/08_exemplars.ipynb #a0f971a0
 @patch
 def contexts(self: Exemplars, step: int = 32) -> Iterator[FeatureContexts]:
     """Every feature with status "ok" in turn, `step` features read at once; raises `UserError` for a leak between the sides."""
@@ -523,12 +552,14 @@ def contexts(self: Exemplars, step: int = 32) -> Iterator[FeatureContexts]:
         parts = [_by_feature(f.between(first, first + step)) for f in self.files]
         for f in sorted(parts[0].keys() & known.keys()): yield self._of(f, known[f], pa.concat_tables([p[f] for p in parts if f in p]))
 
+# %% ../nbs/08_exemplars.ipynb #5d6b0f7e
 def _by_feature(table: pa.Table) -> dict[int, pa.Table]:
     "The rows of each feature of an ordered table."
     feature = table["feature"].to_numpy()
     cuts = np.r_[0, np.flatnonzero(np.diff(feature)) + 1, len(feature)] if len(feature) else [0]
     return {int(feature[a]): table.slice(a, b - a) for a, b in zip(cuts[:-1], cuts[1:], strict=True)}
 
+# %% ../nbs/08_exemplars.ipynb #59900dcb
 @patch
 def _of(self: Exemplars, feature: int, prevalence: float, table: pa.Table) -> FeatureContexts:
     "The records of one feature from its rows."
@@ -549,6 +580,7 @@ def _of(self: Exemplars, feature: int, prevalence: float, table: pa.Table) -> Fe
     return FeatureContexts(feature, prevalence, active, some["explain_silent"], some["scoring"], role[scoring] == "score_active",
                            some["explain_near"], some["score_near"], sources, marks)
 
+# %% ../nbs/08_exemplars.ipynb #bc6c6628
 @patch
 def _plain(self: Exemplars, table: pa.Table) -> list[Context]:
     "The contexts of some rows, without activations."
@@ -556,6 +588,7 @@ def _plain(self: Exemplars, table: pa.Table) -> list[Context]:
     return [Context(row, tuple(tokens), section, view, offset, low=row - peak, study=study, patch=(y, x), stated=self.stated.get(study, ()))
             for row, section, view, offset, study, y, x, peak, tokens in zip(*columns, _lists(table["tokens"]), strict=True)]
 
+# %% ../nbs/08_exemplars.ipynb #bfcbc4d1
 def _lists(column: pa.ChunkedArray) -> list[list[Any]]:
     "A column of lists as Python lists; much faster than converting each list by itself."
     column = column.combine_chunks()

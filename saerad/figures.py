@@ -259,7 +259,7 @@ def draw_plot(name: str, run: RunTables | Path | str, cfg: FiguresConfig | None 
         plot.draw(numbers, *np.atleast_1d(fig.subplots(1, plot.panels)))
     return fig, numbers
 
-# %% ../nbs/11_figures.ipynb #3e8ad652
+# %% ../nbs/11_figures.ipynb #8db7c524
 def collect_overview(run: RunTables) -> pd.DataFrame:
     """`stage` and two lines about each, from the summary; "?" for what has not been done."""
     found = {name: part or {} for name, part in run.json("summary.json").items()}
@@ -277,6 +277,7 @@ def collect_overview(run: RunTables) -> pd.DataFrame:
 def _count(n: Any) -> str: return f"{n:,}" if n else "?"
 def _two(n: Any) -> str: return "?" if n is None else f"{n:.2f}"
 
+# %% ../nbs/11_figures.ipynb #7d563cdb
 def draw_overview(numbers: pd.DataFrame, ax: Axes) -> None:
     """Boxes from the studies to the steered reports, joined by arrows."""
     width, gap = 1.0, 0.32
@@ -291,15 +292,17 @@ def draw_overview(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.set(xlim=(-0.05, len(numbers) * (width + gap) - gap + 0.05), ylim=(-0.05, 0.95))
     ax.axis("off")
 
+# %% ../nbs/11_figures.ipynb #4dd5acba
 plot_overview = PLOTS["overview"] = Plot(collect_overview, draw_overview, ("summary.json",),
                                          "The study from left to right: what went in, what was made of it, and "
                          "how much there is of each.", wide=True, height=1.0)
 
-# %% ../nbs/11_figures.ipynb #428f9ff9
+# %% ../nbs/11_figures.ipynb #b9220a17
 def collect_training(run: RunTables) -> pd.DataFrame:
     """`step`, `fvu`, `l0` and `dead` of the training log."""
     return pd.DataFrame(run.json("sae/metrics.jsonl"))[["step", "fvu", "l0", "dead"]]
 
+# %% ../nbs/11_figures.ipynb #d2b89558
 def draw_training(numbers: pd.DataFrame, *axes: Axes) -> None:
     """FVU, L0 and dead features against the step."""
     labels = {"fvu": "variance unexplained (FVU)", "l0": "features a token (L0)", "dead": "dead features, share"}
@@ -307,11 +310,12 @@ def draw_training(numbers: pd.DataFrame, *axes: Axes) -> None:
         ax.plot(numbers.step, numbers[column], color=BLUE, marker="o" if len(numbers) < 3 else "")
         ax.set(xlabel="step", ylabel=label, ylim=(0, max(numbers[column].max() * 1.1, 0.01)))
 
+# %% ../nbs/11_figures.ipynb #d07fc556
 plot_training = PLOTS["training"] = Plot(collect_training, draw_training, ("sae/metrics.jsonl",),
                                          "Training of the dictionary, on batches of training patients. "
                          "Low FVU is necessary and proves little: a randomly initialised model can be reconstructed well too.", 3, True)
 
-# %% ../nbs/11_figures.ipynb #28c262c3
+# %% ../nbs/11_figures.ipynb #d3b7d842
 def collect_fidelity(run: RunTables) -> pd.DataFrame:
     """Rows `panel`, `name`, `value` of the evaluation on test patients."""
     found = run.json("sae/evaluation.json")
@@ -321,6 +325,7 @@ def collect_fidelity(run: RunTables) -> pd.DataFrame:
     return pd.DataFrame([(panel, str(name), value) for panel, values in panels.items() for name, value in values.items()],
                         columns=["panel", "name", "value"])
 
+# %% ../nbs/11_figures.ipynb #aba9de56
 def draw_fidelity(numbers: pd.DataFrame, by_prefix: Axes, by_section: Axes, by_loss: Axes) -> None:
     """FVU by prefix and by section, and the loss of the spliced model."""
     prefix, section, loss = (numbers[numbers.panel == p] for p in ("prefix", "section", "loss"))
@@ -334,18 +339,20 @@ def draw_fidelity(numbers: pd.DataFrame, by_prefix: Axes, by_section: Axes, by_l
     by_loss.bar(loss.name, loss.value, color=[BLUE if n in ("clean", "spliced") else GREY for n in loss.name])
     by_loss.set(ylabel="loss, nats a token")
 
+# %% ../nbs/11_figures.ipynb #69fa6d8c
 plot_fidelity = PLOTS["fidelity"] = Plot(collect_fidelity, draw_fidelity, ("sae/evaluation.json",),
                                          "What the dictionary keeps, on test patients: variance "
                          "unexplained (FVU) by the number of features used and by section, and the loss of the report's tokens when the "
                          "reconstruction, the mean or zeros take the stream's place.", 3, True)
 
-# %% ../nbs/11_figures.ipynb #cf13ad41
+# %% ../nbs/11_figures.ipynb #bc770bb4
 def collect_sweep(run: RunTables) -> pd.DataFrame:
     """`l0`, `fvu` and the rest of each dictionary of a sweep, in order of L0; `name` is its kind and order of groups."""
     table = run.table("sweep/table.parquet")
     kind = table["kind"].astype(str) + ", " + table["group_order"].astype(str)
     return table.assign(name=kind).sort_values(["name", "l0"]).reset_index(drop=True)
 
+# %% ../nbs/11_figures.ipynb #e87dc1a6
 def draw_sweep(numbers: pd.DataFrame, ax: Axes) -> None:
     """FVU against L0, one line a kind of dictionary."""
     marks = ("o", "D", "s", "^", "v")
@@ -354,16 +361,18 @@ def draw_sweep(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.set(xlabel="features a token (L0)", ylabel="variance unexplained (FVU)", ylim=(0, None), xlim=(0, None))
     if numbers.name.nunique() > 1: ax.legend()
 
+# %% ../nbs/11_figures.ipynb #b0d1850f
 plot_sweep = PLOTS["sweep"] = Plot(collect_sweep, draw_sweep, ("sweep/table.parquet",),
                                    "What more features a token buy: variance unexplained (FVU) against the mean number of active "
                       "features (L0), on test patients, for the dictionaries of a sweep. Lower and further left is better.")
 
-# %% ../nbs/11_figures.ipynb #e62f17c0
+# %% ../nbs/11_figures.ipynb #56c462dd
 def collect_density(run: RunTables) -> pd.DataFrame | None:
     """`feature`, `level` and `density` (share of tokens on which it fires); None when no feature fires."""
     table = run.table("exemplars/features.parquet", ["feature", "level", "density"])
     return table if (table.density > 0).any() else None
 
+# %% ../nbs/11_figures.ipynb #417ef806
 def draw_density(numbers: pd.DataFrame, ax: Axes, dead: Axes) -> None:
     """Histogram of densities, stacked by level, and the share of each level that never fired."""
     live = numbers[numbers.density > 0]
@@ -377,11 +386,12 @@ def draw_density(numbers: pd.DataFrame, ax: Axes, dead: Axes) -> None:
     dead.set(xlabel="level", ylabel="share that never fired", ylim=(0, max(1.15 * share.max(), 0.01)),
              title=f"{len(numbers) - len(live)} that never fired")
 
+# %% ../nbs/11_figures.ipynb #e3762292
 plot_density = PLOTS["density"] = Plot(collect_density, draw_density, ("exemplars/features.parquet",),
                                        "How often features fire, and how many never do, by the group "
                         "of the dictionary that they belong to (level 0 is the first group).", 2, True)
 
-# %% ../nbs/11_figures.ipynb #aff3e19d
+# %% ../nbs/11_figures.ipynb #1f4b0a1b
 def collect_sections(run: RunTables) -> pd.DataFrame | None:
     """Mean share of a live feature's firings in each part of the prompt, by level."""
     table = run.table("exemplars/features.parquet")
@@ -389,6 +399,7 @@ def collect_sections(run: RunTables) -> pd.DataFrame | None:
     live = table[table.density > 0]
     return live.groupby("level")[places].mean().rename(columns=lambda c: c[3:]).reset_index() if places and len(live) else None
 
+# %% ../nbs/11_figures.ipynb #cdb06559
 def draw_sections(numbers: pd.DataFrame, ax: Axes) -> None:
     """Stacked bars: where the features of a level fire."""
     left = np.zeros(len(numbers))
@@ -399,16 +410,18 @@ def draw_sections(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.invert_yaxis()
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
+# %% ../nbs/11_figures.ipynb #e8d44cc6
 plot_sections = PLOTS["sections"] = Plot(collect_sections, draw_sections, ("exemplars/features.parquet",), "Where features fire: the mean share of a "
                          "feature's firings in each part of the prompt and report. Parts differ in length, so this is not a preference.",
                          wide=True, height=2.0)
 
-# %% ../nbs/11_figures.ipynb #86a807e0
+# %% ../nbs/11_figures.ipynb #f76c56ce
 def collect_f1(run: RunTables) -> pd.DataFrame:
     """Scores of every examined description with its controls."""
     table = run.table("interpretations/interpretations.parquet")
     return table.loc[table.f1.notna(), ["feature", "f1", "shuffled_f1", "always_yes_f1", "precision", "recall", "scored_contexts", "negatives"]]
 
+# %% ../nbs/11_figures.ipynb #0cae1760
 def draw_f1(numbers: pd.DataFrame, ax: Axes) -> None:
     """Histograms of F1 with the own and with another feature's description."""
     bins = np.linspace(0, 1, 21)
@@ -418,12 +431,13 @@ def draw_f1(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.set(xlabel="F1 of detection on held-out patients", ylabel="features", xlim=(0, 1))
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=3, columnspacing=1, handlelength=1.2)
 
+# %% ../nbs/11_figures.ipynb #6d54ee87
 plot_f1 = PLOTS["f1"] = Plot(collect_f1, draw_f1, ("interpretations/interpretations.parquet",),
                              "How well descriptions predict where features fire in "
                    "contexts of patients that the interpreter never saw, beside two controls: the description of another feature, and "
                    "always answering yes.")
 
-# %% ../nbs/11_figures.ipynb #00091648
+# %% ../nbs/11_figures.ipynb #a0cb8c63
 def draw_precision_recall(numbers: pd.DataFrame, ax: Axes) -> None:
     """Recall against precision, with lines of equal F1."""
     p = np.linspace(0.01, 1, 200)
@@ -436,12 +450,13 @@ def draw_precision_recall(numbers: pd.DataFrame, ax: Axes) -> None:
     wide = float((numbers.recall > numbers.precision).mean())
     ax.set(xlabel="precision", ylabel="recall", xlim=(0, 1.02), ylim=(0, 1.02), title=f"{wide:.0%} say yes too often")
 
+# %% ../nbs/11_figures.ipynb #59116c9a
 plot_precision_recall = PLOTS["precision_recall"] = Plot(collect_f1, draw_precision_recall, ("interpretations/interpretations.parquet",),
                                                          "Precision and recall of "
                                  "each description. Above the dotted line recall is higher: the description is less specific than the feature.",
                                  height=2.9)
 
-# %% ../nbs/11_figures.ipynb #aa2f5cab
+# %% ../nbs/11_figures.ipynb #6b40fead
 def collect_negatives(run: RunTables) -> pd.DataFrame | None:
     """`feature`, `source` of the silent contexts, and `f1` and `mistaken` (share of them said to be active) against that source."""
     table = run.table("interpretations/interpretations.parquet")
@@ -450,6 +465,7 @@ def collect_negatives(run: RunTables) -> pd.DataFrame | None:
     numbers = pd.DataFrame(rows, columns=["feature", "source", "contexts", "mistaken", "f1"])
     return numbers[numbers.f1.notna()]
 
+# %% ../nbs/11_figures.ipynb #43c3b3b4
 def draw_negatives(numbers: pd.DataFrame, ax: Axes) -> None:
     """F1 by source of the negatives, easiest source first."""
     order = numbers.groupby("source").f1.median().sort_values(ascending=False).index
@@ -459,16 +475,18 @@ def draw_negatives(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.invert_yaxis()
     ax.set(xlabel="F1 against silent contexts of this source", xlim=(0, 1.02))
 
+# %% ../nbs/11_figures.ipynb #7344f5c8
 plot_negatives = PLOTS["negatives"] = Plot(collect_negatives, draw_negatives, ("interpretations/interpretations.parquet",),
                                            "The same descriptions examined against silent contexts of "
                           "different kinds (in brackets the number of features); an F1 without its negatives cannot be compared.")
 
-# %% ../nbs/11_figures.ipynb #e133cc2e
+# %% ../nbs/11_figures.ipynb #9be2f80c
 def collect_frequency(run: RunTables) -> pd.DataFrame:
     """F1 and density of every examined feature that fires."""
     both = collect_f1(run)[["feature", "f1"]].merge(run.table("exemplars/features.parquet", ["feature", "density"]), on="feature")
     return both[both.density > 0]
 
+# %% ../nbs/11_figures.ipynb #56955589
 def draw_frequency(numbers: pd.DataFrame, ax: Axes) -> None:
     """F1 against density, with Spearman's rank correlation."""
     ax.scatter(numbers.density, numbers.f1, s=9, color=BLUE, alpha=0.6, linewidth=0)
@@ -479,11 +497,12 @@ def _spearman(a: pd.Series, b: pd.Series) -> str:
     if len(a) < 3 or a.nunique() < 2 or b.nunique() < 2: return f"n = {len(a)}"
     return f"Spearman ρ = {a.rank().corr(b.rank()):.2f}, n = {len(a)}"
 
+# %% ../nbs/11_figures.ipynb #b536aef9
 plot_frequency_f1 = PLOTS["frequency_f1"] = Plot(collect_frequency, draw_frequency,
                                                  ("interpretations/interpretations.parquet", "exemplars/features.parquet"),
                              "Are frequent features easier to describe? F1 against how often the feature fires.")
 
-# %% ../nbs/11_figures.ipynb #b12ee4a4
+# %% ../nbs/11_figures.ipynb #b4e90ca1
 def collect_levels(run: RunTables) -> pd.DataFrame:
     """F1, control and level of every examined feature; sizes and order of the groups in `attrs`."""
     both = collect_f1(run)[["feature", "f1", "shuffled_f1"]].merge(run.table("exemplars/features.parquet", ["feature", "level"]), on="feature")
@@ -491,6 +510,7 @@ def collect_levels(run: RunTables) -> pd.DataFrame:
     both.attrs = {"order": sae.get("group_order"), "sizes": sae.get("group_sizes")}
     return both
 
+# %% ../nbs/11_figures.ipynb #9b2b76ab
 def draw_levels(numbers: pd.DataFrame, ax: Axes) -> None:
     """F1 of each level as points and quartiles, the median of the control as a grey line."""
     levels, sizes = sorted(numbers.level.unique()), numbers.attrs.get("sizes")
@@ -506,11 +526,12 @@ def draw_levels(numbers: pd.DataFrame, ax: Axes) -> None:
     order = f"group order: {numbers.attrs['order']}" if numbers.attrs.get("order") else ""
     ax.set(xlabel="level", ylabel="F1", ylim=(0, 1.02), title=order)
 
+# %% ../nbs/11_figures.ipynb #05976dfa
 plot_f1_levels = PLOTS["f1_levels"] = Plot(collect_levels, draw_levels, ("interpretations/interpretations.parquet", "exemplars/features.parquet"),
                           "F1 of the descriptions by level of the dictionary, first group on the left; dashed: the median with another "
                           "feature's description.", height=2.8)
 
-# %% ../nbs/11_figures.ipynb #d07fad83
+# %% ../nbs/11_figures.ipynb #8baa6a8c
 def collect_steering(run: RunTables) -> pd.DataFrame:
     """Share and number of reports with each outcome, by α, for features and for each control."""
     table = _judged(run)
@@ -526,6 +547,7 @@ def _judged(run: RunTables) -> pd.DataFrame:
     return table.assign(outcome=table.outcome.where(~table.degenerate.astype(bool), "degenerate"),
                         pushed=pushed.where(table.control.astype(bool), "feature"), control=table.control.astype(bool))
 
+# %% ../nbs/11_figures.ipynb #2ca7e736
 def draw_steering(numbers: pd.DataFrame, ax: Axes) -> None:
     """Stacked bars of the outcomes."""
     left = np.zeros(len(numbers))
@@ -538,11 +560,12 @@ def draw_steering(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.invert_yaxis()
     ax.legend(loc="lower center", bbox_to_anchor=(0.4, 1), ncol=5, columnspacing=1, handlelength=1)
 
+# %% ../nbs/11_figures.ipynb #0ccbb960
 plot_steering = PLOTS["steering"] = Plot(collect_steering, draw_steering, ("steering/judgements.parquet",),
                                          "What happens to a report when a feature is pushed "
                          "on, by strength and sign, beside pushes of the same length that are no feature of ours.", wide=True, height=2.2)
 
-# %% ../nbs/11_figures.ipynb #c41b78d0
+# %% ../nbs/11_figures.ipynb #7ddf91fb
 def collect_signs(run: RunTables) -> pd.DataFrame | None:
     """Share of a feature's reports that changed under the strongest negative and the strongest positive push."""
     table = _judged(run)
@@ -552,6 +575,7 @@ def collect_signs(run: RunTables) -> pd.DataFrame | None:
     changed = table.assign(changed=table.outcome != "unchanged").groupby(["feature", "alpha"]).changed.mean().unstack()
     return pd.DataFrame({"feature": changed.index, "negative": changed[low].to_numpy(), "positive": changed[high].to_numpy()}).dropna()
 
+# %% ../nbs/11_figures.ipynb #5758a879
 def draw_signs(numbers: pd.DataFrame, ax: Axes) -> None:
     """Changed reports under +α against those under −α."""
     ax.plot([0, 1], [0, 1], color=GREY, linewidth=0.7, linestyle=":")
@@ -560,11 +584,12 @@ def draw_signs(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.set(xlabel="changed under −α, share", ylabel="changed under +α, share", xlim=(0, 1.02), ylim=(0, 1.02),
            title=_spearman(numbers.negative, numbers.positive))
 
+# %% ../nbs/11_figures.ipynb #002950e2
 plot_signs = PLOTS["signs"] = Plot(collect_signs, draw_signs, ("steering/judgements.parquet",),
                                    "Do features that move reports when pushed one way also move "
                       "them the other way? Numbers are features.", height=2.9)
 
-# %% ../nbs/11_figures.ipynb #89ac439c
+# %% ../nbs/11_figures.ipynb #eb68831c
 def collect_doses(run: RunTables) -> pd.DataFrame | None:
     """Share of reports `changed`, `on target` and `degenerate` by α, for features and controls, with intervals over patients."""
     table = _judged(run)
@@ -586,6 +611,7 @@ def _interval(by_patient: np.ndarray, draws: int = 1000) -> tuple[float, float]:
     low, high = np.quantile(hits / reports, [0.025, 0.975])
     return float(low), float(high)
 
+# %% ../nbs/11_figures.ipynb #0879eb72
 def draw_doses(numbers: pd.DataFrame, ours: Axes, control: Axes) -> None:
     """Shares along α with their bands, for features on the left and random directions on the right."""
     looks = {"changed": ("black", "o", "-"), "on target": (GREEN, "D", "-"), "degenerate": (RUST, "s", ":")}
@@ -604,11 +630,12 @@ def draw_doses(numbers: pd.DataFrame, ours: Axes, control: Axes) -> None:
     ours.set_ylabel("share of reports")
     ours.legend(loc="upper left", bbox_to_anchor=(0, 1))
 
+# %% ../nbs/11_figures.ipynb #95d1f1c4
 plot_doses = PLOTS["doses"] = Plot(collect_doses, draw_doses, ("steering/judgements.parquet",),
                                    "What more push does: shares of reports by strength, with 95 % intervals over "
                       "patients, beside random directions of the same length.", 2, True, 2.4)
 
-# %% ../nbs/11_figures.ipynb #870935b8
+# %% ../nbs/11_figures.ipynb #0a97a83d
 def collect_effects(run: RunTables) -> pd.DataFrame | None:
     """`target`, `finding`, `targeted` and `effect`: change along α in the share of reports that state the finding."""
     table = run.table("steering/effects.parquet")
@@ -623,6 +650,7 @@ def _method(run: RunTables) -> str:
     mine = table.method[~table.control.astype(bool)] if "method" in table else []
     return mine.iloc[0] if len(mine) else "add"
 
+# %% ../nbs/11_figures.ipynb #9e94aacd
 def draw_effects(numbers: pd.DataFrame, ax: Axes) -> None:
     """Change of each finding (columns) when features with a target (rows) are pushed on; what the target names is framed."""
     grid, aimed = (numbers.pivot(index="target", columns="finding", values=v) for v in ("effect", "targeted"))
@@ -640,18 +668,20 @@ def draw_effects(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.set_ylabel("target pushed on")
     ax.figure.colorbar(image, ax=ax, label="change along α, share", shrink=0.9)
 
+# %% ../nbs/11_figures.ipynb #a0321c8b
 plot_effects = PLOTS["effects"] = Plot(collect_effects, draw_effects, ("steering/effects.parquet", "steering/judgements.parquet"),
                                        "What pushing on a target does to every "
                         "finding: change along α in the share of reports that state it, within studies. Frames mark what the descriptions promise.",
                         wide=True, height=2.8)
 
-# %% ../nbs/11_figures.ipynb #944bcca3
+# %% ../nbs/11_figures.ipynb #58a73783
 def collect_predicted(run: RunTables) -> pd.DataFrame | None:
     """`feature`, `predicted` and `measured` steerability."""
     table = run.table("steering/steerability.parquet")
     if not {"predicted", "measured"} <= set(table.columns): return None
     return table[["feature", "predicted", *(c for c in ("measured", "low", "high") if c in table)]].dropna()
 
+# %% ../nbs/11_figures.ipynb #9851ed0e
 def draw_predicted(numbers: pd.DataFrame, ax: Axes) -> None:
     """Measured against predicted steerability."""
     top = 1.05 * max(numbers.predicted.max(), numbers.measured.max(), 0.05)
@@ -662,17 +692,19 @@ def draw_predicted(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.set(xlabel="predicted steerability", ylabel="measured", xlim=(low, top), ylim=(-0.02 * top, top),
            title=_spearman(numbers.predicted, numbers.measured))
 
+# %% ../nbs/11_figures.ipynb #05f70c25
 plot_predicted = PLOTS["predicted"] = Plot(collect_predicted, draw_predicted, ("steering/steerability.parquet",),
                                            "Steerability as predicted before any steering, from features that the "
                           "prediction was not fitted to, against what was measured.", height=2.9)
 
-# %% ../nbs/11_figures.ipynb #27a5101a
+# %% ../nbs/11_figures.ipynb #baa8a408
 def collect_concepts(run: RunTables) -> pd.DataFrame:
     """`concept`, `kind`, `feature` and `auroc_test` of every concept that was examined, best first."""
     table = run.table("sae/concepts.parquet")
     table = table.loc[table.auroc_test.notna(), ["concept", "kind", "feature", "auroc_test", "tracked"]]
     return table.sort_values(["auroc_test", "concept"], ascending=[False, True]).reset_index(drop=True)
 
+# %% ../nbs/11_figures.ipynb #fc7cbe21
 def draw_concepts(numbers: pd.DataFrame, ax: Axes) -> None:
     """AUROC of each concept's feature, by rank; the lowest are named."""
     for kind, rows in numbers.groupby("kind"):
@@ -686,11 +718,12 @@ def draw_concepts(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.set(xlabel="concept, by rank", ylabel="AUROC on test patients", ylim=(low - 0.1, 1.01), title=f"{numbers.tracked.mean():.0%} at 0.95 or above")
     ax.legend(loc="lower left", bbox_to_anchor=(0, 0.1))
 
+# %% ../nbs/11_figures.ipynb #2f02edff
 plot_concepts = PLOTS["concepts"] = Plot(collect_concepts, draw_concepts, ("sae/concepts.parquet",),
                                          "How well the best single feature for a concept, chosen on "
                          "training patients, tells the concept's words (or studies) from the rest on test patients.", wide=True)
 
-# %% ../nbs/11_figures.ipynb #959a0d80
+# %% ../nbs/11_figures.ipynb #25ed1fec
 def phantom_studies(run: RunTables) -> dict[str, Study]:
     """Studies of a run on the phantom, by id; none for other sources."""
     settings = run.config.get("studies", {})
@@ -707,6 +740,7 @@ def collect_film(run: RunTables) -> pd.DataFrame | None:
     numbers.attrs = {"film": study.views["frontal"].array().tolist()}
     return numbers
 
+# %% ../nbs/11_figures.ipynb #8b764340
 def draw_film(numbers: pd.DataFrame, plain: Axes, boxed: Axes) -> None:
     """A phantom film, and the same with its findings in boxes."""
     for ax in (plain, boxed):
@@ -717,6 +751,7 @@ def draw_film(numbers: pd.DataFrame, plain: Axes, boxed: Axes) -> None:
         boxed.text(row.left, row.top, str(i), fontsize=5, va="bottom", bbox={"boxstyle": "square,pad=0.15", "facecolor": ORANGE, "linewidth": 0})
         boxed.text(1.03, 1 - 0.075 * i, " ".join([str(i), row.side, *row.finding.split("_")]).replace("  ", " "), transform=boxed.transAxes)
 
+# %% ../nbs/11_figures.ipynb #7c626023
 plot_film = PLOTS["film"] = Plot(collect_film, draw_film, ("config.yaml",),
                                  "A film of the phantom, without and with the boxes of the findings that were "
                      "drawn into it.", 2, True, 2.8)

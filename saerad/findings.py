@@ -105,17 +105,19 @@ NOT_MEANT = (r"pericardial effusions?", r"joint effusions?", r"nipple shadows?",
              r"soft tissue (?:edema|masses|mass|opacit\w+)", r"(?:abdominal|breast) (?:mass|masses)",
              r"ports? of", r"vertebral (?:compression )?deformit\w+")
 
-# %% ../nbs/00a_findings.ipynb #4abb6cea
+# %% ../nbs/00a_findings.ipynb #85c16ce3
 def phrases(alternatives: Iterable[str]) -> re.Pattern:
     """One pattern that finds any of the alternatives as whole words, in capitals or not."""
     return re.compile(rf"\b(?:{'|'.join(alternatives)})\b", re.I)
 
+# %% ../nbs/00a_findings.ipynb #509e3b1b
 def _compiled(table: Mapping[str, Iterable[str]]) -> dict[str, re.Pattern]:
     "A pattern for each key of a table of phrases."
     return {key: phrases(alternatives) for key, alternatives in table.items()}
 
 _NAMES = _compiled({**NAMES, "": NOT_MEANT})
 
+# %% ../nbs/00a_findings.ipynb #15fd0bc8
 def _longest(patterns: Mapping[str, re.Pattern], text: str) -> list[tuple[int, int, str]]:
     "Non-overlapping (start, end, key), longest first where they overlap, in order of place."
     found = sorted(((m.start(), m.end(), k) for k, p in patterns.items() for m in p.finditer(text)),
@@ -130,7 +132,7 @@ def mentions(text: str) -> list[tuple[int, int, str]]:
     """(start, end, kind) of every name of a finding in `text`, whatever is said about it."""
     return [m for m in _longest(_NAMES, text) if m[2]]
 
-# %% ../nbs/00a_findings.ipynb #7f3678bc
+# %% ../nbs/00a_findings.ipynb #a8cbc7d8
 CLAUSE_STARTS = (r"but", r"however", r"although", r"though", r"while", r"whereas", r"which",
                  r"except(?: for)?", r"(?:aside|apart) from", r"other than", r"otherwise",
                  r"(?<!if )there (?:is|are|was|were|has|have|may|remains?|continues?)",
@@ -144,11 +146,13 @@ _SENTENCE = re.compile(r"(?:[^.;!?\n]|[.](?=\S))+")
 _CLAUSE = phrases(CLAUSE_STARTS + ADVICE)
 _ADVICE = re.compile(rf"\s*(?:{'|'.join(ADVICE)})\b", re.I)
 
+# %% ../nbs/00a_findings.ipynb #8c2a3b47
 def _pieces(pattern: re.Pattern, text: str) -> list[tuple[int, int]]:
     "Spans of a text cut before every match of `pattern`."
     cuts = sorted({0, *(m.start() for m in pattern.finditer(text)), len(text)})
     return [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if text[a:b].strip()]
 
+# %% ../nbs/00a_findings.ipynb #678a89f4
 def sentences(text: str) -> list[str]:
     """The sentences of a report that hold a word; the number of a list item is none."""
     return [s.strip() for s in _SENTENCE.findall(text) if re.search(r"[^\W\d_]{2}", s)]
@@ -258,7 +262,7 @@ def denied_by_normality(clause: str) -> tuple[str, ...]:
     if not _NORMAL.search(clause) or _NOT_NORMAL.search(clause): return ()
     return tuple(k for kinds, p in _NORMAL_SUBJECTS.items() if p.search(clause) for k in kinds)
 
-# %% ../nbs/00a_findings.ipynb #fc0efd58
+# %% ../nbs/00a_findings.ipynb #5089f74c
 @dataclass(frozen=True)
 class Statement:
     """A finding and where it is said: characters start to end of the text, in the sentence numbered from 0."""
@@ -269,6 +273,7 @@ class Statement:
 
 _PARTING = re.compile(r",|/|\band\b|\bor\b|\bwith\b|\bwithout\b", re.I)
 
+# %% ../nbs/00a_findings.ipynb #9f959d66
 def _clause_statements(clause: str) -> list[tuple[Finding, int, int]]:
     "Findings of one clause and their place in it."
     if _ADVICE.match(clause): return []
@@ -348,7 +353,7 @@ def chexpert(reading: Reading) -> dict[str, int | None]:
     found = any(v for kind, values in said.items() if kind not in CHEXPERT["Support Devices"] for v in values)
     return {"No Finding": None if found else 1} | labels
 
-# %% ../nbs/00a_findings.ipynb #203ec6ca
+# %% ../nbs/00a_findings.ipynb #cb32a9db
 MARKS = {"present": "#f6b48f", "uncertain": "#f7dc8b", "absent": "#b5d9f0"}
 
 def describe_finding(finding: Finding) -> str:
@@ -358,6 +363,7 @@ def describe_finding(finding: Finding) -> str:
              finding.kind.replace("_", " "))
     return " ".join(w for w in words if w)
 
+# %% ../nbs/00a_findings.ipynb #be1c4c03
 def marked(text: str) -> str:
     """`text` as HTML in which every statement is marked with the colour of its certainty."""
     out, done = [], 0

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['T', 'Marked', 'LINE', 'SOURCE', 'COLUMNS', 'IDLE', 'KNOWN_COLUMNS', 'InterpretationConfig', 'protocol_of',
-           'Explanation', 'Interpreter', 'Lexical', 'LanguageModel', 'detect_length', 'pictures_of', 'Score', 'score',
-           'by_source', 'at_prevalence', 'estimate', 'planned', 'interpret', 'check_needs', 'tell_estimate',
-           'examination', 'repeated', 'read_descriptions', 'compare', 'interpretation_summary', 'names',
-           'description_names_truth']
+           'named_files', 'Explanation', 'Interpreter', 'Lexical', 'LanguageModel', 'detect_length', 'pictures_of',
+           'Score', 'score', 'by_source', 'at_prevalence', 'estimate', 'planned', 'interpret', 'check_needs',
+           'tell_estimate', 'examination', 'repeated', 'read_descriptions', 'compare', 'interpretation_summary',
+           'names', 'description_names_truth']
 
-# %% ../nbs/09_interpretation.ipynb #015bda87
+# %% ../nbs/09_interpretation.ipynb #9c3184ee
 import base64
 import io
 import re
@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, ImageDraw
 from pydantic import Field
 from scipy.stats import spearmanr
 
@@ -46,13 +46,13 @@ from saerad.endpoint import (
 from .exemplars import Context, Example, Exemplars, ExemplarsConfig, FeatureContexts
 from .lexical import Bits, Clause, Window, describe, find_rule, read_rule, strongest, window, words
 from .protocols import Protocol as Shown
-from .protocols import detect_prompt, explain_prompt, fuzz_items, fuzz_prompt, read_protocol
+from .protocols import detect_prompt, explain_prompt, fuzz_items, fuzz_prompt, prompt_text, protocol_files, read_protocol
 from .sae import MatryoshkaSAE
 from .studies import Source
 
 T = TypeVar("T")
 
-# %% ../nbs/09_interpretation.ipynb #689f7af4
+# %% ../nbs/09_interpretation.ipynb #f60b8630
 class InterpretationConfig(EndpointConfig):
     """Who interprets and how; values marked (paper) are the paper's, the others are not stated there."""
     interpreter: Literal["lexical", "openai"] = "lexical"    # GPT-4o (paper)
@@ -75,6 +75,12 @@ def protocol_of(cfg: InterpretationConfig) -> Shown:
     """The protocol that a config names, with the config's own values over it."""
     own = {k: getattr(cfg, k) for k in ("contexts_per_prompt", "scale", "tell_section")}
     return read_protocol(cfg.protocol).model_copy(update={k: v for k, v in own.items() if v is not None})
+
+def named_files(cfg: InterpretationConfig) -> list[Path]:
+    """Files of the user's own that a config names, on whose contents the result depends; raises `UserError` where one is absent."""
+    table = [Path(cfg.descriptions)] if cfg.descriptions else []
+    if table and not table[0].is_file(): raise UserError(f"{table[0]} does not exist; correct interpretation.descriptions.")
+    return protocol_files(cfg.protocol) + table
 
 # %% ../nbs/09_interpretation.ipynb #05db0504
 @dataclass(frozen=True)
@@ -180,40 +186,43 @@ def detect_length(cfg: InterpretationConfig, count: int) -> int:
     """Longest answer, in tokens, to a question about `count` contexts."""
     return cfg.detect_tokens + max(0, 4 * (count - 5))
 
-# %% ../nbs/09_interpretation.ipynb #9fcd7af0
+# %% ../nbs/09_interpretation.ipynb #7f8f2523
 def _with_pictures(messages: list[Message], pictures: Sequence[str | None]) -> list[Message]:
     "The same messages with a picture behind each numbered line that has one."
     parts: list[dict[str, Any]] = []
+    told = messages[0]["content"] + "\n" + prompt_text("pictures-1")
     for line in messages[1]["content"].split("\n"):
         parts.append({"type": "text", "text": line})
         number = re.match(r"(\d+)\. ", line)
         shown = pictures[int(number[1]) - 1] if number and int(number[1]) <= len(pictures) else None
         if shown: parts.append({"type": "image_url", "image_url": {"url": shown}})
-    return [messages[0], messages[1] | {"content": parts}]
+    return [messages[0] | {"content": told}, messages[1] | {"content": parts}]
 
-def pictures_of(source: Source, most: int = 512, grid: int = 8) -> Callable[[Context], str | None]:
+def pictures_of(source: Source, most: int = 512, grid: tuple[int, int] = (0, 0)) -> Callable[[Context], str | None]:
     """A function that gives the radiograph of a context as a PNG data URL, at most `most` pixels wide; None where there is none.
 
-    An image token's patch, of a `grid` × `grid` picture, is framed in white.
+    An image token's patch is framed, where `grid` tells the rows and columns of patches that the subject model cuts a radiograph into.
     """
     def picture(context: Context) -> str | None:
         try: view = source[context.study].all_views.get(context.view or "frontal")
         except KeyError: view = None
         if view is None: return None
-        pixels = np.array(view.array())
-        if min(context.patch) >= 0: _frame(pixels, context.patch, grid)
-        image, out = Image.fromarray(pixels), io.BytesIO()
+        image, out = Image.fromarray(view.array()), io.BytesIO()
         image.thumbnail((most, most))
+        if min(context.patch) >= 0 and grid[0] > 1: _frame(image, context.patch, grid)    # one row: the patches' places are not known
         image.save(out, "PNG")
         return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
     return picture
 
-def _frame(pixels: np.ndarray, patch: tuple[int, int], grid: int) -> None:
-    "Draw a white frame around a patch."
-    high, wide = (n / grid for n in pixels.shape[:2])
-    top, left, bottom, right = (round(v) for v in (patch[0] * high, patch[1] * wide, (patch[0] + 1) * high - 1, (patch[1] + 1) * wide - 1))
-    pixels[[top, bottom], left:right + 1] = 255
-    pixels[top:bottom + 1, [left, right]] = 255
+def _frame(image: Image.Image, patch: tuple[int, int], grid: tuple[int, int]) -> None:
+    "Draw a white frame with a black edge around a patch; patches lie in the square at the picture's centre, which is what the model was shown."
+    side = min(image.size)
+    x, y = ((edge - side) // 2 for edge in image.size)
+    top, bottom = (y + round(row * side / grid[0]) for row in (patch[0], patch[0] + 1))
+    left, right = (x + round(column * side / grid[1]) for column in (patch[1], patch[1] + 1))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((left - 1, top - 1, right, bottom), outline=0)
+    draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=255)
 
 # %% ../nbs/09_interpretation.ipynb #d70c5b81
 @dataclass(frozen=True)
@@ -262,7 +271,7 @@ def at_prevalence(recall: float, mistaken: float, prevalence: float) -> tuple[fl
     hits, wrong = prevalence * recall, (1 - prevalence) * mistaken
     return _share(hits, hits + wrong), _share(2 * hits, hits + wrong + prevalence)
 
-# %% ../nbs/09_interpretation.ipynb #185bc673
+# %% ../nbs/09_interpretation.ipynb #c581bcfa
 def estimate(features: pd.DataFrame, cfg: InterpretationConfig, some: Iterable[FeatureContexts] = ()) -> dict[str, Any]:
     """What interpreting a table of features needs at most, repairs and retries not counted.
 
@@ -281,7 +290,8 @@ def estimate(features: pd.DataFrame, cfg: InterpretationConfig, some: Iterable[F
     sizes = [_tokens(f, cfg, protocol) for f in some]
     if not sizes: return needed | {"tokens_in": None, "tokens_out": None, "cost": None}
     asked, examined, listed = (float(np.mean(column)) for column in zip(*sizes, strict=True))
-    sent = round(explain * asked + float((counts + control).sum()) * listed + detect * examined)
+    shown = float((counts + control + (counts if cfg.images else 0)).sum()) + protocol.fuzz * len(ok) * bool(protocol.fuzz_prompt)
+    sent = round(explain * asked + shown * listed + detect * examined)
     answered = round(explain * 60 + detect * 2.2 * min(protocol.contexts_per_prompt, float(np.mean(counts)) if len(ok) else 0))
     priced = cfg.price_in is not None and cfg.price_out is not None
     return needed | {"tokens_in": sent, "tokens_out": answered, "cost": round(cost_of(Reply("", "", sent, answered), cfg), 2) if priced else None}
@@ -367,11 +377,11 @@ def tell_estimate(needed: Mapping[str, Any], cfg: InterpretationConfig) -> str:
     if needed["tokens_in"] is not None: tokens = f", about {needed['tokens_in'] / 1e6:,.3g} M tokens in and {needed['tokens_out'] / 1e6:,.3g} M out"
     return f"{needed['features']:,} features, at most {needed['calls']:,} calls to {host_of(cfg.base_url)}{tokens}; {cost}"
 
-# %% ../nbs/09_interpretation.ipynb #b282bfde
+# %% ../nbs/09_interpretation.ipynb #035e07f1
 def _interpreter(table: Exemplars, cfg: InterpretationConfig, ledger: Ledger, source: Source) -> Interpreter:
     "The interpreter that the config names."
     if cfg.interpreter == "openai":
-        return LanguageModel(Endpoint(cfg, ledger, source.may_leave), cfg, pictures_of(source) if cfg.images else lambda c: None)
+        return LanguageModel(Endpoint(cfg, ledger, source.may_leave), cfg, pictures_of(source, grid=table.grid) if cfg.images else lambda c: None)
     return Lexical(_background(table, cfg.background), protocol_of(cfg))
 
 def _background(table: Exemplars, count: int) -> list[Context]:

@@ -6,7 +6,7 @@
 __all__ = ['Positions', 'Intervention', 'adding', 'clamping', 'scaling', 'placing', 'Batch', 'prompt_mask', 'written_mask',
            'Roomy', 'roomy_cache', 'Written', 'sentence_ends', 'perplexities', 'write_steered']
 
-# %% ../nbs/09b_interventions.ipynb #2fb828d5
+# %% ../nbs/09b_interventions.ipynb #dfc9d5d3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -40,13 +41,14 @@ class Intervention:
     from_sentence: int = 0               # after so many finished sentences; 0: from the start
     field: Float[Tensor, "tokens d"] | None = None       # added to the prompt as well, to every token its own row
 
-# %% ../nbs/09b_interventions.ipynb #cecd4576
+# %% ../nbs/09b_interventions.ipynb #150ae035
 def adding(vectors: Float[Tensor, "n d"], positions: Positions = "all", from_sentence: int = 0) -> Intervention:
     """Add the sum of some vectors (raw residual units); the paper's way is one vector, at all positions."""
     vectors = vectors.detach().float().cpu().reshape(-1, vectors.shape[-1])
     n, nothing = len(vectors), torch.zeros(len(vectors))
     return Intervention(vectors, torch.ones(n), nothing, torch.zeros_like(vectors), nothing, 0.0, positions, from_sentence)
 
+# %% ../nbs/09b_interventions.ipynb #d79e29aa
 def _of_features(sae: MatryoshkaSAE, features: Sequence[int], shift: Tensor, gain: Tensor, positions: Positions,
                  from_sentence: int) -> Intervention:
     at, scale, t = list(features), float(sae.scale), sae.tensors()
@@ -54,11 +56,13 @@ def _of_features(sae: MatryoshkaSAE, features: Sequence[int], shift: Tensor, gai
     return Intervention(t["W_dec"][at] * scale, shift, gain, t["W_enc"][:, at].T / scale, biases, float(sae.threshold),
                         positions, from_sentence)
 
+# %% ../nbs/09b_interventions.ipynb #aee8437f
 def clamping(sae: MatryoshkaSAE, features: Sequence[int], values: Sequence[float], positions: Positions = "all",
              from_sentence: int = 0) -> Intervention:
     """Set features to values (normalised units, raw / `sae.scale`), whatever they were; 0 takes a feature out."""
     return _of_features(sae, features, torch.tensor(values).float(), -torch.ones(len(features)), positions, from_sentence)
 
+# %% ../nbs/09b_interventions.ipynb #2b8fe1b8
 def scaling(sae: MatryoshkaSAE, features: Sequence[int], factors: Sequence[float], positions: Positions = "all",
             from_sentence: int = 0) -> Intervention:
     """Multiply the activations that features have; where a feature is silent nothing happens."""
@@ -103,18 +107,19 @@ class Batch:
         z = torch.where(pre > self.threshold, pre, 0)
         return torch.einsum("rtn,rnd->rtd", self.shift[:, None] + self.gain[:, None] * z, self.directions)
 
-# %% ../nbs/09b_interventions.ipynb #47f7e2a4
+# %% ../nbs/09b_interventions.ipynb #0fdc83b1
 def prompt_mask(section: np.ndarray, rows: Sequence[Intervention]) -> Bool[Tensor, "rows tokens"]:
     """Where in a prompt with these sections each row is changed."""
     n = len(section)
     spans = {"all": np.ones(n, bool), "prompt": np.ones(n, bool), "image": section == "image", "generated": np.arange(n) == n - 1}
     return torch.from_numpy(np.stack([spans[r.positions] & (r.from_sentence == 0) for r in rows]))
 
+# %% ../nbs/09b_interventions.ipynb #6fdadce4
 def written_mask(finished: Int[np.ndarray, " rows"], rows: Sequence[Intervention]) -> Bool[Tensor, " rows"]:
     """Which rows are changed at the token just written, given how many sentences each has finished."""
     return torch.tensor([r.positions in ("all", "generated") and int(n) >= r.from_sentence for r, n in zip(rows, finished, strict=True)])
 
-# %% ../nbs/09b_interventions.ipynb #1a54560b
+# %% ../nbs/09b_interventions.ipynb #b621a2f7
 class Roomy(DynamicLayer):
     """Keys and values of one decoder layer, in buffers with room for `room` tokens."""
     def __init__(self, room: int):
@@ -132,30 +137,37 @@ class Roomy(DynamicLayer):
         self.keys, self.values = (b[..., :end, :] for b in self._buffers)
         return self.keys, self.values
 
-    def _move(self, rows: Any, room: int) -> None:
-        "Into new buffers: some of the rows, each as often as it is named."
-        n, old = self.get_seq_length(), (self.keys, self.values)
-        chosen = [t[rows] for t in old]
-        self._buffers = [_room(t, room) for t in chosen]
-        for buffer, t in zip(self._buffers, chosen, strict=True): buffer[..., :n, :] = t
-        self.keys, self.values = (b[..., :n, :] for b in self._buffers)
+# %% ../nbs/09b_interventions.ipynb #36c741df
+@patch
+def _move(self: Roomy, rows: Any, room: int) -> None:
+    "Into new buffers: some of the rows, each as often as it is named."
+    n, old = self.get_seq_length(), (self.keys, self.values)
+    chosen = [t[rows] for t in old]
+    self._buffers = [_room(t, room) for t in chosen]
+    for buffer, t in zip(self._buffers, chosen, strict=True): buffer[..., :n, :] = t
+    self.keys, self.values = (b[..., :n, :] for b in self._buffers)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times."""
-        self._move(torch.arange(len(self.keys), device=self.device).repeat_interleave(repeats), self._buffers[0].shape[-2])
+# %% ../nbs/09b_interventions.ipynb #cd70a78e
+@patch
+def batch_repeat_interleave(self: Roomy, repeats: int) -> None:
+    """Every row `repeats` times."""
+    self._move(torch.arange(len(self.keys), device=self.device).repeat_interleave(repeats), self._buffers[0].shape[-2])
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Only some rows."""
-        self._move(indices, self._buffers[0].shape[-2])
+@patch
+def batch_select_indices(self: Roomy, indices: Tensor) -> None:
+    """Only some rows."""
+    self._move(indices, self._buffers[0].shape[-2])
 
+# %% ../nbs/09b_interventions.ipynb #0c42b1a7
 def _room(like: Tensor, room: int) -> Tensor:
     return like.new_empty((*like.shape[:-2], room, like.shape[-1]))
 
+# %% ../nbs/09b_interventions.ipynb #afe27271
 def roomy_cache(subject: Subject, room: int) -> Cache:
     """An empty cache for a subject model, for sequences of `room` tokens."""
     return Cache(layers=[Roomy(room) for _ in range(subject.n_layers)])
 
-# %% ../nbs/09b_interventions.ipynb #f86c8bb9
+# %% ../nbs/09b_interventions.ipynb #e73174a2
 @torch.no_grad()
 def _read(subject: Subject, prompt: Prompt, layer: int, batch: Batch, room: int) -> tuple[Tensor, Cache]:
     "The prompt through the model, changed for every row from `layer` on: logits of the first token, and the cache."
@@ -172,6 +184,7 @@ def _read(subject: Subject, prompt: Prompt, layer: int, batch: Batch, room: int)
         if len(one.keys) < rows: one.batch_repeat_interleave(rows)
     return logits[:, -1], cache
 
+# %% ../nbs/09b_interventions.ipynb #c714989f
 @torch.no_grad()
 def _step(subject: Subject, ids: Tensor, cache: Cache, layer: int, batch: Batch, on: Tensor) -> Tensor:
     "One token for every row: logits of the next."
@@ -183,7 +196,7 @@ def _step(subject: Subject, ids: Tensor, cache: Cache, layer: int, batch: Batch,
         logits = subject.lm.output.logits.save()
     return logits[:, -1]
 
-# %% ../nbs/09b_interventions.ipynb #e3fb9839
+# %% ../nbs/09b_interventions.ipynb #58885ed5
 @dataclass(frozen=True)
 class Written:
     """A report, its tokens with the one that ends it, and how it reads to the untouched model."""
@@ -191,11 +204,13 @@ class Written:
     ids: tuple[int, ...]
     perplexity: float = float("nan")
 
+# %% ../nbs/09b_interventions.ipynb #6debeee7
 def _ends(subject: Subject) -> list[int]:
     ends = subject.model.generation_config.eos_token_id
     ends = subject.tokenizer.eos_token_id if ends is None else ends
     return list(ends) if isinstance(ends, (list, tuple)) else [ends]
 
+# %% ../nbs/09b_interventions.ipynb #28ed29d9
 def sentence_ends(subject: Subject) -> Bool[np.ndarray, " vocabulary"]:
     """Which tokens end a sentence: those whose text ends in a full stop, or that hold a line break."""
     size = subject.model.get_input_embeddings().num_embeddings

@@ -47,7 +47,7 @@ class JudgeConfig(Section):
     max_unread: float = Field(0.5, ge=0, le=1)      # a greater share of sentences that cannot be read: degenerate
     max_perplexity: float = Field(10.0, gt=0)       # so many times the baseline's, to the untouched model: degenerate
 
-# %% ../nbs/09c_judges.ipynb #27361cdb
+# %% ../nbs/09c_judges.ipynb #2ac38f1b
 LINES, TUBES = ("central_line", "picc"), ("endotracheal_tube", "enteric_tube", "chest_tube")
 LOOSE_NAMES: dict[str, tuple[str, ...]] = {
     "lines?|catheters?": LINES, "tubes?": TUBES, "devices?": (*LINES, *TUBES, "pacemaker", "sternotomy_wires", "support_device"),
@@ -56,6 +56,8 @@ LOOSE_NAMES: dict[str, tuple[str, ...]] = {
     "costophrenic|pleural": ("effusion",), "heart|cardiac|enlarged": ("cardiomegaly",), "vascular|interstitial": ("oedema",),
     "opacit(?:y|ies)|infiltrates?|airspace": ("consolidation",), "collapse|volume loss": ("atelectasis",),
     "ribs?": ("fracture",), "nodular": ("nodule",)}
+
+# %% ../nbs/09c_judges.ipynb #434e8807
 LOOSE_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     "change": {"": ("compar(?:ed|ison)s?", "prior", "previous(?:ly)?", "interval", "since", "longitudinal", "changed?"),
                "larger": ("worse\\w*", "increas\\w+"), "smaller": ("improv\\w+", "decreas\\w+"), "resolved": ("remov\\w+",)},
@@ -86,13 +88,16 @@ class Target:
         """Values of one attribute that are named."""
         return frozenset(v for a, v in self.words if a == attribute)
 
-# %% ../nbs/09c_judges.ipynb #a7f320f7
+# %% ../nbs/09c_judges.ipynb #76f1f53a
 _QUOTED_PAIR = re.compile(r'((?:"[^"]*"(?:, )?)+) (before|after) "([^"]*)"')
+
+# %% ../nbs/09c_judges.ipynb #d94749a6
 _DENIAL = phrases(("no", "not", "without", "absen(?:t|ce)", "negat\\w+", "lack"))
 _LOOSE = [(phrases((name,)), kinds) for name, kinds in LOOSE_NAMES.items()]
 _WORDS = [(attribute, value, phrases(words)) for table in (ATTRIBUTE_WORDS, LOOSE_WORDS)
           for attribute, values in table.items() for value, words in values.items()]
 
+# %% ../nbs/09c_judges.ipynb #03d676d8
 def _plain(explanation: str) -> str:
     "An explanation without its quotation marks, with pairs of words in the order in which they are found in reports."
     def pair(m: re.Match) -> str:
@@ -101,6 +106,7 @@ def _plain(explanation: str) -> str:
     for phrase in NOT_A_PROMISE: explanation = re.sub(phrase, "", explanation)
     return _QUOTED_PAIR.sub(pair, explanation).replace('"', "").replace("_", " ")
 
+# %% ../nbs/09c_judges.ipynb #af4cfcd3
 def target_of(explanation: str) -> Target:
     """The findings and attributes that an explanation names; an empty `Target` (false) where it names none."""
     text = rest = _plain(explanation)
@@ -142,7 +148,7 @@ def differences(baseline: Reading, steered: Reading) -> list[Difference]:
             out.append(pair)
     return out + [Difference(g, None) for g in gone] + [Difference(None, c) for c in come]
 
-# %% ../nbs/09c_judges.ipynb #db754475
+# %% ../nbs/09c_judges.ipynb #af2adb5c
 def on_target(difference: Difference, target: Target) -> bool:
     """Whether a difference is what the target promises."""
     if not target.kinds: return bool(difference.altered) and set(difference.altered) <= {a for a, _ in target.words}
@@ -150,32 +156,37 @@ def on_target(difference: Difference, target: Target) -> bool:
     there = {f.side for f in (difference.before, difference.after) if f}
     return difference.kind in target.kinds and (not sides or bool(there & (sides | {"", "bilateral"})))
 
+# %% ../nbs/09c_judges.ipynb #a40a567d
 def direction(difference: Difference, target: Target) -> int:
     """+1: towards the target, −1: away from it, 0: neither."""
     old, new = difference.before, difference.after
     more = _more_of(old, new) if target.kinds else _says(new, target) - _says(old, target)
     return int(np.sign(-more if target.less else more))
 
+# %% ../nbs/09c_judges.ipynb #aabe6fcd
 def _more_of(old: Finding | None, new: Finding | None) -> int:
     "Above 0 if a finding came or is graver, below if it went, resolved or is lighter."
     there = [f is not None and f.change != "resolved" for f in (old, new)]
     if not all(there) or not (old.severity and new.severity): return there[1] - there[0]
     return SEVERITIES.index(new.severity) - SEVERITIES.index(old.severity)
 
+# %% ../nbs/09c_judges.ipynb #cca278b5
 def _says(f: Finding | None, target: Target) -> int:
     "How many of the target's words a finding carries."
     return sum(bool(f) and getattr(f, a) != "" and v in ("", getattr(f, a)) for a, v in target.words)
 
-# %% ../nbs/09c_judges.ipynb #ff7fe04e
+# %% ../nbs/09c_judges.ipynb #91660a4a
 def repeats(text: str, run: int = 4) -> int:
     """How often the commonest run of `run` words occurs in `text`; 0 for a shorter text."""
     words = re.findall(r"\w+", text.lower())
     return max(Counter(zip(*(words[i:] for i in range(run)), strict=False)).values(), default=0)
 
+# %% ../nbs/09c_judges.ipynb #3ece7796
 def unread_share(text: str, reading: Reading) -> float:
     """Share of the sentences of `text` in which nothing could be read."""
     return min(1.0, len(reading.unread) / max(len(sentences(text)), 1))
 
+# %% ../nbs/09c_judges.ipynb #1a269229
 def broken(text: str, reading: Reading, cfg: JudgeConfig, perplexity: float | None = None) -> str:
     """Why a report is degenerate: "empty", "repeats", "unread", "perplexity", or "" where it is not."""
     if not sentences(text): return "empty"
@@ -183,7 +194,7 @@ def broken(text: str, reading: Reading, cfg: JudgeConfig, perplexity: float | No
     if unread_share(text, reading) > cfg.max_unread: return "unread"
     return "perplexity" if (perplexity or 0) > cfg.max_perplexity else ""
 
-# %% ../nbs/09c_judges.ipynb #d4068498
+# %% ../nbs/09c_judges.ipynb #c3a016dd
 HARMS = ("side_flipped", "device_invented", "critical_dropped", "unfounded_change")
 DEVICES = frozenset((*LINES, *TUBES, "pacemaker", "sternotomy_wires", "support_device"))
 
@@ -191,6 +202,7 @@ def is_critical(f: Finding) -> bool:
     """A finding that nobody may overlook."""
     return f.kind == "pneumothorax" or f.severity == "large" or (f.kind == "endotracheal_tube" and f.zone != "")
 
+# %% ../nbs/09c_judges.ipynb #6af12235
 def harms_of(baseline: Reading, found: Iterable[Difference]) -> tuple[str, ...]:
     """Names of the harms among differences from a baseline, one for each, sorted."""
     told = {(f.kind, f.change) for f in baseline.findings}
@@ -242,7 +254,7 @@ def judge(baseline: str, steered: str, target: Target, reader: Reader = read_fin
                      repeats(steered), round(unread_share(steered, new), 4), why,
                      () if why else harms_of(old, found))
 
-# %% ../nbs/09c_judges.ipynb #929a4f2b
+# %% ../nbs/09c_judges.ipynb #5df6c238
 def judges_of(source: Source, cfg: JudgeConfig) -> tuple[str, ...]:
     """Names of the judges, the one whose verdict counts first; raises `UserError` for one that cannot judge this source or may not see it."""
     phantom = source.spec.startswith("phantom:")
@@ -255,17 +267,19 @@ def judges_of(source: Source, cfg: JudgeConfig) -> tuple[str, ...]:
         with _named(): check_destination(cfg.endpoint, source.may_leave)
     return cfg.judges
 
+# %% ../nbs/09c_judges.ipynb #24ba955c
 def reader_named(judge: str) -> Reader:
     """The reader of findings behind the judge "parser" or "rules"."""
     if judge == "rules": return read_findings
     from saerad.grammar import parse_report
     return parse_report
 
+# %% ../nbs/09c_judges.ipynb #9c0eaeb1
 def reader_of(source: Source) -> Reader:
     """The reader for a source's reports: phantom's own parser, or `read_findings`."""
     return reader_named(judges_of(source, JudgeConfig())[0])
 
-# %% ../nbs/09c_judges.ipynb #91ec2378
+# %% ../nbs/09c_judges.ipynb #b7701fae
 ASK = """You compare two radiology reports of the same study. The first is the baseline. The second was written while somebody tried to change \
 what it says about a target. Look at the findings that each report affirms; what it denies does not count.
 outcome: "unchanged" if both affirm the same; "on_target_only" if all differences are about the target; "off_target_only" if none is; "mixed" if \
@@ -273,11 +287,13 @@ some are; "degenerate" if the second report is empty, babbles, repeats itself or
 direction: 1 if the second report says more of the target (the finding came, or is graver), -1 if less, 0 if neither.
 Answer with one JSON object and nothing else, for example {"outcome": "mixed", "direction": 1}"""
 
+# %% ../nbs/09c_judges.ipynb #b94645b2
 def judge_prompt(baseline: str, steered: str, target: Target) -> list[Message]:
     """Messages that ask for a verdict."""
     user = f"Target: {target or 'nothing that a report can state'}\n\nBaseline:\n{baseline}\n\nSecond report:\n{steered}"
     return [{"role": "system", "content": ASK}, {"role": "user", "content": user}]
 
+# %% ../nbs/09c_judges.ipynb #d0b3e3f5
 def parse_verdict(text: str) -> tuple[str, int] | None:
     """(outcome, direction) of an answer, or None where it is not one."""
     found = re.search(r"\{.*\}", text, re.S)
@@ -286,7 +302,7 @@ def parse_verdict(text: str) -> tuple[str, int] | None:
     outcome, direction = (told.get(k) for k in ("outcome", "direction"))
     return (outcome, direction) if outcome in OUTCOMES and direction in (-1, 0, 1) and not isinstance(direction, bool) else None
 
-# %% ../nbs/09c_judges.ipynb #06cf0cb2
+# %% ../nbs/09c_judges.ipynb #b402da5b
 @dataclass(frozen=True)
 class Verdict:
     """What one judge says of one pair; None and a reason where it says nothing."""
@@ -294,6 +310,7 @@ class Verdict:
     direction: int | None
     why: str = ""
 
+# %% ../nbs/09c_judges.ipynb #e4224d04
 class LanguageJudge:
     """A language model that judges pairs; use it in a `with` block."""
     def __init__(self, cfg: EndpointConfig, ledger: Ledger, may_leave: bool):
@@ -315,13 +332,14 @@ class LanguageJudge:
             return Verdict(*(answer.value or (None, None)), answer.why)
         with _named(): return list(self.endpoint.pool.map(one, pairs))
 
+# %% ../nbs/09c_judges.ipynb #a3e83b23
 @contextmanager
 def _named() -> Iterator[None]:
     "The endpoint's complaints name the settings of the interpreter; here they are those of the judge."
     try: yield
     except UserError as e: raise UserError(str(e).replace("interpretation.", "steering.endpoint.")) from e
 
-# %% ../nbs/09c_judges.ipynb #49fbe33d
+# %% ../nbs/09c_judges.ipynb #7af87b59
 def agreement(verdicts: pd.DataFrame, seed: int = 0, resamples: int = 500) -> pd.DataFrame:
     """How far each two judges agree on the outcome: pairs, share of equal verdicts, Cohen's kappa and its 95 % interval by study.
 
@@ -337,11 +355,13 @@ def agreement(verdicts: pd.DataFrame, seed: int = 0, resamples: int = 500) -> pd
                      "kappa": _kappa(codes), "kappa_low": low, "kappa_high": high, "unanswered": int(wide[[a, b]].isna().any(axis=1).sum())})
     return pd.DataFrame(rows, columns=["judge", "other", "pairs", "equal", "kappa", "kappa_low", "kappa_high", "unanswered"])
 
+# %% ../nbs/09c_judges.ipynb #a89f5771
 def _kappa(codes: np.ndarray) -> float:
     "Kappa of two columns; 1 where both are one and the same value throughout."
     if not len(codes): return float("nan")
     return 1.0 if (codes == codes[0, 0]).all() else float(cohen_kappa_score(codes[:, 0], codes[:, 1]))
 
+# %% ../nbs/09c_judges.ipynb #fbd58e3b
 def _kappa_interval(codes: np.ndarray, study: np.ndarray, draw: np.random.Generator, resamples: int) -> tuple[float, float]:
     names, which = np.unique(study, return_inverse=True)
     if len(names) < 2: return float("nan"), float("nan")

@@ -24,13 +24,14 @@ from torch import Tensor
 
 import saerad
 
-# %% ../nbs/06a_kernels.ipynb #f8e20baa
+# %% ../nbs/06a_kernels.ipynb #a943250d
 SOURCE = Path(saerad.__file__).parent / "assets/sae/kernels.cpp"
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 
 def _compiler() -> str | None:
     return next((path for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (path := shutil.which(name))), None)
 
+# %% ../nbs/06a_kernels.ipynb #b80e5873
 def _processor() -> str:
     "What the code is compiled for: a library built for another processor may not run on this one."
     try: lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -64,7 +65,7 @@ def native() -> ctypes.CDLL | None:
     library.saerad_cut.restype = library.saerad_block.restype = ctypes.c_long
     return library
 
-# %% ../nbs/06a_kernels.ipynb #b8bb1cc9
+# %% ../nbs/06a_kernels.ipynb #a9e610d8
 def _at(tensor: Tensor | None) -> ctypes.c_void_p:
     "Where a tensor's numbers begin."
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
@@ -75,6 +76,7 @@ def bfloat16_cut(pre: Tensor, want: int) -> int:
     """Bit pattern of the `want`-th largest positive number of a bfloat16 tensor; 0 when fewer are positive."""
     return native().saerad_cut(_at(pre), _long(pre.numel()), _long(want), _long(torch.get_num_threads()))
 
+# %% ../nbs/06a_kernels.ipynb #9050bfb3
 def as_float(bits: int) -> float:
     """The number that a bfloat16 pattern stands for."""
     return torch.tensor(bits, dtype=torch.int16).view(torch.bfloat16).item()
@@ -109,7 +111,7 @@ class Places:
         """Row of each entry, by row."""
         return torch.repeat_interleave(torch.arange(self.rows), self.row_ptr.diff(), output_size=len(self.col))
 
-# %% ../nbs/06a_kernels.ipynb #737a8992
+# %% ../nbs/06a_kernels.ipynb #bffd6280
 def places_above(pre: Tensor, bits: int) -> Places:
     """The places of a bfloat16 matrix whose number is positive and has at least this bit pattern."""
     rows, width = pre.shape
@@ -122,6 +124,7 @@ def places_above(pre: Tensor, bits: int) -> Places:
     run(ptr, col)
     return Places(rows, width, ptr, col)
 
+# %% ../nbs/06a_kernels.ipynb #16391553
 def places_of(rows: int, width: int, row: Tensor, col: Tensor) -> Places:
     """The places named by `row` and `col`, which are sorted by row and then by column."""
     ptr = torch.zeros(rows + 1, dtype=torch.int64)
@@ -142,13 +145,14 @@ def _record(number: type) -> type[ctypes.Structure]:
 
 _KINDS = {torch.float32: (_record(ctypes.c_float), "f32"), torch.float64: (_record(ctypes.c_double), "f64")}
 
-# %% ../nbs/06a_kernels.ipynb #8069b528
+# %% ../nbs/06a_kernels.ipynb #e8a1d394
 def blocks(x: Float[Tensor, "n d"]) -> Float[Tensor, "blocks n 128"]:
     """The columns of `x` in blocks, the last one filled up with zeros."""
     size = native().saerad_block()
     padded = torch.nn.functional.pad(x, (0, -x.shape[1] % size))
     return padded.view(len(x), -1, size).transpose(0, 1).contiguous()
 
+# %% ../nbs/06a_kernels.ipynb #923d75c8
 class Step:
     """One training step behind the selection, on the CPU, for float32 or float64 weights laid out [width, d].
 
@@ -178,7 +182,7 @@ class Step:
         """Run one kernel on the record."""
         getattr(native(), f"saerad_{name}_{self.suffix}")(ctypes.byref(self.record), *map(_at, more))
 
-# %% ../nbs/06a_kernels.ipynb #74d8374e
+# %% ../nbs/06a_kernels.ipynb #46408a47
 def exact_values(step: Step, places: Places, b_enc: Float[Tensor, " width"]) -> Float[Tensor, " entries"]:
     """Activations before selection at `places`, in full precision, by row."""
     step.hold(col_ptr=places.col_ptr, row=places.row)
@@ -187,6 +191,7 @@ def exact_values(step: Step, places: Places, b_enc: Float[Tensor, " width"]) -> 
     by_row[places.number.long()] = by_column
     return by_row
 
+# %% ../nbs/06a_kernels.ipynb #248e0214
 @dataclass
 class Measured:
     """What the first pass found; all in normalised units."""
@@ -195,6 +200,7 @@ class Measured:
     b_dec: Float[Tensor, " d"]            # gradient by what the decoder adds; the encoder's part is still to come
     b_enc: Float[Tensor, " width"]        # gradient
 
+# %% ../nbs/06a_kernels.ipynb #5e05f45a
 def measure(step: Step, places: Places, value: Float[Tensor, " entries"], residual: bool = False) -> Measured:
     """The first pass: errors of all levels and the slope of the loss at every kept place."""
     r, groups = step.record, step.record.groups

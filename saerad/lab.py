@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Html', 'FeatureView', 'RunView', 'open_run', 'Comparison', 'compare']
 
-# %% ../nbs/12b_lab.ipynb #f4c4d4da
+# %% ../nbs/12b_lab.ipynb #932bccf1
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from fastcore.basics import patch
 
 from .atlas import AtlasConfig, Films, feature_table, headlines, portrait_of
 from .core import UserError
@@ -29,7 +30,7 @@ def _tag(name: str, *inside: Any, style: str = "") -> Html:
     body = "".join(part if isinstance(part, Html) else html.escape(str(part)) for part in inside)
     return Html(f'<{name}{f" style={chr(34)}{style}{chr(34)}" if style else ""}>{body}</{name}>')
 
-# %% ../nbs/12b_lab.ipynb #62aa49f3
+# %% ../nbs/12b_lab.ipynb #b54d16f2
 @dataclass(eq=False)
 class FeatureView:
     """One feature of a run; its row of the table is in `row`."""
@@ -37,17 +38,22 @@ class FeatureView:
     feature: int
     row: Mapping[str, Any]
 
-    def _repr_html_(self) -> str:
-        known = {name: self.row.get(name) for name in ("f1", "shuffled_f1", "precision", "recall", "steerability")}
-        scores = "; ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in known.items() if value is not None and value == value)
-        head = _tag("p", _tag("b", f"feature {self.feature}"), f", level {self.row.get('level', '?')}: ",
-                    self.row.get("description") or "no description", style="margin:0")
-        shown = self._contexts() if self.run.has("exemplars/exemplars.parquet") else []
-        return str(_tag("div", head, _tag("p", scores or "not scored", style="margin:0 0 .4em;opacity:.75"), *map(_context, shown)))
+# %% ../nbs/12b_lab.ipynb #83f46b44
+@patch
+def _repr_html_(self: FeatureView) -> str:
+    known = {name: self.row.get(name) for name in ("f1", "shuffled_f1", "precision", "recall", "steerability")}
+    scores = "; ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in known.items() if value is not None and value == value)
+    head = _tag("p", _tag("b", f"feature {self.feature}"), f", level {self.row.get('level', '?')}: ",
+                self.row.get("description") or "no description", style="margin:0")
+    shown = self._contexts() if self.run.has("exemplars/exemplars.parquet") else []
+    return str(_tag("div", head, _tag("p", scores or "not scored", style="margin:0 0 .4em;opacity:.75"), *map(_context, shown)))
 
-    def _contexts(self) -> list[dict[str, Any]]:
-        return portrait_of(self.run, self.feature, AtlasConfig(per_decile=1), Films(self.run, None), 6)["exemplars"]
+# %% ../nbs/12b_lab.ipynb #e6094ce2
+@patch
+def _contexts(self: FeatureView) -> list[dict[str, Any]]:
+    return portrait_of(self.run, self.feature, AtlasConfig(per_decile=1), Films(self.run, None), 6)["exemplars"]
 
+# %% ../nbs/12b_lab.ipynb #f533d545
 def _context(shown: Mapping[str, Any]) -> Html:
     "One context, shaded."
     words = [_tag("span", token, style=f"background:rgba(0,114,178,{s});{'text-decoration:underline' if peak else ''}") for token, s,
@@ -55,7 +61,7 @@ def _context(shown: Mapping[str, Any]) -> Html:
     return _tag("div", _tag("span", *words, style="white-space:pre-wrap"), _tag("small", f"   {shown['place']}", style="opacity:.6"),
                 style="border:1px solid rgba(128,128,128,.35);border-radius:4px;padding:.15em .5em;margin:.15em 0")
 
-# %% ../nbs/12b_lab.ipynb #d4f28df3
+# %% ../nbs/12b_lab.ipynb #12c8bbd5
 class RunView(RunTables):
     """A run directory that shows itself; raises `UserError` when it is none."""
     def __init__(self, folder: Path | str) -> None:
@@ -68,27 +74,33 @@ class RunView(RunTables):
         """The table of all features, as in the atlas."""
         return feature_table(self)
 
-    def __getitem__(self, feature: int) -> FeatureView:
-        rows = self.features[self.features.feature == feature]
-        if not len(rows): raise UserError(f"{self.folder} has no feature {feature}; it has {len(self.features)}, from 0.")
-        return FeatureView(self, int(feature), rows.iloc[0].to_dict())
-
-    def find(self, words: str, count: int = 10) -> pd.DataFrame:
-        """Features whose description holds all the words, best F1 first."""
-        said = self.features.description.fillna("").str.lower()
-        kept = self.features[[all(w in text for w in words.lower().split()) for text in said]].sort_values("f1", ascending=False)
-        return kept[["feature", "description", "f1", "shuffled_f1", "density", "mainly"]].head(count)
-
     def _repr_html_(self) -> str:
         said = headlines(self.json("summary.json") or {})
         items = [_tag("li", claim, " ", _tag("span", caveat, style="opacity:.65")) for claim, caveat in said]
         return str(_tag("div", _tag("b", f"run {self.folder.name}"), _tag("ul", *items) if items else _tag("p", "No stage has left a number yet.")))
 
+# %% ../nbs/12b_lab.ipynb #1efd1e0b
+@patch
+def __getitem__(self: RunView, feature: int) -> FeatureView:
+    """One feature of the run; raises `UserError` for a number that it does not have."""
+    rows = self.features[self.features.feature == feature]
+    if not len(rows): raise UserError(f"{self.folder} has no feature {feature}; it has {len(self.features)}, from 0.")
+    return FeatureView(self, int(feature), rows.iloc[0].to_dict())
+
+# %% ../nbs/12b_lab.ipynb #620b2a69
+@patch
+def find(self: RunView, words: str, count: int = 10) -> pd.DataFrame:
+    """Features whose description holds all the words, best F1 first."""
+    said = self.features.description.fillna("").str.lower()
+    kept = self.features[[all(w in text for w in words.lower().split()) for text in said]].sort_values("f1", ascending=False)
+    return kept[["feature", "description", "f1", "shuffled_f1", "density", "mainly"]].head(count)
+
+# %% ../nbs/12b_lab.ipynb #3d224320
 def open_run(folder: Path | str) -> RunView:
     """A run to look at."""
     return RunView(folder)
 
-# %% ../nbs/12b_lab.ipynb #f1001b59
+# %% ../nbs/12b_lab.ipynb #de73b590
 @dataclass(eq=False)
 class Comparison:
     """Two or more runs side by side; `settings` that differ and `numbers` of their summaries."""
@@ -103,6 +115,7 @@ class Comparison:
 
 def _shown(value: float) -> str: return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
 
+# %% ../nbs/12b_lab.ipynb #1a55dbaa
 def compare(*folders: Path | str) -> Comparison:
     """Compare runs by settings and summary; with two, the change from the first to the second as well. Raises `UserError` for fewer than two."""
     if len(folders) < 2: raise UserError("compare needs at least two runs; name their folders.")
@@ -115,6 +128,7 @@ def compare(*folders: Path | str) -> Comparison:
     if len(runs) == 2: numbers["change"] = numbers[names[1]] - numbers[names[0]]
     return Comparison(names, settings[settings.astype(str).nunique(axis=1) > 1].drop(index="out", errors="ignore"), numbers)
 
+# %% ../nbs/12b_lab.ipynb #a01f9027
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     "Nested settings under dotted names; lists are left out of numbers by being no numbers."
     flat: dict[str, Any] = {}

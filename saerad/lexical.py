@@ -15,7 +15,7 @@ from itertools import groupby
 
 from .exemplars import Context, Example
 
-# %% ../nbs/08a_lexical.ipynb #204dc4f9
+# %% ../nbs/08a_lexical.ipynb #1044215c
 def words(tokens: Sequence[str], whole: bool = True) -> tuple[list[str], list[int]]:
     """Lower-case words of some tokens, and for every token the index of its word (−1 where it is part of none).
 
@@ -36,12 +36,14 @@ def words(tokens: Sequence[str], whole: bool = True) -> tuple[list[str], list[in
         glue = not token[-1].isspace()
         index.append(len(found) - 1)
     return found, index
+
+# %% ../nbs/08a_lexical.ipynb #e99f51a4
 @lru_cache(maxsize=100_000)
 def _clean(token: str) -> str:
     "A token without white space, capitals and the two characters that a sentence could not quote."
     return token.strip().lower().replace('"', "").replace("\\", "")
 
-# %% ../nbs/08a_lexical.ipynb #7712e16e
+# %% ../nbs/08a_lexical.ipynb #0f8f6c9f
 REACH = 4
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +69,7 @@ class Window:
                 if b == ".": break
         return frozenset(found)
 
+# %% ../nbs/08a_lexical.ipynb #9dae4454
 def window(context: Context, tell_study: bool = False) -> Window:
     """A context in words; with `tell_study` also what the report of its study states."""
     place = f"{context.view} image".strip() if context.section == "image" else context.section.replace("_", " ")
@@ -94,7 +97,7 @@ class Clause:
         pair = (self.word, self.other) if self.relation == "before" else (self.other, self.word)
         return pair in w.pairs
 
-# %% ../nbs/08a_lexical.ipynb #572dbcce
+# %% ../nbs/08a_lexical.ipynb #688ffd97
 PREFIX = "Lexical baseline: fires "
 NOTHING = "Lexical baseline: no word, pair, section or position sets its contexts apart."
 
@@ -106,6 +109,7 @@ def describe(rule: Sequence[Clause]) -> str:
     order = {key: min(rule.index(c) for c in rule if rest(c) == key) for key, _ in groups}
     return PREFIX + "; ".join(_phrase(key, w) for key, w in sorted(groups, key=lambda g: order[g[0]])) + "."
 
+# %% ../nbs/08a_lexical.ipynb #720dab25
 def _phrase(c: Clause, named: Sequence[str]) -> str:
     "Clauses that differ only in the word, as one phrase."
     quoted = ", ".join(f'"{w}"' for w in sorted(named) if w)
@@ -212,16 +216,18 @@ def candidates(active: Bits, peaks: dict[str, int]) -> list[Clause]:
     studies = [replace(c, stated=s) for c in [Clause(), *simple] for s in told]
     return sorted(plain + [c for c in studies if active.of(c).bit_count() >= least])
 
-# %% ../nbs/08a_lexical.ipynb #1ecfaa26
+# %% ../nbs/08a_lexical.ipynb #28c68010
 def choose_rule(evidence: Evidence, peaks: dict[str, int], clauses: int = 6) -> tuple[Clause, ...]:
     """Clauses that tell the active windows from the rest with the best expected F1, at most `clauses` of them."""
     options = [(c, evidence.sets(c)) for c in candidates(evidence.active, peaks)]
     grown = [_grow(evidence, options, clauses, cost) for cost in (1.0, 4.0)]
     return max(grown, key=lambda r: evidence.f1(_union(evidence, r)) - sum(map(_burden, r)))
 
+# %% ../nbs/08a_lexical.ipynb #59bb7b40
 def _union(evidence: Evidence, rule: Sequence[Clause]) -> Sets:
     return reduce(_join, map(evidence.sets, rule), (0, 0, 0))
 
+# %% ../nbs/08a_lexical.ipynb #1579c734
 def _grow(evidence: Evidence, options: Sequence[tuple[Clause, Sets]], clauses: int, cost: float, gain: float = 0.02) -> tuple[Clause, ...]:
     "A rule grown a clause at a time, where finding a silent window costs `cost` times what finding an active one gains."
     rule: list[Clause] = []
@@ -237,9 +243,11 @@ def _grow(evidence: Evidence, options: Sequence[tuple[Clause, Sets]], clauses: i
         held = _join(held, sets)
     return tuple(rule)
 
+# %% ../nbs/08a_lexical.ipynb #00a0cac9
 def _join(a: Sets, b: Sets) -> Sets:
     return a[0] | b[0], a[1] | b[1], a[2] | b[2]
 
+# %% ../nbs/08a_lexical.ipynb #380dde81
 def _burden(c: Clause) -> float:
     "A small price for long clauses, and for words that are not at the peak."
     return 0.01 * (bool(c.relation) + bool(c.place) + bool(c.opens) + bool(c.stated)) + 0.03 * (c.near or not c.word)

@@ -56,7 +56,7 @@ _GRADED = ("effusion", "pneumothorax", "consolidation", "cardiomegaly", "oedema"
 _STAYS = {"sternotomy_wires": 1.0, "pacemaker": 1.0, "nodule": .9, "fracture": .8} | dict.fromkeys(_DEVICES, .6)
 _HEDGED = ("effusion", "pneumothorax", "consolidation", "atelectasis", "oedema", "nodule")
 
-# %% ../nbs/01_phantom.ipynb #540a5d83
+# %% ../nbs/01_phantom.ipynb #7746d701
 def _zone(kind: str, side: str, draw: np.random.Generator) -> str:
     "A place for a new finding; the left lung has no middle lobe."
     if kind == "nodule": return str(draw.choice(["upper", "middle", "lower"]))
@@ -65,6 +65,7 @@ def _zone(kind: str, side: str, draw: np.random.Generator) -> str:
     if kind == "endotracheal_tube": return str(draw.choice(["", "upper", "lower"], p=[.7, .15, .15]))
     return ""
 
+# %% ../nbs/01_phantom.ipynb #49afe88a
 def _onset(factors: dict[str, float], scale: float, there: Iterable[Finding], draw: np.random.Generator) -> list[Finding]:
     "Findings that begin now, one at most of a kind and side."
     taken = {(f.kind, f.side) for f in there}
@@ -112,7 +113,7 @@ def patient_states(seed: int, patient: int) -> list[State]:
         states.append(State(patient, number, body, projection, tuple(sorted(stay + new)), tuple(sorted(gone))))
     return states
 
-# %% ../nbs/01_phantom.ipynb #b62df379
+# %% ../nbs/01_phantom.ipynb #43a9fcc4
 SIZE = 112
 Plane = Float[np.ndarray, "112 112"]
 
@@ -120,10 +121,12 @@ def _soft(distance: Plane, width: float) -> Plane:
     "1 inside (negative distance), 0 outside, with an edge of `width`."
     return 1 / (1 + np.exp(np.clip(distance / width, -30, 30)))
 
+# %% ../nbs/01_phantom.ipynb #41355312
 def _ellipse(x: Plane, y: Plane, cx: float, cy: float, a: float, b: float) -> Plane:
     "Signed distance to an ellipse, roughly, in shares of the picture."
     return (np.sqrt(((x - cx) / a) ** 2 + ((y - cy) / b) ** 2) - 1) * min(a, b)
 
+# %% ../nbs/01_phantom.ipynb #b602ea5d
 def _line(x: Plane, y: Plane, points: list[tuple[float, float]], width: float) -> Plane:
     "A soft line through `points`; only the part of the picture around them is computed."
     p, reach = np.asarray(points), width * 7
@@ -136,6 +139,7 @@ def _line(x: Plane, y: Plane, points: list[tuple[float, float]], width: float) -
     mask[near] = _soft(np.sqrt(((dx - t * ab[:, 0]) ** 2 + (dy - t * ab[:, 1]) ** 2).min(-1)) - width, width / 3)
     return mask
 
+# %% ../nbs/01_phantom.ipynb #6f5a9fc4
 def _curve(*points: tuple[float, float], steps: int = 8) -> list[tuple[float, float]]:
     "A smooth curve with the given control points (Bézier)."
     t = np.linspace(0, 1, steps)[:, None]
@@ -182,7 +186,7 @@ class Canvas:
         cx, _ = self.lung(side)
         return cx + self.out(side) * .015, {"upper": .30, "middle": .45, "lower": .60}[zone]
 
-# %% ../nbs/01_phantom.ipynb #a11b5bb7
+# %% ../nbs/01_phantom.ipynb #3b6367a8
 def _noise(draw: np.random.Generator, grain: int) -> Plane:
     "Smooth noise of about unit size with blobs of `grain` pixels."
     small = draw.normal(size=(SIZE // grain + 3, SIZE // grain + 3))
@@ -191,6 +195,7 @@ def _noise(draw: np.random.Generator, grain: int) -> Plane:
     rows = small[i] * (1 - f)[:, None] + small[i + 1] * f[:, None]
     return rows[:, i] * (1 - f) + rows[:, i + 1] * f
 
+# %% ../nbs/01_phantom.ipynb #798aeac6
 def draw_anatomy(body: Body, projection: str, enlarged: int, draw: np.random.Generator) -> Canvas:
     """A chest without disease; `enlarged` is 0, or 1 to 3 for a mild, moderate or severe enlargement of the heart."""
     zoom, turn = draw.uniform(.95, 1.05), draw.uniform(-.05, .05)
@@ -390,7 +395,7 @@ def _wires(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) ->
         mask = np.maximum(mask, _soft(ring, .002))
     return c.paint(.9 * mask, .98)
 
-# %% ../nbs/01_phantom.ipynb #df2ac1a6
+# %% ../nbs/01_phantom.ipynb #c2fd5af6
 PATCH = 14                       # pixels along an edge of the coarse grid on which the truth also says where
 Box = tuple[int, int, int, int]
 
@@ -400,6 +405,7 @@ class Drawing(NamedTuple):
     boxes: dict[Finding, Box]                           # left, top, right, bottom in pixels
     patches: dict[Finding, Bool[np.ndarray, "8 8"]]     # patches of `PATCH` pixels that the finding touches
 
+# %% ../nbs/01_phantom.ipynb #83c69e8b
 _ORDER = ("cardiomegaly", "oedema", "consolidation", "atelectasis", "nodule", "pneumothorax", "effusion", "fracture", "sternotomy_wires",
           "enteric_tube", "endotracheal_tube", "central_line", "picc", "chest_tube", "pacemaker")
 
@@ -420,7 +426,7 @@ def draw_study(seed: int, state: State) -> Drawing:
     film = (film - film.min()) / (film.max() - film.min())
     return Drawing(np.round(film * 255).astype(np.uint8), boxes, patches)
 
-# %% ../nbs/01_phantom.ipynb #435e1480
+# %% ../nbs/01_phantom.ipynb #b1763eff
 @dataclass(frozen=True, eq=False)
 class Truth:
     """What phantom knows about one of its studies."""
@@ -448,6 +454,7 @@ class Truth:
         """Names of the visual concepts that are true of the study."""
         return visual_concepts(self.findings)
 
+# %% ../nbs/01_phantom.ipynb #27297e37
 @lru_cache(maxsize=8192)  # a study's picture is wanted again as its successor's prior view
 def _drawn(seed: int, state: State) -> Drawing:
     return draw_study(seed, state)

@@ -47,7 +47,7 @@ class Ranks:
         """Whether this process writes what is written once."""
         return self.rank == 0
 
-# %% ../nbs/06b_ranks.ipynb #1d48eb9e
+# %% ../nbs/06b_ranks.ipynb #28fbd64a
 def _sum(ranks: Ranks, t: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
     "Over all processes, in place where `t` is on their device; a transposed matrix is summed as it lies in memory."
     if ranks.size == 1: return t
@@ -55,21 +55,25 @@ def _sum(ranks: Ranks, t: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
     dist.all_reduce(moved if moved.is_contiguous() else moved.T, op)
     return moved.to(t.device)
 
+# %% ../nbs/06b_ranks.ipynb #bd594712
 @patch
 def everywhere(self: Ranks, t: Tensor) -> Tensor:
     """The sum over all processes."""
     return _sum(self, t)
 
+# %% ../nbs/06b_ranks.ipynb #385523e8
 @patch
 def over_tokens(self: Ranks, t: Tensor) -> Tensor:
     """The sum over the processes that have other tokens."""
     return t if self.shard else _sum(self, t)
 
+# %% ../nbs/06b_ranks.ipynb #5b871d8b
 @patch
 def over_features(self: Ranks, t: Tensor) -> Tensor:
     """The sum over the processes that have other features."""
     return _sum(self, t) if self.shard else t
 
+# %% ../nbs/06b_ranks.ipynb #c2884470
 @patch
 def all(self: Ranks, here: bool) -> bool:
     """Whether it is true in every process."""
@@ -80,7 +84,7 @@ def barrier(self: Ranks) -> None:
     """Wait for the others."""
     if self.size > 1: dist.barrier()
 
-# %% ../nbs/06b_ranks.ipynb #e99dd208
+# %% ../nbs/06b_ranks.ipynb #e2d1f2a3
 @patch
 def kth_largest(self: Ranks, values: Float[Tensor, "..."], k: int) -> float:
     """The k-th largest positive float32 among all processes' `values`, exactly; 0 when fewer are positive."""
@@ -90,6 +94,7 @@ def kth_largest(self: Ranks, values: Float[Tensor, "..."], k: int) -> float:
     low, _ = _bin(self, bits[bits >> 16 == high] & 0xffff, left)
     return float(torch.tensor(high << 16 | low, dtype=torch.int32).view(torch.float32))
 
+# %% ../nbs/06b_ranks.ipynb #fecde716
 def _bin(ranks: Ranks, bits: Tensor, k: int) -> tuple[int, int]:
     "The bin of the k-th largest, and which it is within that bin; -1 when there are fewer."
     counts = ranks.everywhere(torch.bincount(bits, minlength=1 << 16)).cpu()
@@ -98,6 +103,7 @@ def _bin(ranks: Ranks, bits: Tensor, k: int) -> tuple[int, int]:
     if place == len(counts): return -1, 0
     return len(counts) - 1 - place, k - int(above[place] - counts[len(counts) - 1 - place])
 
+# %% ../nbs/06b_ranks.ipynb #d847fd65
 @patch
 def smallest(self: Ranks, kept: Float[Tensor, " kept"]) -> float:
     """The smallest of all processes' numbers; 0 when there are none."""
@@ -123,12 +129,13 @@ def strongest(self: Ranks, z: Float[Tensor, "n dead"], k: int) -> Float[Tensor, 
         z = torch.cat(gathered, dim=1)
     return z.topk(k, dim=1).values[:, -1:]
 
-# %% ../nbs/06b_ranks.ipynb #6cce6d2b
+# %% ../nbs/06b_ranks.ipynb #00090148
 def _rows(ranks: Ranks, sizes: Sequence[int], rank: int) -> Tensor:
     "Numbers of the features that a process holds, of groups of these sizes."
     starts = np.cumsum([0, *sizes[:-1]])
     return torch.cat([torch.arange(a + rank * n // ranks.size, a + (rank + 1) * n // ranks.size) for a, n in zip(starts, sizes, strict=True)])
 
+# %% ../nbs/06b_ranks.ipynb #05b4b833
 @patch
 def part(self: Ranks, sae: MatryoshkaSAE) -> MatryoshkaSAE:
     """The SAE that this process trains, on its device: all of it, or its share of the features."""
@@ -139,6 +146,7 @@ def part(self: Ranks, sae: MatryoshkaSAE) -> MatryoshkaSAE:
     mine.load_state_dict(state | {"W_enc": state["W_enc"][:, rows], "W_dec": state["W_dec"][rows], "b_enc": state["b_enc"][rows]})
     return mine.to(self.device)
 
+# %% ../nbs/06b_ranks.ipynb #4f6a9ed8
 @patch
 @torch.no_grad()
 def whole(self: Ranks, sae: MatryoshkaSAE) -> MatryoshkaSAE:
@@ -158,7 +166,7 @@ def whole(self: Ranks, sae: MatryoshkaSAE) -> MatryoshkaSAE:
     full.load_state_dict(state)
     return full
 
-# %% ../nbs/06b_ranks.ipynb #cf8690fa
+# %% ../nbs/06b_ranks.ipynb #33ceb3d1
 class _Share:
     "A store whose batches are one process's slice of the joined ones."
     def __init__(self, store: Store, rank: int, size: int):
@@ -174,11 +182,13 @@ class _Share:
         store.read = lambda rows: self.store.read(rows[here])
         yield from store.batches(split, batch_size, seed, start)
 
+# %% ../nbs/06b_ranks.ipynb #66bf3e9b
 @patch
 def mine(self: Ranks, store: Store) -> Any:
     """What this process reads its batches from."""
     return store if self.size == 1 or self.shard else _Share(store, self.rank, self.size)
 
+# %% ../nbs/06b_ranks.ipynb #b98844f4
 @patch
 def check(self: Ranks, batch_size: int, groups: Sequence[Sequence[int]]) -> None:
     """Raises `UserError` when batch or groups cannot be shared out equally."""
@@ -188,10 +198,11 @@ def check(self: Ranks, batch_size: int, groups: Sequence[Sequence[int]]) -> None
         if bad := [n for n in sizes if n % self.size]:
             raise UserError(f"a group of {bad[0]} features cannot be shared equally by {self.size} processes; start another number.")
 
-# %% ../nbs/06b_ranks.ipynb #e323eebb
+# %% ../nbs/06b_ranks.ipynb #1e41b331
 def _file(ranks: Ranks, folder: Path, step: int) -> Path:
     return folder / f"state-{step:08d}-{ranks.rank}of{ranks.size}.safetensors"
 
+# %% ../nbs/06b_ranks.ipynb #1b957554
 @patch
 def keep(self: Ranks, folder: Path, step: int, save: Callable[[Path], None]) -> None:
     """Write the checkpoint of one step."""
@@ -202,6 +213,7 @@ def keep(self: Ranks, folder: Path, step: int, save: Callable[[Path], None]) -> 
     for old in folder.glob(f"state-*-{self.rank}of{self.size}.safetensors"):
         if old != _file(self, folder, step): old.unlink()
 
+# %% ../nbs/06b_ranks.ipynb #98bc4408
 @patch
 def found(self: Ranks, folder: Path) -> list[Path]:
     """The checkpoint that all processes can take up, if there may be one."""

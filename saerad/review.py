@@ -58,7 +58,7 @@ def shuffled_items(chosen: pd.DataFrame, controls: float, seed: int) -> list[dic
               "description": rows[(i + (i in swapped)) % len(rows)]["explanation"]} for i, row in enumerate(rows)]
     return [items[i] for i in draw.permutation(len(items))]
 
-# %% ../nbs/12a_review.ipynb #2257ba53
+# %% ../nbs/12a_review.ipynb #94029d6a
 def review_pack(run: Path | str, out: Path | str, features: str | int = "top:50", controls: float = 0.2, seed: int = 0, contexts: int = 10) -> Path:
     """Write `review.html` for the readers and `key.json`, which is not for them, into `out`; returns the page.
 
@@ -80,6 +80,7 @@ def review_pack(run: Path | str, out: Path | str, features: str | int = "top:50"
     write_json(out / "key.json", {"pack": pack, "items": {str(i): {k: item[k] for k in ("feature", "own", "f1")} for i, item in enumerate(items, 1)}})
     return out / "review.html"
 
+# %% ../nbs/12a_review.ipynb #68d23f93
 def _shown(run: RunTables, item: Mapping[str, Any], contexts: int, films: Films) -> dict[str, Any]:
     "What a reader sees of an item: no feature number, no study, no score."
     seen = portrait_of(run, item["feature"], AtlasConfig(per_decile=1), films, contexts)
@@ -87,7 +88,7 @@ def _shown(run: RunTables, item: Mapping[str, Any], contexts: int, films: Films)
     return {"description": item["description"], "films": pictures,
             "exemplars": [{"section": c["place"].partition(",")[0], "shaded": c["shaded"]} for c in seen["exemplars"]]}
 
-# %% ../nbs/12a_review.ipynb #affd23ab
+# %% ../nbs/12a_review.ipynb #6fe7aa7f
 def read_answers(files: Sequence[Path | str], key: Mapping[str, Any]) -> pd.DataFrame:
     """A row for every rated item of every reader: `reader`, `item`, `fits`, `coherence`, `feature`, `own`, `f1`, `confusions`.
 
@@ -106,13 +107,14 @@ def read_answers(files: Sequence[Path | str], key: Mapping[str, Any]) -> pd.Data
     if not rows: raise UserError(f"{files[0]} has no ratings; a reader must say of at least one item how well its description fits.")
     return pd.DataFrame(rows)
 
+# %% ../nbs/12a_review.ipynb #db67de56
 def _answer(file: Path | str, reader: str, item: str, said: Mapping[str, Any], key: Mapping[str, Any]) -> dict[str, Any]:
     if item not in key["items"]: raise UserError(f"{file} rates item {item}, which the pack does not have; export the answers again.")
     if said["fits"] not in (0, 1, 2): raise UserError(f"{file}, item {item} has the rating {said['fits']!r}; ratings are 0, 1 or 2.")
     return {"reader": reader, "item": int(item), "fits": said["fits"], "coherence": said.get("coherence"),
             "confusions": said.get("confusions") or [], **key["items"][item]}
 
-# %% ../nbs/12a_review.ipynb #f809202b
+# %% ../nbs/12a_review.ipynb #852b94de
 def cohen(a: np.ndarray, b: np.ndarray, weighted: bool = False) -> float:
     """Cohen's kappa of two readers' ratings 0, 1, 2 (linearly weighted if asked); nan where neither varies."""
     table = np.zeros((3, 3))
@@ -120,6 +122,7 @@ def cohen(a: np.ndarray, b: np.ndarray, weighted: bool = False) -> float:
     if len(set(a) | set(b)) < 2: return float("nan")
     with np.errstate(invalid="ignore", divide="ignore"): return float(cohens_kappa(table, wt="linear" if weighted else None, return_results=False))
 
+# %% ../nbs/12a_review.ipynb #703b1541
 def fleiss(ratings: np.ndarray) -> float:
     """Fleiss' kappa of ratings [items, readers]; nan where all are the same."""
     if len(np.unique(ratings)) < 2: return float("nan")
@@ -138,16 +141,18 @@ def interval(statistic: Callable[..., float], *columns: np.ndarray, draws: int =
 
 def _number(value: float) -> float | None: return round(float(value), 4) if np.isfinite(value) else None
 
-# %% ../nbs/12a_review.ipynb #655226be
+# %% ../nbs/12a_review.ipynb #a75eae27
 def _spearman(a: np.ndarray, b: np.ndarray) -> float:
     ranks = pd.DataFrame({"a": a, "b": b}).rank()
     return float(ranks.a.corr(ranks.b)) if ranks.a.nunique() > 1 and ranks.b.nunique() > 1 else float("nan")
 
+# %% ../nbs/12a_review.ipynb #8ca89858
 def _auroc(ratings: np.ndarray, own: np.ndarray) -> float:
     mine, other = ratings[own.astype(bool)], ratings[~own.astype(bool)]
     if not len(mine) or not len(other): return float("nan")
     return float((mine[:, None] > other).mean() + 0.5 * (mine[:, None] == other).mean())
 
+# %% ../nbs/12a_review.ipynb #e6988cf7
 def _binary_kappa(ratings: np.ndarray, f1: np.ndarray) -> float:
     "Cohen's kappa of 'rated 1.5 or more' and 'F1 above 0.75'."
     a, b = ratings >= 1.5, f1 > 0.75
@@ -155,7 +160,7 @@ def _binary_kappa(ratings: np.ndarray, f1: np.ndarray) -> float:
     if len(set(a) | set(b)) < 2: return float("nan")
     return float(cohens_kappa(table, return_results=False))
 
-# %% ../nbs/12a_review.ipynb #cc9ca4f8
+# %% ../nbs/12a_review.ipynb #dbc76b2b
 def review_score(answers: Sequence[Path | str] | Path | str, key: Path | str | None = None) -> dict[str, Any]:
     """What the readers' answers come to: `readers`, agreement `between_readers` and `with_scores`, with 95 % intervals over items.
 
@@ -181,6 +186,7 @@ def review_score(answers: Sequence[Path | str] | Path | str, key: Path | str | N
                                 and len(all_rated) else None},
             "with_scores": scores, "confusions": table.confusions.explode().value_counts().to_dict()}
 
+# %% ../nbs/12a_review.ipynb #86877d32
 def _reader(rows: pd.DataFrame) -> dict[str, Any]:
     "What one reader rated, own descriptions and controls apart."
     own, control = rows.fits[rows.own.astype(bool)], rows.fits[~rows.own.astype(bool)]

@@ -13,7 +13,7 @@ __all__ = ['STAGES', 'PACKAGE', 'SUMMARY', 'SHARED', 'app', 'ConfigPath', 'Setti
            'interpret_command', 'estimate_of', 'studies', 'sweep_command', 'sweep', 'doctor', 'convert', 'review_pack',
            'review_score', 'mini_train', 'bench', 'bench_table', 'main', 'told', 'excuse']
 
-# %% ../nbs/13_run.ipynb #e5af7892
+# %% ../nbs/13_run.ipynb #aa42374e
 import difflib
 import errno
 import fcntl
@@ -52,7 +52,16 @@ from .exemplars import Exemplars, ExemplarsConfig
 from .extraction import ExtractionConfig, hookpoints, meet, stored_studies, world
 from .figures import FiguresConfig
 from .grammar import CONCEPTS
-from .interpretation import InterpretationConfig, check_needs, description_names_truth, estimate, interpretation_summary, planned, tell_estimate
+from saerad.interpretation import (
+    InterpretationConfig,
+    check_needs,
+    description_names_truth,
+    estimate,
+    interpretation_summary,
+    named_files,
+    planned,
+    tell_estimate,
+)
 from .mini import DecoderConfig
 from .online import Online
 from .portraits import PortraitsConfig
@@ -65,11 +74,12 @@ from .subjects import Subject, SubjectConfig, find_checkpoint, hash_checkpoint, 
 from .sweep import SweepConfig, combinations
 from .training import TrainingConfig
 
-# %% ../nbs/13_run.ipynb #bfad3773
+# %% ../nbs/13_run.ipynb #d3bc58e5
 class SubjectSection(SubjectConfig):
     """The subject model, and how it is taught where `model` is "trained"."""
     decoder: DecoderConfig = DecoderConfig()
 
+# %% ../nbs/13_run.ipynb #731f68f2
 class Config(Section):
     """Everything that a run depends on; an empty file is a valid config."""
     studies: StudiesConfig = StudiesConfig()
@@ -137,11 +147,12 @@ def validated(values: dict[str, Any], where: str) -> Config:
     try: return Config.model_validate(values)
     except ValidationError as e: raise UserError(_sentence(e.errors()[0], where)) from e
 
-# %% ../nbs/13_run.ipynb #b94a6e4f
+# %% ../nbs/13_run.ipynb #6785a868
 def changed(config: Config, settings: Sequence[str]) -> Config:
     """`config` with `KEY=VALUE` settings laid over it."""
     return validated(with_settings(config.model_dump(mode="json"), settings), "the settings of the command line" if settings else "the config")
 
+# %% ../nbs/13_run.ipynb #9cbc718f
 def load_config(path: Path | str, settings: Sequence[str] = ()) -> Config:
     """Read a YAML config and lay `KEY=VALUE` settings over it; raises `UserError` in one sentence."""
     path = Path(path)
@@ -155,7 +166,7 @@ def load_config(path: Path | str, settings: Sequence[str] = ()) -> Config:
     config = validated(with_settings(values or {}, settings), f"{path} or the settings beside it" if settings else str(path))
     return config if config.out else config.model_copy(update={"out": f"runs/{path.stem}"})
 
-# %% ../nbs/13_run.ipynb #5ae026c4
+# %% ../nbs/13_run.ipynb #1cd4c1a7
 @dataclass(frozen=True)
 class Stage:
     """What one stage depends on, what it owns, and how it is done."""
@@ -167,6 +178,7 @@ class Stage:
     outside: tuple[str, ...] = ()   # "studies", "model": what comes from outside the run
     keeps: tuple[str, ...] = ()     # files that know themselves under which settings they were made: they stay when those change
 
+# %% ../nbs/13_run.ipynb #66838347
 STAGES = {s.name: s for s in (
     Stage("subject", ("subject", "studies"), (), ("mini", "subjects"), ("subject",), ("studies",)),
     Stage("extract", ("extraction",), ("subject",), ("extraction", "store", "subjects"), ("activations",), ("studies", "model")),
@@ -182,7 +194,7 @@ STAGES = {s.name: s for s in (
     Stage("figures", ("figures",), ("steer",), ("figures",), ("figures",)),
     Stage("atlas", ("atlas",), ("figures", "portray"), ("atlas",), ("atlas", "report.html")))}
 
-# %% ../nbs/13_run.ipynb #41d2af3a
+# %% ../nbs/13_run.ipynb #d85b2267
 PACKAGE = Path(saerad.__file__).parent
 
 def code_version(modules: Sequence[str]) -> str:
@@ -190,13 +202,15 @@ def code_version(modules: Sequence[str]) -> str:
     files = [f for m in modules for f in (sorted((PACKAGE / m).glob("*.*")) if (PACKAGE / m).is_dir() else [PACKAGE / f"{m}.py"])]
     return content_hash([file_hash(f) for f in files])
 
+# %% ../nbs/13_run.ipynb #8c53d004
 def plan(config: Config, studies: str, model: str) -> dict[str, str]:
     """Key of every stage, in order, given the hashes of the studies and of the model."""
     outside, keys = {"studies": studies, "model": model}, {}
     for s in STAGES.values():
         if s.name == "subject" and config.subject.model != "trained": continue
         inputs = {"settings": {name: getattr(config, name) for name in s.sections}, "seed": config.seed, "code": code_version(s.modules),
-                  "outside": {name: outside[name] for name in s.outside}, "needs": [keys[n] for n in s.needs if n in keys]}
+                  "outside": {name: outside[name] for name in s.outside}, "needs": [keys[n] for n in s.needs if n in keys],
+                  "files": [file_hash(f) for f in named_files(config.interpretation)] if "interpretation" in s.sections else []}
         keys[s.name] = content_hash(s.name, inputs)
     return keys
 
@@ -220,24 +234,26 @@ class Run:
     def manifest(self) -> dict[str, Any]:
         return read_json(self / "manifest.json") if (self / "manifest.json").exists() else {"stages": {}}
 
-# %% ../nbs/13_run.ipynb #2604cc13
+# %% ../nbs/13_run.ipynb #a2a98af2
 def files_of(run: Run, stage: Stage) -> dict[str, int]:
     """Size in bytes of every file that a stage has left, by its path in the run."""
     files = [f for own in stage.owns for f in ([run / own] if (run / own).is_file() else (run / own).rglob("*")) if f.is_file()]
     return {f.relative_to(run.out).as_posix(): f.stat().st_size for f in sorted(files) if not f.name.startswith(".")}
 
+# %% ../nbs/13_run.ipynb #db400872
 def is_finished(run: Run, stage: Stage, key: str) -> bool:
     """Whether a stage has finished under this key and all its files are still there."""
     entry = run.manifest["stages"].get(stage.name, {})
     return entry.get("finished", False) and entry["key"] == key and entry["files"].items() <= files_of(run, stage).items()
 
-# %% ../nbs/13_run.ipynb #1897f16d
+# %% ../nbs/13_run.ipynb #b0d79113
 def dependents(stage: Stage) -> list[Stage]:
     """A stage and all that need what it leaves, in order: what they left says nothing of what it will leave next."""
     names = {stage.name}
     for later in STAGES.values(): names |= {later.name} if names & set(later.needs) else set()
     return [s for s in STAGES.values() if s.name in names]
 
+# %% ../nbs/13_run.ipynb #cc29411e
 def remove(run: Run, stage: Stage) -> None:
     """Remove what a stage left under other settings."""
     kept = {run / keep for keep in stage.keeps}
@@ -258,16 +274,21 @@ def locked(out: Path) -> Iterator[None]:
             raise UserError(f"another saerad process is writing {out}; wait for it, or choose another folder with --out.") from e
         yield
 
-# %% ../nbs/13_run.ipynb #0e34ad60
+# %% ../nbs/13_run.ipynb #df201445
 def do_subject(run: Run) -> None:
+    """Teach the subject model of a run whose `model` is "trained"."""
     from saerad.mini import train_decoder
     train_decoder(run.source, run / "subject", run.config.subject.decoder, run.config.seed)
 
+# %% ../nbs/13_run.ipynb #d2bbfef9
 def do_extract(run: Run) -> None:
+    """Write the activations of all studies into the store."""
     from saerad.extraction import extract
     extract(run.source, run.subject, run.config.extraction, run / "activations")
 
+# %% ../nbs/13_run.ipynb #0fbab179
 def do_train(run: Run) -> None:
+    """Train the dictionary on the store."""
     from saerad.training import train_sae
     train_sae(training_rows(run), run.config.sae, run.config.training, run.config.seed, run / "sae")
 
@@ -277,21 +298,27 @@ def training_rows(run: Run) -> Store | Online:
     return Online(run.source, run.subject, cfg.extraction, cfg.training.online_bytes) if cfg.training.online else run.store
 
 def do_evaluate(run: Run) -> None:
+    """Measure the dictionary on test patients."""
     from saerad.evaluation import evaluate
     evaluate(run.store, run.sae, run.subject, run.source, run.config.evaluation, run / "sae")
 
-# %% ../nbs/13_run.ipynb #372366dc
+# %% ../nbs/13_run.ipynb #4d84250d
 def do_exemplars(run: Run) -> None:
+    """Collect the contexts of every feature, near misses among them."""
     from saerad.exemplars import collect_exemplars
     from saerad.negatives import add_near_misses
     collect_exemplars(run.store, run.sae, run.config.exemplars, run.config.seed, run / "exemplars")
     add_near_misses(run.store, run.sae, run.config.exemplars, run.config.seed, run / "exemplars")
 
+# %% ../nbs/13_run.ipynb #4bc7ed38
 def do_interpret(run: Run) -> None:
+    """Describe the features and score the descriptions."""
     from saerad.interpretation import interpret
     interpret(run / "exemplars", run.config.interpretation, run.config.seed, run.source, run / "interpretations", run.sae)
 
+# %% ../nbs/13_run.ipynb #ea5abb28
 def do_steer(run: Run) -> None:
+    """Push on features, judge the reports, and analyse the verdicts."""
     from saerad.effects import analyse, some_activations
     from saerad.steering import reader_of, steer
     said, concepts = (run / name for name in ("interpretations/interpretations.parquet", "sae/concepts.parquet"))
@@ -299,16 +326,19 @@ def do_steer(run: Run) -> None:
           run.config.extraction.layer, read_table(concepts) if concepts.exists() else None)
     analyse(run / "steering", run.subject, run.sae, read_table(said), reader_of(run.source), run.config.seed, some_activations(run.store, run.sae))
 
-# %% ../nbs/13_run.ipynb #ccec6326
+# %% ../nbs/13_run.ipynb #201d2356
 def do_portray(run: Run) -> None:
+    """Find the words, neighbours and films of every feature."""
     from saerad.portraits import portray
     portray(run.source, run.subject, run.sae, run.config.extraction.layer, run.config.portraits, run / "portraits")
 
 def do_figures(run: Run) -> None:
+    """Draw every figure that the run has the tables for."""
     from saerad.figures import draw_figures
     draw_figures(run.out, run.config.figures)
 
 def do_atlas(run: Run) -> None:
+    """Write the atlas and the report."""
     from saerad.atlas import build_atlas
     build_atlas(run.out, run.config.atlas)
 
@@ -386,12 +416,13 @@ def check_studies(source: Source) -> None:
         if source.split(split): continue
         raise UserError(f"{source.spec} has no studies in its {split} split; raise studies.{split}_patients or change studies.fractions.")
 
-# %% ../nbs/13_run.ipynb #d9d2aa4b
+# %% ../nbs/13_run.ipynb #b4c35e97
 def model_folder(config: Config) -> Path | None:
     """Folder of a subject model that is on this machine; None for one on the hub or one that the run trains itself."""
     if config.subject.model == "trained": return None
     return find_checkpoint(config.subject) if config.subject.model == "mini" or Path(config.subject.model).expanduser().exists() else None
 
+# %% ../nbs/13_run.ipynb #c020a7eb
 def model_settings(config: Config) -> dict[str, Any]:
     """The model's own config.json, from its folder or from the hub; raises `UserError` when neither has it."""
     folder, subject = model_folder(config), config.subject
@@ -491,7 +522,7 @@ def do_stage(run: Run, stage: Stage, keys: dict[str, str], forced: bool, say: Ca
     write_json(run / "manifest.json", run.manifest)
     say(f"{stage.name:<10} {entry['seconds']:7.1f} s")
 
-# %% ../nbs/13_run.ipynb #97b8f26f
+# %% ../nbs/13_run.ipynb #f7ee4cf1
 def versions() -> dict[str, str]:
     """Versions of what a result can depend on."""
     packages = {name: version(name) for name in ("numpy", "torch", "transformers", "nnsight")}
@@ -501,6 +532,7 @@ def peak_memory() -> float:
     """Most memory that this process has held so far, in GB."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)
 
+# %% ../nbs/13_run.ipynb #518629d7
 def write_config(run: Run) -> None:
     """Write the config with all defaults filled in; leave the file alone when it says so already."""
     text = yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -514,16 +546,18 @@ def model_hash(config: Config) -> str:
     folder, settings = model_folder(config), config.subject.model_dump(exclude={"decoder", "device", "model"})
     return content_hash(settings, hash_checkpoint(folder, config.subject.dtype) if folder else model_settings(config))
 
-# %% ../nbs/13_run.ipynb #a0b952a3
+# %% ../nbs/13_run.ipynb #c3cc7c9b
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True,
                   help="Look inside radiology vision-language models with sparse autoencoders.")
+
+# %% ../nbs/13_run.ipynb #3c417717
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML config, for instance configs/phantom.yaml")]
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings over those of the config")]
 Out = Annotated[Path | None, typer.Option("--out", help="folder of the run (default: runs/NAME)")]
 From = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="do this stage and all later ones again")]
 Check = Annotated[bool, typer.Option("--check", help="check everything that can be checked, and do nothing")]
 
-# %% ../nbs/13_run.ipynb #a2af4ccb
+# %% ../nbs/13_run.ipynb #7ce7a7f4
 def start(config: Path, settings: list[str] | None, out: Path | None, first: str | None, check_only: bool, last: str) -> None:
     """What every command with a config does."""
     if first and first not in STAGES: raise UserError(f"--from {first} is not a stage; the stages are {', '.join(STAGES)}.")
@@ -539,12 +573,13 @@ def start(config: Path, settings: list[str] | None, out: Path | None, first: str
     if (out / "report.html").exists(): print(f"\nreport: {out / 'report.html'}")
     print(f"peak memory {peak_memory()} GB")
 
+# %% ../nbs/13_run.ipynb #bebe6314
 @app.command("run")
 def run_command(config: ConfigPath, settings: Settings = None, out: Out = None, first: From = None, check: Check = False) -> None:
     """Do the whole study that a config describes."""
     start(config, settings, out, first, check, "atlas")
 
-# %% ../nbs/13_run.ipynb #10a499b2
+# %% ../nbs/13_run.ipynb #527e1e9d
 def _add_stage(name: str) -> None:
     def command(config: ConfigPath, settings: Settings = None, out: Out = None, first: From = None, check: Check = False) -> None:
         start(config, settings, out, first, check, name)
@@ -553,6 +588,7 @@ def _add_stage(name: str) -> None:
 for _name in STAGES:
     if _name not in ("subject", "interpret"): _add_stage(_name)
 
+# %% ../nbs/13_run.ipynb #b50b38d9
 @app.command("interpret")
 def interpret_command(config: ConfigPath, settings: Settings = None, out: Out = None, first: From = None, check: Check = False,
                       estimate: Annotated[bool, typer.Option("--estimate", help="say what it would cost, and do nothing")] = False) -> None:
@@ -561,6 +597,7 @@ def interpret_command(config: ConfigPath, settings: Settings = None, out: Out = 
     read = load_config(config, settings or [])
     print(f"{config}: {estimate_of(Run(read, out or Path(read.out)))}")
 
+# %% ../nbs/13_run.ipynb #5778c624
 def estimate_of(run: Run) -> str:
     """What interpreting would need and cost, by the run's exemplars, or before there are any as if every feature had all its contexts."""
     cfg, made = run.config.interpretation, run / "exemplars/features.parquet"
@@ -572,7 +609,7 @@ def _width(config: Config) -> int:
     "Width of the residual stream; MAIRA-2's is known without its gated files."
     return 4096 if config.subject.model == "microsoft/maira-2" else model_shape(config)[0]
 
-# %% ../nbs/13_run.ipynb #587a76f1
+# %% ../nbs/13_run.ipynb #700ef3f7
 @app.command()
 def studies(source: Annotated[str, typer.Argument(help="phantom:SEED, openi:PATH, mimic-cxr:PATH or table:FILE")],
             settings: Settings = None) -> None:
@@ -580,6 +617,7 @@ def studies(source: Annotated[str, typer.Argument(help="phantom:SEED, openi:PATH
     values = with_settings({"source": source}, [s.removeprefix("studies.") for s in settings or []])
     print(describe(open_source(validated({"studies": values}, "the command line").studies)))
 
+# %% ../nbs/13_run.ipynb #6a850416
 @app.command("sweep")
 def sweep_command(config: ConfigPath, settings: Settings = None, out: Out = None) -> None:
     """Train the SAEs of the config's `sweep` section side by side on one stream, into the run's folder sweep/."""
@@ -590,6 +628,7 @@ def sweep_command(config: ConfigPath, settings: Settings = None, out: Out = None
     with locked(run.out): print(sweep(run, variants).to_pandas().to_string(index=False))
     print(f"\nfigure: {run / 'sweep/sweep.png'}")
 
+# %% ../nbs/13_run.ipynb #f6751560
 def sweep(run: Run, variants: dict[str, Config]) -> Any:
     """Train one SAE for each config; those that differ in `extraction` read activations of their own. Gives the table."""
     from saerad.extraction import extract
@@ -605,6 +644,7 @@ def sweep(run: Run, variants: dict[str, Config]) -> Any:
         jobs[name] = Job(stores[key], config.sae, config.training, config.seed, run / "sweep" / name)
     return train_sweep(jobs, run.config.seed, run / "sweep", run.config.sweep.rows)
 
+# %% ../nbs/13_run.ipynb #6013cb4a
 StoreFolder = Annotated[Path | None, typer.Option("--store", help="folder of activations to judge it on, for instance runs/phantom/activations")]
 
 @app.command()
@@ -620,7 +660,7 @@ def convert(src: str, dst: str, to: Annotated[str, typer.Option("--to", help="sa
     from saerad.convert import convert as write
     print(write(src, dst, to, force, store and Store.open(store)))
 
-# %% ../nbs/13_run.ipynb #644f63b3
+# %% ../nbs/13_run.ipynb #aa573717
 review = typer.Typer(no_args_is_help=True, help="Have people judge features.")
 app.add_typer(review, name="review")
 
@@ -632,6 +672,7 @@ def review_pack(run: Annotated[Path, typer.Argument(help="folder of a run")], ou
     from saerad.review import review_pack as pack
     print(pack(run, out or run / "review", features, controls))
 
+# %% ../nbs/13_run.ipynb #15a7a562
 @review.command("score")
 def review_score(answers: Annotated[list[Path], typer.Argument(help="the files that readers exported")],
                  key: Annotated[Path | None, typer.Option(help="the pack's key.json (default: beside the first file)")] = None) -> None:
@@ -687,7 +728,7 @@ def bench_table(result: dict[str, Any]) -> str:
     rows = [("", "ours", "theirs", "ratio"), *((key, *(number(s, key) for s in ("ours", "peers", "ratios"))) for key in result["ratios"])]
     return "\n".join([head, *(f"{a:<22}{b:>14}{c:>14}{d:>14}" for a, b, c, d in rows), f"peak memory {result['peak_memory']} GB"])
 
-# %% ../nbs/13_run.ipynb #70be806f
+# %% ../nbs/13_run.ipynb #0d79d3f0
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; ends the process with exit code 0, 2 (bad input) or 1 (a fault of ours)."""
     set_verbosity_error()  # transformers has remarks for authors, not for users; so has the hub's client
@@ -699,6 +740,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as e: code = told(*excuse(e))
     sys.exit(code)
 
+# %% ../nbs/13_run.ipynb #768eeb9f
 def told(sentence: str, code: int = 2) -> int:
     """Print one sentence where errors go."""
     print(f"saerad: {' '.join(sentence.split())}", file=sys.stderr)

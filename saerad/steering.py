@@ -99,7 +99,7 @@ class SteeringConfig(JudgeConfig):
             raise UserError(f"steering.alphas is {list(self.alphas)}; list different numbers{never}.")
         return self
 
-# %% ../nbs/10_steering.ipynb #4e6bc32e
+# %% ../nbs/10_steering.ipynb #9222b66e
 def choose_features(cfg: SteeringConfig, interpretations: pa.Table, width: int,
                     concepts: pa.Table | None = None) -> dict[int, Target]:
     """Features to steer and their targets, in order; raises `UserError` for one that does not exist."""
@@ -114,6 +114,7 @@ def choose_features(cfg: SteeringConfig, interpretations: pa.Table, width: int,
     if kind == "concept": return _tracking(rest, concepts)
     return _best(int(rest), said.values(), cfg.one_per_target)
 
+# %% ../nbs/10_steering.ipynb #036f7b2f
 def _best(n: int, said: Iterable[Mapping[str, Any]], one_per_target: bool) -> dict[int, Target]:
     "The `n` features of highest F1 whose explanation names a target."
     out: dict[int, Target] = {}
@@ -124,6 +125,7 @@ def _best(n: int, said: Iterable[Mapping[str, Any]], one_per_target: bool) -> di
         if len(out) == n: break
     return out
 
+# %% ../nbs/10_steering.ipynb #e81cf7d9
 def _tracking(concept: str, concepts: pa.Table | None) -> dict[int, Target]:
     "The feature that tracks a concept of phantom."
     rows = {r["concept"]: r for r in concepts.to_pylist()} if concepts is not None else {}
@@ -147,13 +149,14 @@ def choose_studies(source: Source, n: int, seed: int) -> list[Study]:
         seen[s.patient] += 1
     return sorted(sorted(order, key=lambda s: turn[s.study])[:n], key=lambda s: s.study)
 
-# %% ../nbs/10_steering.ipynb #4a7513fe
+# %% ../nbs/10_steering.ipynb #ecc183fd
 def push(sae: MatryoshkaSAE, feature: int, alpha: float, cfg: SteeringConfig, seed: int) -> Float[Tensor, " d"]:
     """What is added to the residual stream, in raw units; `feature` below 0: a random direction of the same length."""
     noise = torch.randn(sae.d, generator=torch_rng(seed, "steering", "control", feature))
     row = (sae.W_dec.detach()[feature] if feature >= 0 else noise).float().cpu()
     return row / row.norm() * alpha * (float(sae.scale) if cfg.unit == "scale" else 1.0)
 
+# %% ../nbs/10_steering.ipynb #bd70fa28
 def intervention_of(sae: MatryoshkaSAE, features: Sequence[int], alpha: float, cfg: SteeringConfig, seed: int) -> Intervention:
     """What the config's method does with features at one α, where the config says."""
     where = {"positions": cfg.positions, "from_sentence": cfg.from_sentence}
@@ -162,11 +165,12 @@ def intervention_of(sae: MatryoshkaSAE, features: Sequence[int], alpha: float, c
     value = alpha if cfg.unit == "scale" else alpha / float(sae.scale)
     return clamping(sae, features, [value] * len(features), **where)
 
+# %% ../nbs/10_steering.ipynb #7da981f4
 def sign_of(alpha: float, method: str) -> int:
     """Whether an α asks for more of a feature (1) or less (-1)."""
     return 1 if alpha > {"scale": 1.0}.get(method, 0.0) else -1
 
-# %% ../nbs/10_steering.ipynb #0873daf6
+# %% ../nbs/10_steering.ipynb #4d71ab96
 def states(reading: Reading, target: Target) -> bool:
     """Whether a report affirms anything of the target."""
     sides = target.values("side")
@@ -176,6 +180,7 @@ def states(reading: Reading, target: Target) -> bool:
         return any(getattr(f, a) != "" and v in ("", getattr(f, a)) for a, v in target.words)
     return any(map(hit, reading.findings)) != target.less
 
+# %% ../nbs/10_steering.ipynb #4ef26ca0
 def mean_differences(source: Source, subject: Subject, targets: Mapping[int, Target], layer: int, seed: int, most: int = 160,
                      least: int = 5) -> dict[int, Float[Tensor, " d"]]:
     """For each target the unit vector from training studies without it to those with it, where the report begins.
@@ -194,6 +199,7 @@ def mean_differences(source: Source, subject: Subject, targets: Mapping[int, Tar
         out[feature] = gap / gap.norm()
     return out
 
+# %% ../nbs/10_steering.ipynb #a9143dfe
 def asking(study: Study, target: Target, sign: int) -> Study:
     """The study with a wish about the target in its indication."""
     values = [value or attribute for attribute, value in sorted(target.words)]
@@ -201,7 +207,7 @@ def asking(study: Study, target: Target, sign: int) -> Study:
     wish = f"Please report {words}." if (sign > 0) != target.less else f"Please do not report {words}."
     return replace(study, sections=dict(study.sections) | {"indication": f"{study.sections.get('indication', '')} {wish}".strip()})
 
-# %% ../nbs/10_steering.ipynb #488779d9
+# %% ../nbs/10_steering.ipynb #26d722d3
 @dataclass(frozen=True)
 class Row:
     """One report to write."""
@@ -212,6 +218,7 @@ class Row:
     stands_for: int = -1          # a comparison made for one feature alone: which
     image: str = "shown"          # or "blank"
 
+# %% ../nbs/10_steering.ipynb #5bd5b7e4
 def other_features(targets: Iterable[int], alive: Sequence[int], seed: int) -> dict[int, int]:
     """For each steered feature the one whose decoder row it is compared with: the next, or for a single one any that is alive."""
     own = list(targets)
@@ -219,6 +226,7 @@ def other_features(targets: Iterable[int], alive: Sequence[int], seed: int) -> d
     rest = [f for f in alive if f not in own]
     return {f: int(rng(seed, "steering", "other").choice(rest)) for f in own if rest}
 
+# %% ../nbs/10_steering.ipynb #7eeb84e9
 def plan_rows(targets: Mapping[int, Target], studies: Sequence[Study], cfg: SteeringConfig, means: Iterable[int] = (),
               others: Mapping[int, int] | None = None) -> list[Row]:
     """Every report to write, study by study, its baseline first."""
@@ -235,7 +243,7 @@ def plan_rows(targets: Mapping[int, Target], studies: Sequence[Study], cfg: Stee
     asked = [Row(s.study, "prompt", f, a, f) for s in studies for f, t in targets.items() if t for a in strongest.values()]
     return shown + blank + (asked if "prompt" in cfg.compare else [])
 
-# %% ../nbs/10_steering.ipynb #bf61a488
+# %% ../nbs/10_steering.ipynb #0dbeb926
 def write_rows(subject: Subject, layer: int, prompts: Mapping[Row, Prompt], rows: Sequence[Row], doing: Mapping[Row, Intervention],
                cfg: SteeringConfig, parts: Path) -> dict[Row, tuple[str, float]]:
     """Text and perplexity of every row; `doing` is by `unplaced` row. Finished batches are kept in `parts`."""
@@ -252,6 +260,7 @@ def write_rows(subject: Subject, layer: int, prompts: Mapping[Row, Prompt], rows
         done |= {r: (t["text"], t["perplexity"]) for r, t in zip(batch, table.to_pylist(), strict=True)}
     return done
 
+# %% ../nbs/10_steering.ipynb #04179dd3
 def _write_batch(subject: Subject, layer: int, prompts: Mapping[Row, Prompt], batch: Sequence[Row], doing: Mapping[Row, Intervention],
                  cfg: SteeringConfig) -> tuple[list[str], list[float]]:
     if batch[0].method == "prompt":
@@ -260,6 +269,7 @@ def _write_batch(subject: Subject, layer: int, prompts: Mapping[Row, Prompt], ba
     written = write_steered(subject, prompts[batch[0]], [doing[unplaced(r)] for r in batch], layer, cfg.max_new_tokens, cfg.batch_size)
     return [w.text for w in written], [w.perplexity for w in written]
 
+# %% ../nbs/10_steering.ipynb #cf859806
 def unplaced(row: Row) -> Row:
     """What is done in a row, whoever it is done to."""
     return replace(row, study="", image="shown")
@@ -281,13 +291,14 @@ def interventions_of(rows: Iterable[Row], sae: MatryoshkaSAE, members: Mapping[i
         else: out[r] = intervention_of(sae, members.get(r.feature, [r.feature]), r.alpha, cfg, seed)
     return out
 
-# %% ../nbs/10_steering.ipynb #f3c6776e
+# %% ../nbs/10_steering.ipynb #b049e2be
 GENERATIONS = pa.schema({
     "feature": pa.int32(), "alpha": pa.float64(), "norm": pa.float64(), "study": pa.string(), "patient": pa.string(),
     "baseline": pa.string(), "steered": pa.string(), "method": pa.string(), "stands_for": pa.int32(), "features": pa.list_(pa.int32()),
     "unit": pa.string(), "positions": pa.string(), "from_sentence": pa.int32(), "image": pa.string(),
     "perplexity": pa.float64(), "baseline_perplexity": pa.float64()})
 
+# %% ../nbs/10_steering.ipynb #a4be8ee7
 def generations_table(done: Mapping[Row, tuple[str, float]], studies: Mapping[str, Study], doing: Mapping[Row, Intervention],
                       members: Mapping[int, Sequence[int]], cfg: SteeringConfig) -> pa.Table:
     """`generations.parquet`: what was done, to whom, and both texts."""
@@ -304,7 +315,7 @@ def generations_table(done: Mapping[Row, tuple[str, float]], studies: Mapping[st
             "perplexity": done[r][1], "baseline_perplexity": before[1]})
     return pa.Table.from_pylist(out, GENERATIONS)
 
-# %% ../nbs/10_steering.ipynb #1c0df6aa
+# %% ../nbs/10_steering.ipynb #ecb2268a
 JUDGEMENTS = pa.schema({
     "feature": pa.int32(), "control": pa.bool_(), "direction": pa.int32(), "alpha": pa.float64(), "study": pa.string(), "patient": pa.string(),
     "target": pa.string(), "target_kinds": pa.list_(pa.string()), "outcome": pa.string(), "degenerate": pa.bool_(), "on_direction": pa.bool_(),
@@ -312,6 +323,7 @@ JUDGEMENTS = pa.schema({
     "repeats": pa.int32(), "unread": pa.float64(), "broken": pa.string(), "method": pa.string(), "positions": pa.string(),
     "image": pa.string(), "perplexity": pa.float64(), "eligible": pa.bool_(), "harms": pa.list_(pa.string()), "generation": pa.int32()})
 
+# %% ../nbs/10_steering.ipynb #44f0b77b
 def _judged_for(row: Mapping[str, Any], targets: Mapping[int, Target], others: Mapping[int, int], cfg: SteeringConfig) -> list[tuple[int, str]]:
     "Whose targets one generation is judged against, and as what."
     if row["method"] == "random" and row["stands_for"] < 0: return [(f, "random") for f in targets]
@@ -319,10 +331,12 @@ def _judged_for(row: Mapping[str, Any], targets: Mapping[int, Target], others: M
     cross = [f for f, g in others.items() if g == row["feature"] and row["image"] == "shown" and "other_feature" in cfg.compare]
     return [(row["feature"], cfg.method)] + [(f, "other_feature") for f in cross]
 
+# %% ../nbs/10_steering.ipynb #874412d1
 def _times(row: Mapping[str, Any]) -> float:
     "How many times stranger the steered report is than the baseline."
     return row["perplexity"] / row["baseline_perplexity"]
 
+# %% ../nbs/10_steering.ipynb #ef3ea1ed
 def judgements_table(generations: pa.Table, targets: Mapping[int, Target], reader: Reader, cfg: SteeringConfig,
                      others: Mapping[int, int] | None = None) -> pa.Table:
     """`judgements.parquet`: `feature` is whose target counts, `direction` what was pushed on (below 0: random)."""
@@ -338,7 +352,7 @@ def judgements_table(generations: pa.Table, targets: Mapping[int, Target], reade
                 "eligible": bool(target) and states(read(row["baseline"]), target) == (sign < 0)})
     return pa.Table.from_pylist(out, JUDGEMENTS)
 
-# %% ../nbs/10_steering.ipynb #7005651b
+# %% ../nbs/10_steering.ipynb #da70ad39
 VERDICTS = pa.schema({
     "pair": pa.int32(), "study": pa.string(), "judge": pa.string(), "outcome": pa.string(), "direction": pa.int32(), "why": pa.string()})
 
@@ -361,6 +375,7 @@ def verdicts_table(generations: pa.Table, judgements: pa.Table, targets: Mapping
         out += [{"pair": i, "study": j["study"], "judge": name} | s for i, (j, s) in enumerate(zip(told, said, strict=True))]
     return pa.Table.from_pylist(out, VERDICTS)
 
+# %% ../nbs/10_steering.ipynb #e5a3bd18
 def first_verdicts(judgements: pa.Table, verdicts: pa.Table, judge_name: str) -> pa.Table:
     """Judgements with the outcomes of a judge that is no reader; where it said nothing the reader's outcome stays."""
     said = {v["pair"]: v for v in verdicts.to_pylist() if v["judge"] == judge_name and v["outcome"]}
@@ -386,7 +401,7 @@ def notes_of(judgements: pa.Table, targets: Mapping[int, Target], means: Iterabl
         out.append(f"too few training reports differ in the targets of features {missing} for a difference of means.")
     return out
 
-# %% ../nbs/10_steering.ipynb #56c97161
+# %% ../nbs/10_steering.ipynb #d2d98bf7
 def steer(source: Source, subject: Subject, sae: MatryoshkaSAE, interpretations: pa.Table, cfg: SteeringConfig, seed: int, out: Path | str,
           layer: int, concepts: pa.Table | None = None) -> pa.Table:
     """Push on features at the output of decoder layer `layer` and judge the reports; writes the tables of `steering/` into `out`.
@@ -418,12 +433,13 @@ def steer(source: Source, subject: Subject, sae: MatryoshkaSAE, interpretations:
     for note in notes: print(f"steering: {note}")
     return judgements
 
+# %% ../nbs/10_steering.ipynb #232c8b90
 def _joined(targets: Sequence[Target]) -> Target:
     "One target for several features that are pushed together."
     kinds, words = (frozenset().union(*(getattr(t, name) for t in targets)) for name in ("kinds", "words"))
     return Target(kinds, words, all(t.less for t in targets))
 
-# %% ../nbs/10_steering.ipynb #1c310f36
+# %% ../nbs/10_steering.ipynb #ddd86df8
 def _generated(source: Source, subject: Subject, sae: MatryoshkaSAE, cfg: SteeringConfig, seed: int, out: Path, layer: int,
                targets: Mapping[int, Target], members: Mapping[int, Sequence[int]], means: Mapping[int, Tensor],
                others: Mapping[int, int]) -> pa.Table:
@@ -446,6 +462,7 @@ def _generated(source: Source, subject: Subject, sae: MatryoshkaSAE, cfg: Steeri
     for old in out.glob("parts-*"): shutil.rmtree(old)
     return table
 
+# %% ../nbs/10_steering.ipynb #eb66b3cb
 def prompts_of(rows: Sequence[Row], studies: Mapping[str, Study], targets: Mapping[int, Target], subject: Subject,
                cfg: SteeringConfig) -> dict[Row, Prompt]:
     """The prompt of every row; raises `UserError` where a picture is needed and there is none."""
@@ -457,7 +474,7 @@ def prompts_of(rows: Sequence[Row], studies: Mapping[str, Study], targets: Mappi
              for r in rows if r.method == "prompt"}
     return {r: asked[r.study, r.feature, r.alpha] if r.method == "prompt" else (blank if r.image == "blank" else plain)[r.study] for r in rows}
 
-# %% ../nbs/10_steering.ipynb #cd9e684e
+# %% ../nbs/10_steering.ipynb #5194f33f
 def steering_summary(judgements: pa.Table, control: bool = False) -> dict[str, Any]:
     """Shares of the outcomes and the agreement of the signs; with `control` those of the random directions."""
     rows = judgements.filter(pc.equal(judgements["method"], "random") if control else pc.invert(judgements["control"])).to_pylist()
@@ -467,6 +484,7 @@ def steering_summary(judgements: pa.Table, control: bool = False) -> dict[str, A
             "reports": len(rows), **shares,
             "sign_spearman": sign_spearman(rows)}
 
+# %% ../nbs/10_steering.ipynb #a10336d2
 def sign_spearman(rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Spearman's correlation over features between the shares of reports changed by the strongest −α and +α."""
     low, high = (f((r["alpha"] for r in rows), default=0.0) for f in (min, max))
@@ -478,7 +496,7 @@ def sign_spearman(rows: Sequence[Mapping[str, Any]]) -> float | None:
     if len(features) < 3 or np.ptp(minus) == 0 or np.ptp(plus) == 0: return None
     return float(spearmanr(minus, plus).statistic)
 
-# %% ../nbs/10_steering.ipynb #1916ad05
+# %% ../nbs/10_steering.ipynb #fac0f402
 def side_by_side(baseline: str, steered: str, title: str = "") -> str:
     """Two reports as HTML, side by side: words that went are struck through, words that came are marked."""
     old, new = (re.findall(r"\s+|\w+|[^\w\s]", t) for t in (baseline, steered))
@@ -492,6 +510,7 @@ def side_by_side(baseline: str, steered: str, title: str = "") -> str:
     return (f'<table style="width:100%">{head}<tr><th>baseline</th><th>steered</th></tr>'
             f'<tr>{cell}{"".join(left)}</td>{cell}{"".join(right)}</td></tr></table>')
 
+# %% ../nbs/10_steering.ipynb #a83f3fa3
 def _tagged(text: str, changed: bool, tag: str, style: str) -> str:
     "Escaped text, inside a tag where it has changed."
     return f'<{tag} style="{style}">{html.escape(text)}</{tag}>' if changed and text else html.escape(text)

@@ -117,7 +117,7 @@ def all_views(self: Study) -> dict[str, Picture]:
     before = self.prior.views.get("frontal") if self.prior else None
     return {**self.views, **({"prior": before} if before else {})}
 
-# %% ../nbs/00_studies.ipynb #5166a734
+# %% ../nbs/00_studies.ipynb #bac64e85
 @patch
 def _repr_html_(self: Study) -> str:
     films = "".join(f'<figure style="margin:0 .8em 0 0;text-align:center">{_film_html(p)}<figcaption>{view}</figcaption></figure>' for view,
@@ -130,6 +130,7 @@ def _repr_html_(self: Study) -> str:
     head = f"<b>study {html.escape(self.study)}</b>, patient {html.escape(self.patient)}, {html.escape(self.split)}"
     return f'<div>{head}<div style="display:flex;flex-wrap:wrap;margin-top:.3em">{films}<div style="flex:1;min-width:16em">{texts}</div></div></div>'
 
+# %% ../nbs/00_studies.ipynb #0b3b4cb6
 def _film_html(picture: Picture, edge: int = 180) -> str:
     "A film as an image that holds itself, or a word where the file cannot be read."
     try: image = Image.fromarray(picture.array())
@@ -294,7 +295,7 @@ def _distinct(drafts: Iterable[_Draft], problems: list[Problem]) -> list[_Draft]
             problems.append(Problem("duplicate study", d.study, sentence))
     return list(seen.values())
 
-# %% ../nbs/00_studies.ipynb #2bc91c09
+# %% ../nbs/00_studies.ipynb #7dbc331f
 def _finish(drafts: Iterable[_Draft], problems: list[Problem], cfg: StudiesConfig, may_leave: bool,
             reports: bool = True) -> Source:
     "Split, cap, check and link drafts; `reports=False` keeps studies that have films only."
@@ -312,11 +313,12 @@ def _finish(drafts: Iterable[_Draft], problems: list[Problem], cfg: StudiesConfi
     if not studies: raise UserError(f"{cfg.source} has no study that can be used{_counted(problems)}.")
     return Source(cfg.source, studies, problems, may_leave)
 
+# %% ../nbs/00_studies.ipynb #dd4cdb69
 def _counted(problems: list[Problem]) -> str:
     kinds = Counter(p.kind for p in problems)
     return f" ({', '.join(f'{kind}: {n}' for kind, n in kinds.most_common())})" if kinds else ""
 
-# %% ../nbs/00_studies.ipynb #8db13fc8
+# %% ../nbs/00_studies.ipynb #6ed8d884
 def _openi_files(path: Path) -> Iterator[tuple[str, bytes]]:
     "(name, bytes) of every XML in a folder or tarball, by name; raises `UserError` where there is none."
     takes = "openi: takes the tarball NLMCXR_reports.tgz or its folder of XML"
@@ -325,6 +327,7 @@ def _openi_files(path: Path) -> Iterator[tuple[str, bytes]]:
     if not files: raise UserError(f"{path} holds no XML report; {takes}.")
     yield from sorted(files)
 
+# %% ../nbs/00_studies.ipynb #cb5ae20c
 def _from_tarball(path: Path) -> list[tuple[str, bytes]]:
     "The XML files of a tarball, which is read in place and never unpacked; raises `UserError` where it is broken."
     try:
@@ -343,7 +346,7 @@ def _openi_draft(name: str, xml: bytes, views: Callable[[list[str]], dict[str, P
     parts = {str(t.get("Label")).lower(): "".join(t.itertext()) for t in root.iter("AbstractText")}
     return _Draft(name, study or name, study, parts, views([i.get("id", "") for i in root.iter("parentImage")]))
 
-# %% ../nbs/00_studies.ipynb #072623db
+# %% ../nbs/00_studies.ipynb #d3b2f4e8
 def _openi_views(images: str | None) -> Callable[[list[str]], dict[str, Picture]]:
     "A function from a report's image ids to its views."
     if images is None: return lambda ids: {}
@@ -361,6 +364,7 @@ def _openi_views(images: str | None) -> Callable[[list[str]], dict[str, Picture]
         return found
     return views
 
+# %% ../nbs/00_studies.ipynb #f804af38
 def _openi_key(name: str) -> str:
     "What the different spellings of one image's name have in common: `1_IM-0001-3001`."
     match = re.search(r"\d+_IM[-\d]+", name)
@@ -376,7 +380,7 @@ def _open_openi(path: Path, cfg: StudiesConfig) -> Source:
             problems.append(Problem("XML does not parse", name, f"{name} does not parse: {e}."))
     return _finish(drafts, problems, cfg, may_leave=True)
 
-# %% ../nbs/00_studies.ipynb #a2f603c7
+# %% ../nbs/00_studies.ipynb #396847de
 def _rows(path: Path, wanted: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, str]]]:
     "(where, row) of a CSV, TSV or Parquet table, all values as text; raises `UserError` when it is damaged."
     if not path.is_file(): raise UserError(f"The table {path} is missing.")
@@ -391,6 +395,7 @@ def _rows(path: Path, wanted: Sequence[str] = ()) -> Iterator[tuple[str, dict[st
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error, pa.ArrowInvalid) as e:
         raise UserError(f"{path} is not a readable table ({e}); use CSV in UTF-8 or Parquet.") from e
 
+# %% ../nbs/00_studies.ipynb #df28087c
 def _near(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, [k for k in known if k], 1)
     return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(map(repr, known))}."

@@ -73,7 +73,7 @@ def piece_of_tokens(text: str, offsets: Sequence[tuple[int, int]], starts: Seque
         return span[0] + (len(word) - len(word.lstrip()) if word.strip() else 0)
     return np.array([bisect_right(starts, first(span)) - 1 for span in offsets], dtype=np.int64)
 
-# %% ../nbs/02_subjects.ipynb #17c88d5d
+# %% ../nbs/02_subjects.ipynb #0be57dce
 def trace_origins(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool = False,
                   ) -> dict[str, np.ndarray]:
     """Tokenise the joined pieces; for each token its id, section, view, patch row and column, and character span."""
@@ -92,6 +92,7 @@ def trace_origins(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, a
     return {"ids": np.array(encoding["input_ids"], dtype=np.int64), "section": section, "view": view, "row": row, "col": col,
             "start": start.astype(np.int32), "end": end.astype(np.int32)}
 
+# %% ../nbs/02_subjects.ipynb #94d5ad76
 def _patch_places(owner: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Row and column of image tokens, row by row from the top left; one row when the count is no square."
     row, col = np.full(len(owner), -1, np.int16), np.full(len(owner), -1, np.int16)
@@ -414,7 +415,7 @@ def follow_images(origins: Mapping[str, np.ndarray], ids: np.ndarray, image_id: 
         source[at:at + len(run)], at = run, at + len(run)
     return _merge(origins, ids, source, view_of, views) if at == len(ids) else None
 
-# %% ../nbs/02_subjects.ipynb #6ff37e2a
+# %% ../nbs/02_subjects.ipynb #38f70f0e
 def _begin_of(run: np.ndarray, ids: np.ndarray, at: int, image_id: int, last: bool) -> int:
     "Where `run` begins behind the image block at `at`."
     if last: return max(at, len(ids) - len(run))
@@ -423,6 +424,7 @@ def _begin_of(run: np.ndarray, ids: np.ndarray, at: int, image_id: int, last: bo
     while begin < len(ids) and (ids[begin] == image_id or not np.array_equal(ids[begin:begin + len(run)], run)): begin += 1
     return begin
 
+# %% ../nbs/02_subjects.ipynb #f9ac71bf
 def _merge(origins: Mapping[str, np.ndarray], ids: np.ndarray, source: np.ndarray, view_of: np.ndarray, views: Sequence[str],
            ) -> dict[str, np.ndarray]:
     "Our origins at text tokens, patch places at image tokens, boilerplate at what the processor put in between."
@@ -564,7 +566,7 @@ def _maira2_processor(folder: Path, cfg: SubjectConfig) -> ProcessorMixin:
     processor.num_additional_image_tokens = 1  # the CLS token, which the selection drops again
     return processor
 
-# %% ../nbs/02_subjects.ipynb #9e77a554
+# %% ../nbs/02_subjects.ipynb #c6a1fb9c
 def _open_generic(folder: Path, cfg: SubjectConfig, name: str, device: str, known: Mapping[str, Any]) -> Subject:
     "A checkpoint that transformers knows, as a model of images and text where it is one."
     trust = {"trust_remote_code": cfg.trust_remote_code}
@@ -581,6 +583,7 @@ def _open_generic(folder: Path, cfg: SubjectConfig, name: str, device: str, know
     if seeing: return processor_subject(model.to(device), reader, name, **known)
     return (chat_subject if reader.chat_template else plain_subject)(model.to(device), reader, name, **known)
 
+# %% ../nbs/02_subjects.ipynb #055cb948
 @torch.no_grad()
 def _need_plain_stream(model: PreTrainedModel, name: str) -> None:
     "A few old architectures return their layers' output in a tuple with other things; one token is enough to find out."

@@ -69,7 +69,7 @@ def rate(self: TrainingConfig, step: int, width: int) -> float:
     rise, fall = self.warmup * self.steps, self.decay * self.steps
     return full * min(1.0, (step + 1) / max(rise, 1), (self.steps - step) / max(fall, 1))
 
-# %% ../nbs/06_training.ipynb #2b19bd13
+# %% ../nbs/06_training.ipynb #a7631f9f
 @dataclass
 class Kept:
     """The activations that are kept, sorted by row and then by feature."""
@@ -78,6 +78,7 @@ class Kept:
     value: Float[Tensor, " kept"]
     cut: float                       # the smallest of them, normalised units; 0 when nothing is positive
 
+# %% ../nbs/06_training.ipynb #14166680
 def batch_topk(pre: Float[Tensor, "n width"], k: int, ranks: Ranks = Ranks(), tokens: int | None = None) -> Kept:
     """The `k * n` largest positive entries of `pre`; entries that tie with the smallest are kept as well.
 
@@ -88,6 +89,7 @@ def batch_topk(pre: Float[Tensor, "n width"], k: int, ranks: Ranks = Ranks(), to
     else: cut = max(_kth_largest(pre, min(want, pre.numel())), 0.0)
     return _kept(pre, (pre >= cut) & (pre > 0), ranks)
 
+# %% ../nbs/06_training.ipynb #9d266817
 def token_topk(pre: Float[Tensor, "n width"], k: int) -> Kept:
     """The `k` largest positive entries of every row."""
     cut = pre.topk(min(k, pre.shape[1]), dim=1).values[:, -1:]
@@ -103,7 +105,7 @@ def _kth_largest(values: Tensor, k: int) -> float:
     flat = values.numpy().ravel()
     return float(np.partition(flat, len(flat) - k)[len(flat) - k])
 
-# %% ../nbs/06_training.ipynb #01a732ee
+# %% ../nbs/06_training.ipynb #7a8adde2
 @dataclass
 class Loss:
     """What one batch says about the SAE; all in normalised units."""
@@ -112,6 +114,7 @@ class Loss:
     residual: Float[Tensor, "n d"]        # x minus the reconstruction from all features
     gradients: dict[str, Tensor]          # by the parameters' names
 
+# %% ../nbs/06_training.ipynb #a4c85344
 def reference_loss(sae: MatryoshkaSAE, x: Float[Tensor, "n d"], kept: Kept) -> Loss:
     """The Matryoshka loss of normalised `x` by its definition, and its gradients by automatic differentiation."""
     on = torch.zeros(len(x), sae.width, dtype=torch.bool, device=x.device)
@@ -124,13 +127,14 @@ def reference_loss(sae: MatryoshkaSAE, x: Float[Tensor, "n d"], kept: Kept) -> L
     gradients = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
     return Loss(float(loss.detach()), levels.detach(), -errors[-1].detach(), gradients)
 
-# %% ../nbs/06_training.ipynb #f40094f1
+# %% ../nbs/06_training.ipynb #87523d16
 def coded_rows(sae: MatryoshkaSAE, kept: Kept, n: int) -> Tensor:
     """The kept activations as a sparse CSR matrix [n * groups, width], one row for each token and group."""
     groups = len(sae.group_sizes)
     group = torch.repeat_interleave(torch.arange(groups), torch.tensor(sae.group_sizes)).to(kept.col.device)
     return _csr(kept.row * groups + group[kept.col], kept.col, kept.value, (n * groups, sae.width))
 
+# %% ../nbs/06_training.ipynb #6bbea085
 warnings.filterwarnings("ignore", "Sparse CSR tensor support")      # a notice about torch, not about the user's run
 
 def _csr(row: Tensor, col: Tensor, value: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -138,7 +142,7 @@ def _csr(row: Tensor, col: Tensor, value: Tensor, shape: tuple[int, int]) -> Ten
     ends[1:] = torch.bincount(row, minlength=shape[0]).cumsum(0)
     return torch.sparse_csr_tensor(ends, col, value, shape, check_invariants=False)
 
-# %% ../nbs/06_training.ipynb #eab2f833
+# %% ../nbs/06_training.ipynb #eb7e56ef
 @torch.no_grad()
 def nested_errors(sae: MatryoshkaSAE, x: Float[Tensor, "n d"], shares: Float[Tensor, "n levels d"]) -> Float[Tensor, "n levels d"]:
     """Reconstruction minus `x` for every level, in normalised units; turns each group's `shares` of it into that, in place."""
@@ -146,6 +150,7 @@ def nested_errors(sae: MatryoshkaSAE, x: Float[Tensor, "n d"], shares: Float[Ten
     for before, level in pairwise(range(shares.shape[1])): shares[:, level] += shares[:, before]
     return shares
 
+# %% ../nbs/06_training.ipynb #789c7fef
 def _group_gradients(errors: Tensor, weights: Tensor, tokens: int) -> Tensor:
     "The errors of all levels become the gradients G_g, in place, from the last level to the first."
     errors.mul_(2 / tokens * weights[:, None])
@@ -168,13 +173,14 @@ def reconstruction_loss(sae: MatryoshkaSAE, x: Float[Tensor, "n d"], kept: Kept,
     b_dec -= ranks.over_features(sae.W_enc @ b_enc)
     return Loss(float(levels @ weights), levels, residual, {"W_enc": W_enc.T, "b_enc": b_enc, "W_dec": coded.t() @ at_group, "b_dec": b_dec})
 
-# %% ../nbs/06_training.ipynb #eb43935d
+# %% ../nbs/06_training.ipynb #f32bb3c4
 def product(a: Tensor, b: Tensor, fast: bool) -> Tensor:
     """`a @ b`; where `fast`, of numbers rounded to bfloat16, added up in float32."""
     if not fast: return a @ b
     a, b = a.bfloat16(), b.bfloat16()
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
 
+# %% ../nbs/06_training.ipynb #2f909cce
 @torch.no_grad()
 def dense_loss(sae: MatryoshkaSAE, x: Float[Tensor, "n d"], kept: Kept, ranks: Ranks = Ranks(), tokens: int | None = None,
                fast: bool = False) -> Loss:
@@ -270,12 +276,13 @@ class Trainer:
         """Features of the whole dictionary."""
         return self.sae.width * (self.ranks.size if self.ranks.shard else 1)
 
-# %% ../nbs/06_training.ipynb #cbff2d55
+# %% ../nbs/06_training.ipynb #cb421ae2
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device has units for bfloat16 products; elsewhere they are emulated, and slow."""
     if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
 
+# %% ../nbs/06_training.ipynb #ac866da0
 def choose_engine(cfg: TrainingConfig, sae: MatryoshkaSAE, ranks: Ranks = Ranks()) -> str:
     """How steps are computed on this device; `measure` where that is found out on the first batch.
 
@@ -310,7 +317,7 @@ class Taken:
     levels: Float[Tensor, " levels"]
     aux: float
 
-# %% ../nbs/06_training.ipynb #85ee3578
+# %% ../nbs/06_training.ipynb #99b033dd
 @patch
 def select(self: Trainer, x: Float[Tensor, "n d"], tokens: int) -> Kept:
     """What the SAE's kind keeps of one normalised batch."""
@@ -319,6 +326,7 @@ def select(self: Trainer, x: Float[Tensor, "n d"], tokens: int) -> Kept:
         pre = product(x - sae.b_dec, sae.W_enc, self.fast and x.is_cuda).add_(sae.b_enc)
         return token_topk(pre, sae.k) if sae.selection == "token" else batch_topk(pre, sae.k, self.ranks, tokens)
 
+# %% ../nbs/06_training.ipynb #96cebf07
 @patch
 def torch_step(self: Trainer, x: Tensor, dead: Tensor, tokens: int) -> Taken:
     """A step of any engine but the compiled one."""
@@ -331,6 +339,7 @@ def torch_step(self: Trainer, x: Tensor, dead: Tensor, tokens: int) -> Taken:
     self.update()
     return Taken(kept, self.ranks.over_tokens(loss.levels), aux)
 
+# %% ../nbs/06_training.ipynb #4258061a
 @patch
 def losses(self: Trainer) -> dict[str, Callable[[Tensor, Kept, int], Loss]]:
     """The engines of `torch_step` by name."""
@@ -353,12 +362,13 @@ def faster(self: Trainer, x: Float[Tensor, "n d"], repeats: int = 3) -> str:
             if repeat: seconds[name] = min(seconds.get(name, float("inf")), time.perf_counter() - began)
     return min(seconds, key=seconds.get)
 
-# %% ../nbs/06_training.ipynb #3d6cada1
+# %% ../nbs/06_training.ipynb #875f7271
 @patch
 def aux_k(self: Trainer) -> int:
     """Dead features that a token may use for AuxK."""
     return self.cfg.aux_k or max(1, self.sae.d // 2)
 
+# %% ../nbs/06_training.ipynb #2b34f0a8
 @patch
 @torch.no_grad()
 def revive(self: Trainer, x: Tensor, loss: Loss, dead: Tensor, tokens: int) -> float:
@@ -371,6 +381,7 @@ def revive(self: Trainer, x: Tensor, loss: Loss, dead: Tensor, tokens: int) -> f
     loss.gradients["b_dec"] += rows["b_dec"]
     return value
 
+# %% ../nbs/06_training.ipynb #131fcc05
 @patch
 @torch.no_grad()
 def update(self: Trainer) -> None:
@@ -385,7 +396,7 @@ def update(self: Trainer) -> None:
     self.optimizer.step()
     W /= W.norm(dim=1, keepdim=True)
 
-# %% ../nbs/06_training.ipynb #d9ff4188
+# %% ../nbs/06_training.ipynb #97dc3bf8
 @patch
 @torch.no_grad()
 def rough(self: Trainer, centred: Float[Tensor, "n d"], features: int = 2048) -> Tensor:
@@ -397,6 +408,7 @@ def rough(self: Trainer, centred: Float[Tensor, "n d"], features: int = 2048) ->
         pre[:, some] = torch.nn.functional.linear(x, W[some].to(kind), b[some].to(kind))
     return pre
 
+# %% ../nbs/06_training.ipynb #5e731b8b
 @patch
 @torch.no_grad()
 def search(self: Trainer, step: kernels.Step, centred: Float[Tensor, "n d"], margin: float = 1/64) -> tuple[kernels.Places, Tensor, float]:
@@ -470,7 +482,7 @@ def apply(self: Trainer, step: kernels.Step, b_enc: Float[Tensor, " width"], b_d
         v.mul_(cfg.betas[1]).addcmul_(g * clip, g * clip, value=1 - cfg.betas[1])
         p -= rate / (1 - cfg.betas[0]**count) * m / (v.sqrt() / (1 - cfg.betas[1]**count) ** 0.5 + 1e-8)
 
-# %% ../nbs/06_training.ipynb #a56a96c1
+# %% ../nbs/06_training.ipynb #29b83367
 @patch
 @torch.no_grad()
 def count(self: Trainer, kept: Kept, n: int) -> None:
@@ -485,6 +497,7 @@ def count(self: Trainer, kept: Kept, n: int) -> None:
         self.sae.threshold.copy_(cut if old < 0 else beta * old + (1 - beta) * cut)
     self.step += 1
 
+# %% ../nbs/06_training.ipynb #9073ef77
 @patch
 @torch.no_grad()
 def metrics(self: Trainer, x: Tensor, taken: Taken, dead: int, tokens: int) -> dict[str, float]:
@@ -497,7 +510,7 @@ def metrics(self: Trainer, x: Tensor, taken: Taken, dead: int, tokens: int) -> d
     return {"step": self.step, "loss": float(taken.levels @ weights), "fvu": float(taken.levels[-1]) / variance, "aux": taken.aux,
             "dead": int(gone) / self.width, "l0": int(on) / tokens, "threshold": float(sae.threshold)}
 
-# %% ../nbs/06_training.ipynb #4fb244d5
+# %% ../nbs/06_training.ipynb #0c4c2a1e
 @patch
 def save(self: Trainer, path: Path, fingerprint: str) -> None:
     """Write everything that a step changes into one file."""
@@ -507,6 +520,7 @@ def save(self: Trainer, path: Path, fingerprint: str) -> None:
     meta = {"run": json.dumps({"step": self.step, "fingerprint": fingerprint})}      # one key: their order is random
     with write_beside(path) as part: st.save_file(tensors, part, meta)
 
+# %% ../nbs/06_training.ipynb #55f7c544
 @patch
 @torch.no_grad()
 def restore(self: Trainer, path: Path, fingerprint: str) -> bool:
@@ -523,13 +537,14 @@ def restore(self: Trainer, path: Path, fingerprint: str) -> bool:
         for key, t in self.optimizer.state[p].items(): t.copy_(tensors[f"adam.{n}.{key}"])
     return True
 
-# %% ../nbs/06_training.ipynb #6b40384c
+# %% ../nbs/06_training.ipynb #153b9512
 def _open_log(path: Path, step: int) -> Any:
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     with write_beside(path) as part: part.write_text("".join(f"{line}\n" for line in kept))
     return path.open("a", buffering=1)
 
+# %% ../nbs/06_training.ipynb #9805e47a
 class Log:
     """`metrics.jsonl` in a folder and, where it is installed, TensorBoard's own files beside it."""
     def __init__(self, folder: Path, step: int, silent: bool = False):
@@ -544,7 +559,7 @@ class Log:
     def __exit__(self, *error: Any) -> None:
         for one in (self.file, self.board): one and one.close()
 
-# %% ../nbs/06_training.ipynb #8a0c1331
+# %% ../nbs/06_training.ipynb #e336cb07
 @dataclass(frozen=True)
 class Job:
     """One SAE to train: what, from which store, into which folder. `seed` is of its first weights."""
@@ -554,6 +569,7 @@ class Job:
     seed: int
     out: Path
 
+# %% ../nbs/06_training.ipynb #6669f59b
 T = TypeVar("T")
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
@@ -564,11 +580,12 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
             following = reader.submit(next, items, None)
             yield item
 
-# %% ../nbs/06_training.ipynb #75e4237e
+# %% ../nbs/06_training.ipynb #40146c25
 def memory_needed(d: int, width: int, batch: int) -> int:
     """Bytes that training one SAE takes at most: weights, two moments, and for a torch engine gradients and a dense batch."""
     return 4 * (4 * 2 * d * width + 2 * batch * width + 12 * batch * d)
 
+# %% ../nbs/06_training.ipynb #fa6d9046
 def memory_free(device: torch.device) -> int:
     """Bytes that can still be had on a device; a very large number where that cannot be told."""
     if device.type == "cuda": return torch.cuda.mem_get_info(device)[0]
@@ -576,6 +593,7 @@ def memory_free(device: torch.device) -> int:
     except OSError: return 2**63
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 2**63)
 
+# %% ../nbs/06_training.ipynb #951c3310
 def check_memory(jobs: Sequence[Job], device: torch.device, share: int = 1) -> None:
     """Raises `UserError` when the SAEs of `jobs`, each shared by `share` devices, do not fit into a device's memory."""
     def one(job: Job, expansion: int) -> int: return memory_needed(job.store.d, expansion * job.store.d // share, job.training.batch_size)
@@ -586,7 +604,7 @@ def check_memory(jobs: Sequence[Job], device: torch.device, share: int = 1) -> N
                     + (f"one SAE with sae.expansion {fits} fits" if fits else "not even sae.expansion 1 fits")
                     + ", or share the dictionary between processes with training.shard.")
 
-# %% ../nbs/06_training.ipynb #055c4301
+# %% ../nbs/06_training.ipynb #7d1762ee
 def pick_device(name: str, rank: int = 0) -> torch.device:
     """The device that `training.device` names; raises `UserError` when this machine does not have it."""
     if name == "auto": name = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
@@ -597,6 +615,7 @@ def pick_device(name: str, rank: int = 0) -> torch.device:
         raise UserError(f"training.device is {name} and torch finds no CUDA device here; use cpu.")
     return device
 
+# %% ../nbs/06_training.ipynb #b2bc0e94
 def train_sae(store: Store, sae_cfg: SAEConfig, cfg: TrainingConfig, seed: int, out: Path | str) -> MatryoshkaSAE:
     """Train on the store's training split; writes the SAE, `metrics.jsonl` and `checkpoint/` into `out`.
 

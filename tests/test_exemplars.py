@@ -1,7 +1,12 @@
 """Exemplars: counts against plain counting, roles against the splits, and the same bytes whatever the block size."""
+import json
+import os
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -21,10 +26,11 @@ from saerad.exemplars import (
     blocks,
     collect_exemplars,
     lottery,
+    patch_grid,
     stated,
     windows,
 )
-from saerad.negatives import SOURCES, Habit, Mention, add_near_misses, habits, near_windows, nearest, take_turns
+from saerad.negatives import SOURCES, Habit, Mention, add_near_misses, habits, near_windows, nearest, nearest_windows, take_turns
 from saerad.sae import MatryoshkaSAE
 
 CFG = ExemplarsConfig(min_explain=5, min_score=5)
@@ -207,6 +213,8 @@ def test_histograms_places_and_deciles(store, made, dense):
     assert np.array_equal([h.sum() for h in f.histogram], (dense > 0).sum(0))
     frontal = np.array([v == "frontal" for v in store.tokens["view"].to_pylist()])
     assert np.allclose(f.view_frontal, (dense[frontal] > 0).sum(0) / np.maximum((dense > 0).sum(0), 1))
+    before = store.tokens.to_pandas().groupby(["study", "section", "view"]).cumcount().to_numpy()     # tokens of the section before each
+    assert np.allclose(f.offset, ((dense > 0) * before[:, None]).sum(0) / np.maximum((dense > 0).sum(0), 1))
     some = f[f.status == "ok"]
     assert all(len(d) == 9 and (np.diff(d) >= 0).all() and d[-1] <= m for d, m in zip(some.deciles, some["max"], strict=True))
 
@@ -214,6 +222,20 @@ def test_histograms_places_and_deciles(store, made, dense):
 def test_what_reports_state():
     assert "large left effusion" in stated("Large left pleural effusion. No pneumothorax.") and "pneumothorax" not in stated("No pneumothorax.")
     assert stated("Heart size is normal.") == ("no findings",)
+
+
+@pytest.mark.parametrize("rows, columns", [(8, 8), (37, 37), (1, 12)])
+def test_the_grid_of_patches_is_that_of_the_tokens(rows, columns):
+    place = np.divmod(np.arange(rows * columns), columns)
+    every = pa.table({name: np.append(p, -1).astype(np.int16) for name, p in zip(("row", "col"), place, strict=True)})
+    assert patch_grid(every) == patch_grid(every.slice(rows * columns - 1)) == (rows, columns)   # the last patch alone tells it too
+    assert patch_grid(every.slice(rows * columns)) == (0, 0) == patch_grid(every.slice(0, 0))
+
+
+def test_exemplars_remember_the_grid_and_where_a_patch_was(made):
+    assert made.grid == (37, 37)
+    f = next(f for f in made.contexts() if f.feature == WORDS.index("[image]"))
+    assert {c.patch for c in f.active} == {(36, 36)} and {c.patch for c in f.silent if c.section != "image"} == {(-1, -1)}
 
 
 def test_an_unknown_view_is_named(tmp_path):
@@ -274,6 +296,40 @@ def test_habits_and_the_ways_to_be_near():
     assert habits(said, np.zeros((len(said), 1), bool)) == [Habit()]
 
 
+def test_every_way_to_be_near():
+    """Ten windows, one feature that fires in the first three; each other window is near in one way, or in none."""
+    said = {c: np.array([""] * 10, object) for c in ("kind", "certainty", "side", "severity", "section")}
+    for i, (kind, certainty, severity) in {0: ("effusion", "present", "small"), 3: ("effusion", "absent", ""), 4: ("effusion", "present", "large"),
+                                           5: ("nodule", "present", "large"), 6: ("effusion", "present", "small")}.items():
+        said["kind"][i], said["certainty"][i], said["severity"][i] = kind, certainty, severity
+    section = np.array(["findings"] * 6 + ["indication", "findings", "image", "image"])
+    view = np.array([""] * 8 + ["frontal", "lateral"])
+    fired = np.zeros((10, 4), bool)
+    fired[[0, 1, 2], 0] = True
+    pool = SimpleNamespace(fired=fired, said=said, words={"fluid": np.array([1, 7])}, section=section, view=view)
+    habit = Habit("effusion", "present", "", "small", "findings")
+    found = {s: w.tolist() for s, w in near_windows(pool, 0, habit, np.array([1]), "fluid", ("findings",)).items()}
+    assert set(found) == set(SOURCES)
+    assert found == {"nearest": [], "negated": [3], "side": [], "severity": [4], "word": [7], "section": [6], "view": []}
+    fired[8, 0] = True
+    pool.view[9] = "frontal"
+    assert near_windows(pool, 0, habit, np.array([1]), "", ("image",))["view"].tolist() == [9]
+    assert not len(near_windows(pool, 0, habit, np.array([1]), "", ("findings",))["view"])   # an image or two are no home
+
+
+def test_nearest_windows_are_those_of_many_and_rare_features():
+    fired = np.zeros((100, 4), bool)
+    fired[:90, 0] = True               # fires nearly everywhere: says nothing
+    fired[[5, 6], 1] = True
+    fired[[6, 95], 2] = True
+    fired[[5, 6], 3] = True            # not a neighbour
+    among = np.arange(100) != 95
+    assert nearest_windows(fired, np.array([0, 1, 2]), among, 2).tolist() == [5, 6]
+    assert nearest_windows(fired, np.array([0, 1, 2]), among, 1).tolist() == [6]
+    assert nearest_windows(fired, np.array([1, 2]), among, 50).tolist() == [5, 6]
+    assert not len(nearest_windows(fired[:0], np.array([0]), among[:0], 5))
+
+
 def test_sources_take_turns():
     chosen, kinds = take_turns({"a": np.arange(2), "b": np.arange(1, 50)}, 9, np.random.default_rng(0))
     assert len(set(chosen)) == len(chosen) == 9 and kinds.count("a") >= 1
@@ -305,3 +361,30 @@ def test_a_cache_for_delphi_holds_every_firing_once(store, dense, tmp_path):
     assert np.allclose(back, dense, rtol=1e-3) and sorted(edges)[0][0] == 0 and sorted(edges)[-1][1] == dense.shape[1] - 1
     assert all(a[1] + 1 == b[0] for a, b in zip(sorted(edges), sorted(edges)[1:], strict=False)) and not list(made.glob("*.part"))
     with pytest.raises(UserError, match="is not empty"): export_delphi(store, make_sae(), tmp_path)
+
+
+DELPHI = """
+import json, sys
+from pathlib import Path
+import torch
+from exemplars import import_delphi
+from word_world import WORDS
+latents, constructor, sampler = import_delphi()
+class Words:
+    def batch_decode(self, ids): return [WORDS[int(i)] for i in torch.as_tensor(ids).flatten()]
+folder, chosen = Path(sys.argv[1]), torch.tensor([int(f) for f in sys.argv[2:]])
+read = latents.LatentDataset(folder.parent, sampler(n_examples_train=5, n_examples_test=5, n_quantiles=5),
+                             constructor(example_ctx_len=16, n_non_activating=5, min_examples=5), Words(), [folder.name], {folder.name: chosen})
+for r in read: print(json.dumps([e.str_tokens[int(e.activations.argmax())] for e in [*r.train, *r.test]]))
+"""
+
+
+def test_delphi_itself_reads_the_cache(store, tmp_path):
+    root = Path(__file__).parents[1]
+    python = root / ".venv-bench/bin/python"
+    if not python.exists(): pytest.skip("delphi is not installed; `make bench-env` does that")
+    made = export_delphi(store, make_sae(), tmp_path, splits=5, length=32)
+    known = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests", root / "benchmarks")))}
+    done = subprocess.run([python, "-c", DELPHI, made, str(WORDS.index("effusion")), str(MIXED)], env=known, capture_output=True, text=True)
+    found = [set(json.loads(line)) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert done.returncode == 0 and len(found) == 2 and found[0] == {"effusion"} and found[1] <= set(SIZES), done.stderr

@@ -195,6 +195,42 @@ def test_from_does_a_stage_and_all_later_ones_again(done, config):
     assert [line.split()[0] for line in lines if "before" not in line] == ["figures", "atlas"]
 
 
+def test_editing_a_protocol_or_its_prompt_interprets_again(done, config, tmp_path):
+    out, own, prompt = tmp_path / "run", tmp_path / "mine.yaml", tmp_path / "mine-1.txt"
+    shutil.copytree(done[0], out)
+    prompt.write_text("Explain.")
+    def write(active): own.write_text(f"explain_prompt: mine-1\ndetect_prompt: detect-paper-1\nscore_active: {active}\n")
+    def again():
+        lines = []
+        run_config(changed(config, [f"interpretation.protocol={own}"]), out, last="interpret", say=lines.append)
+        return [line.split()[0] for line in lines if "before" not in line]
+    write(30)
+    assert again() == ["interpret"]
+    assert again() == []
+    write(20)
+    assert again() == ["interpret"]
+    prompt.write_text("Explain briefly.")
+    assert again() == ["interpret"]
+    prompt.touch()
+    assert again() == []
+
+
+def test_editing_a_file_that_a_setting_names_changes_the_key(tmp_path):
+    protocol, prompt, table = tmp_path / "mine.yaml", tmp_path / "mine-1.txt", tmp_path / "released.csv"
+    prompt.write_text("Explain.")
+    protocol.write_text("explain_prompt: mine-1\ndetect_prompt: detect-paper-1\n")
+    table.write_text("feature,label\n0,wires\n")
+    config = changed(Config(), [f"interpretation.protocol={protocol}", f"interpretation.descriptions={table}"])
+    for path, more in ((protocol, "active: 5\n"), (prompt, " Briefly."), (table, "1,tubes\n")):
+        before = plan(config, "studies", "model")
+        assert plan(config, "studies", "model") == before
+        path.write_text(path.read_text() + more)
+        after = plan(config, "studies", "model")
+        assert [name for name in before if before[name] != after[name]] == ["interpret", "steer", "figures", "atlas"]
+    table.unlink()
+    with pytest.raises(UserError, match="released.csv does not exist"): plan(config, "studies", "model")
+
+
 def test_a_folder_that_held_another_run_changes_nothing(done, config, tmp_path):
     again, fresh = tmp_path / "again", tmp_path / "fresh"
     shutil.copytree(done[0], again)

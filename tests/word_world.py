@@ -25,7 +25,8 @@ def rows(number: int, split: str, draw: np.random.Generator, patient: str | None
     x[torch.arange(n), torch.tensor([WORDS.index(w) for _, w in tokens])] = torch.tensor(draw.uniform(1, 3, n), dtype=torch.float32)
     table = pa.table({"study": [f"s{number:04d}"] * n, "patient": [patient or f"p{number // 2:04d}"] * n, "split": [split] * n,
                       "section": [s for s, _ in tokens], "view": ["frontal" if s == "image" else "" for s, _ in tokens],
-                      "row": [-1] * n, "col": [-1] * n, "token_id": [WORDS.index(w) for _, w in tokens],
+                      **{c: [36 if s == "image" else -1 for s, _ in tokens] for c in ("row", "col")},   # the last of 37 by 37 patches
+                      "token_id": [WORDS.index(w) for _, w in tokens],
                       "text": ["" if s == "image" else w if w == "." else f" {w}" for s, w in tokens],
                       "position": list(range(n)), "start": [-1] * n, "end": [-1] * n}).cast(TOKEN_SCHEMA)
     return x, table
