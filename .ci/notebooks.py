@@ -26,7 +26,8 @@ UNSTABLE = {"an address in memory": r"\b0x[0-9a-f]{9,}", "a path of one machine"
 
 
 def notebooks(folder: Path = NBS) -> list[Path]:
-    """Every notebook of the book, in reading order."""
+    """Every notebook of the book, in reading order; of a folder, or one alone."""
+    if folder.suffix == ".ipynb": return [folder]
     return sorted(p for p in folder.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(folder).parts))
 
 
@@ -171,13 +172,14 @@ def test() -> int:
 
 
 def execute(folder: Path) -> int:
-    """Execute every notebook top to bottom in a fresh kernel, but not the cells marked `eval: false`; say whose outputs changed.
+    """Execute notebooks, of a folder or one alone, top to bottom in a fresh kernel, without the cells marked `eval: false`; say what changed.
 
     What the book finds is stored at its full size: it is left as it is unless `SAERAD_FULL` is 1.
     """
     from nbclient import NotebookClient
     os.environ.update(QUIET)
     full = os.environ.get("SAERAD_FULL") == "1"
+    if not notebooks(folder): print(f"{folder}: no notebook there")
     for path in notebooks(folder):
         if NBS / "results" in path.parents and not full: continue
         nb = nbformat.read(path, 4)
@@ -196,7 +198,7 @@ def execute(folder: Path) -> int:
         print(f"{path.relative_to(ROOT)}: {'outputs as they were' if before == after else 'OUTPUTS CHANGED'}", flush=True)
         for a, b in zip(before, after, strict=True):
             if a != b: print("\n".join(list(difflib.unified_diff(a.splitlines(), b.splitlines(), lineterm="", n=0))[2:12]))
-    return 0
+    return int(not notebooks(folder))
 
 
 def site() -> int:

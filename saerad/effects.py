@@ -32,46 +32,51 @@ from .sae import MatryoshkaSAE, encode_rows
 from .store import Store
 from .subjects import Subject
 
+# %% ../nbs/10a_effects.ipynb #b23e5258
+def _drawn(study: Sequence[str], seed: int, resamples: int) -> tuple[np.ndarray, np.ndarray]:
+    "Which study each report is of, and how often each study was drawn in each of `resamples` draws of as many studies."
+    names, which = np.unique(np.asarray(study, dtype=str), return_inverse=True)
+    n = len(names)
+    return which, rng(seed, "effects", "bootstrap").multinomial(n, np.full(n, 1 / n), resamples) if n else np.zeros((0, 0), int)
+
 # %% ../nbs/10a_effects.ipynb #a409d84b
 def share_interval(hits: Sequence[bool], study: Sequence[str], seed: int = 0, resamples: int = 1000) -> tuple[float, float, float]:
     """A share of reports and its 95 % interval from drawing studies again; NaN for no reports, and no interval for one study."""
-    names, which = np.unique(np.asarray(study, dtype=str), return_inverse=True)
-    if not len(names): return float("nan"), float("nan"), float("nan")
-    n = np.bincount(which).astype(float)
-    k = np.bincount(which, np.asarray(hits, dtype=float))
-    share = float(k.sum() / n.sum())
-    if len(names) < 2: return share, float("nan"), float("nan")
-    drawn = rng(seed, "effects", "bootstrap").multinomial(len(names), np.full(len(names), 1 / len(names)), resamples)
-    low, high = np.quantile(drawn @ k / (drawn @ n), [0.025, 0.975])
-    return share, float(low), float(high)
+    which, drawn = _drawn(study, seed, resamples)
+    if not len(which): return float("nan"), float("nan"), float("nan")
+    n, k = np.bincount(which).astype(float), np.bincount(which, np.asarray(hits, dtype=float))
+    low, high = np.quantile(drawn @ k / (drawn @ n), [0.025, 0.975]) if len(n) > 1 else (float("nan"), float("nan"))
+    return float(k.sum() / n.sum()), float(low), float(high)
+
+# %% ../nbs/10a_effects.ipynb #4e6c5c91
+def _marks(some: pd.DataFrame) -> dict[str, pd.Series]:
+    "What can be said of a report, and of which reports it is true."
+    right = some.on_direction.fillna(False).astype(bool)
+    told = {o: some.outcome == o for o in OUTCOMES} | {"towards": right & (some.effect != 0), "away": ~right & some.on_direction.notna()}
+    return told | {h: some.harms.map(lambda own, h=h: h in own) for h in HARMS}
+
+# %% ../nbs/10a_effects.ipynb #7a17dc74
+def _shares_of(some: pd.DataFrame, seed: int) -> list[dict[str, Any]]:
+    able = some[some.eligible]
+    rows = [(what, hit, some.study) for what, hit in _marks(some).items()]
+    rows.append(("on_target_eligible", able.outcome == "on_target_only", able.study))
+    return [{"what": what, "reports": len(hit), "studies": study.nunique(),
+             **dict(zip(("share", "low", "high"), share_interval(hit, study, seed), strict=True))} for what, hit, study in rows]
 
 # %% ../nbs/10a_effects.ipynb #c5b2a4bc
 SHARES = ["method", "image", "feature", "alpha", "what", "reports", "studies", "share", "low", "high"]
+_GROUPINGS = (["method", "image"], ["method", "image", "alpha"], ["method", "image", "feature"], ["method", "image", "feature", "alpha"])
 
+# %% ../nbs/10a_effects.ipynb #3d30f7ed
 def outcome_shares(judgements: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Shares of reports with their intervals by method, image, feature (-1: all) and α (NaN: all).
 
     `what` is an outcome; "towards" or "away": on target and with or against α's sign; "on_target_eligible": purely on target, among
     those whose baseline left the push something to do; or one of `HARMS`.
     """
-    rows = []
-    for keys in (["method", "image"], ["method", "image", "alpha"], ["method", "image", "feature"], ["method", "image", "feature", "alpha"]):
-        for values, some in judgements.groupby(keys, sort=True):
-            at = {"feature": -1, "alpha": float("nan")} | dict(zip(keys, values, strict=True))
-            rows += [at | row for row in _shares_of(some, seed)]
+    groups = [(dict(zip(keys, values, strict=True)), some) for keys in _GROUPINGS for values, some in judgements.groupby(keys, sort=True)]
+    rows = [{"feature": -1, "alpha": float("nan")} | at | row for at, some in groups for row in _shares_of(some, seed)]
     return pd.DataFrame(rows, columns=SHARES)
-
-# %% ../nbs/10a_effects.ipynb #7a17dc74
-def _shares_of(some: pd.DataFrame, seed: int) -> list[dict[str, Any]]:
-    right = some.on_direction.fillna(False).astype(bool)
-    marks = {o: some.outcome == o for o in OUTCOMES} | {"towards": right & (some.effect != 0), "away": ~right & some.on_direction.notna()}
-    marks |= {h: some.harms.map(lambda own, h=h: h in own) for h in HARMS}
-    rows = [(what, hit, some.study) for what, hit in marks.items()]
-    able = some[some.eligible]
-    rows.append(("on_target_eligible", able.outcome == "on_target_only", able.study))
-    named = ("share", "low", "high")
-    return [{"what": what, "reports": len(hit), "studies": study.nunique(), **dict(zip(named, share_interval(hit, study, seed), strict=True))}
-            for what, hit, study in rows]
 
 # %% ../nbs/10a_effects.ipynb #ab2e455d
 EFFECTS = ["method", "target", "sign", "finding", "baseline", "steered", "change", "low", "high", "reports"]
@@ -79,58 +84,69 @@ EFFECTS = ["method", "target", "sign", "finding", "baseline", "steered", "change
 def effect_matrix(generations: pd.DataFrame, judgements: pd.DataFrame, reader: Reader, seed: int = 0) -> pd.DataFrame:
     """Change in the share of reports that state each finding, by method, target and sign of α, with 95 % intervals by study."""
     before, after = ([reader(t).kinds() for t in generations[c]] for c in ("baseline", "steered"))
+    kinds = [k for k in KINDS if any(k in stated for stated in [*before, *after])]
     shown = judgements[(judgements.image == "shown") & ~judgements.degenerate & (judgements.target != "")]
-    kinds, rows = [k for k in KINDS if any(k in x for x in [*before, *after])], []
-    for (method, target, sign), some in shown.assign(sign=np.sign(shown.alpha)).groupby(["method", "target", "sign"]):
-        at = some.generation.to_numpy()
-        for kind in kinds:
-            old, new = (np.array([kind in side[i] for i in at], float) for side in (before, after))
-            low, high = _mean_interval(new - old, some.study, seed)
-            rows.append((method, target, int(sign), kind, old.mean(), new.mean(), (new - old).mean(), low, high, len(at)))
+    rows = [(*at, *row) for at, some in shown.assign(sign=np.sign(shown.alpha).astype(int)).groupby(["method", "target", "sign"])
+            for row in _changes(some, before, after, kinds, seed)]
     return pd.DataFrame(rows, columns=EFFECTS)
+
+# %% ../nbs/10a_effects.ipynb #615ea9f4
+def _changes(some: pd.DataFrame, before: Sequence[Any], after: Sequence[Any], kinds: Sequence[str], seed: int) -> list[tuple]:
+    rows, at = [], some.generation.to_numpy()
+    for kind in kinds:
+        old, new = (np.array([kind in side[i] for i in at], float) for side in (before, after))
+        rows.append((kind, old.mean(), new.mean(), (new - old).mean(), *_mean_interval(new - old, some.study, seed), len(at)))
+    return rows
 
 # %% ../nbs/10a_effects.ipynb #82eb5462
 def _mean_interval(values: np.ndarray, study: Sequence[str], seed: int, resamples: int = 1000) -> tuple[float, float]:
-    names, which = np.unique(np.asarray(study, dtype=str), return_inverse=True)
-    if len(names) < 2: return float("nan"), float("nan")
-    drawn = rng(seed, "effects", "bootstrap").multinomial(len(names), np.full(len(names), 1 / len(names)), resamples)
+    which, drawn = _drawn(study, seed, resamples)
+    if which.max(initial=0) == 0: return float("nan"), float("nan")
     again = (drawn @ np.bincount(which, values)) / (drawn @ np.bincount(which).astype(float))
     return tuple(float(q) for q in np.quantile(again, [0.025, 0.975]))
 
 # %% ../nbs/10a_effects.ipynb #f5c40e3b
-def draw_effects(matrix: pd.DataFrame, ax: Any, method: str = "add") -> None:
-    """The effect matrix: pushed-on targets (rows) against findings (columns), +α less −α."""
+def _signed(matrix: pd.DataFrame, method: str) -> pd.DataFrame:
+    "Change along α: targets in the order of their findings (rows) against findings (columns)."
     some = matrix[matrix.method == method]
     signed = some.assign(change=some.change * some.sign).groupby(["target", "finding"]).change.mean().unstack()
     signed = signed[[k for k in KINDS if k in signed]]
-    order = sorted(signed.index, key=lambda t: next((i for i, k in enumerate(signed) if k.replace("_", " ") in t), 99))
-    picture = ax.imshow(signed.loc[order], cmap="PuOr_r", vmin=-0.6, vmax=0.6)
+    return signed.loc[sorted(signed.index, key=lambda t: next((i for i, k in enumerate(signed) if k.replace("_", " ") in t), 99))]
+
+# %% ../nbs/10a_effects.ipynb #2626d58d
+def draw_effects(matrix: pd.DataFrame, ax: Any, method: str = "add") -> None:
+    """The effect matrix: pushed-on targets (rows) against findings (columns), +α less −α."""
+    signed = _signed(matrix, method)
+    picture = ax.imshow(signed, cmap="PuOr_r", vmin=-0.6, vmax=0.6)
     ax.set_xticks(range(signed.shape[1]), [k.replace("_", " ") for k in signed], rotation=60, ha="right", fontsize=7)
-    ax.set_yticks(range(len(order)), order, fontsize=7)
+    ax.set_yticks(range(len(signed)), signed.index, fontsize=7)
     ax.figure.colorbar(picture, ax=ax, label="change along α, share of reports", shrink=0.8)
 
 # %% ../nbs/10a_effects.ipynb #3485fb88
 PREDICTORS = ("output_score", "alike", "crowding", "co_activation", "f1")
 
+def _read_out(subject: Subject, x: Float[Tensor, "n d"]) -> Float[Tensor, "n vocabulary"]:
+    "Log-probabilities of the next token, were the residual stream `x` behind the last layer."
+    norm, head = subject.model.get_decoder().norm, subject.model.get_output_embeddings()
+    return head(norm(x.to(subject.device, subject.model.dtype))).float().log_softmax(-1)
+
+# %% ../nbs/10a_effects.ipynb #8d4e5813
 @torch.no_grad()
 def output_scores(subject: Subject, sae: MatryoshkaSAE, features: Sequence[int], strength: float = 1.0) -> Float[np.ndarray, " n"]:
     """Largest change of a next-token log-probability when a decoder row of length `strength` × scale is read by the final norm and unembedding.
 
     Around the SAE's bias, the typical vector, so that the score needs no text.
     """
-    norm, head = subject.model.get_decoder().norm, subject.model.get_output_embeddings()
     t = sae.tensors()
     middle = t["b_dec"] * sae.scale
-    def logp(x: Tensor) -> Tensor: return head(norm(x.to(subject.device, subject.model.dtype))).float().log_softmax(-1)
-    pushed = logp(middle + t["W_dec"][list(features)] * float(sae.scale) * strength)
-    return (pushed - logp(middle[None])).amax(-1).cpu().numpy()
+    pushed = _read_out(subject, middle + t["W_dec"][list(features)] * float(sae.scale) * strength)
+    return (pushed - _read_out(subject, middle[None])).amax(-1).cpu().numpy()
 
 # %% ../nbs/10a_effects.ipynb #febc0581
 def geometry(sae: MatryoshkaSAE, features: Sequence[int]) -> pd.DataFrame:
     """`alike` and `crowding` of some features: cosines of encoder column and decoder row, and of the nearest other decoder row."""
-    t = sae.tensors()
+    t, at = sae.tensors(), list(features)
     rows, columns = torch.nn.functional.normalize(t["W_dec"], dim=1), torch.nn.functional.normalize(t["W_enc"].T, dim=1)
-    at = list(features)
     near = rows[at] @ rows.T
     near[torch.arange(len(at)), at] = -1.0
     return pd.DataFrame({"feature": at, "alike": (rows[at] * columns[at]).sum(1).numpy(), "crowding": near.amax(1).numpy()})
@@ -138,12 +154,11 @@ def geometry(sae: MatryoshkaSAE, features: Sequence[int]) -> pd.DataFrame:
 # %% ../nbs/10a_effects.ipynb #f4b6eef1
 def co_activation(active: Any, features: Sequence[int]) -> Float[np.ndarray, " n"]:
     """Largest Jaccard overlap of each feature with another, over the rows of a sparse [tokens, features] matrix of activations."""
-    on = (active > 0).astype(np.float32)
-    count = np.asarray(on.sum(0)).ravel()
-    both = (on[:, list(features)].T @ on).toarray()
-    either = count[list(features)][:, None] + count[None] - both
+    on, at = (active > 0).astype(np.float32), list(features)
+    both, count = (on[:, at].T @ on).toarray(), np.asarray(on.sum(0)).ravel()
+    either = count[at][:, None] + count[None] - both
     overlap = np.divide(both, either, out=np.zeros_like(both), where=either > 0)
-    overlap[np.arange(len(features)), list(features)] = 0
+    overlap[np.arange(len(at)), at] = 0
     return overlap.max(1)
 
 # %% ../nbs/10a_effects.ipynb #91ed0344
@@ -162,38 +177,45 @@ def predicted_steerability(table: pd.DataFrame, predictors: Sequence[str] = PRED
     return table.assign(predicted=cross_val_predict(model, table[used].to_numpy(), table[measured].to_numpy(), cv=hands))
 
 # %% ../nbs/10a_effects.ipynb #b62df3c0
+def _ranking(table: pd.DataFrame, **kwargs: Any) -> float:
+    told = predicted_steerability(table, **kwargs)
+    flat = told.predicted.isna().any() or np.ptp(told.predicted) == 0 or np.ptp(told.measured) == 0
+    return 0.0 if flat else float(spearmanr(told.predicted, told.measured).statistic)
+
+# %% ../nbs/10a_effects.ipynb #731d800e
 def prediction_quality(table: pd.DataFrame, seed: int = 0, shuffles: int = 200, **kwargs: Any) -> dict[str, float]:
     """Spearman's ρ between predicted and measured, and the share of `shuffles` with measurements shuffled that do as well (p)."""
-    def quality(t: pd.DataFrame) -> float:
-        told = predicted_steerability(t, **kwargs)
-        flat = told.predicted.isna().any() or np.ptp(told.predicted) == 0 or np.ptp(told.measured) == 0
-        return 0.0 if flat else float(spearmanr(told.predicted, told.measured).statistic)
-    rho, draw = quality(table), rng(seed, "effects", "shuffles")
-    null = [quality(table.assign(measured=draw.permutation(table.measured.to_numpy()))) for _ in range(shuffles)]
+    rho, draw = _ranking(table, **kwargs), rng(seed, "effects", "shuffles")
+    null = [_ranking(table.assign(measured=draw.permutation(table.measured.to_numpy())), **kwargs) for _ in range(shuffles)]
     return {"features": len(table), "rho": rho, "p": float((1 + sum(n >= rho for n in null)) / (1 + shuffles))}
 
 # %% ../nbs/10a_effects.ipynb #97a0f888
 def analyse(folder: Path | str, subject: Subject, sae: MatryoshkaSAE, interpretations: pa.Table, reader: Reader, seed: int = 0,
             active: Any = None) -> dict[str, pd.DataFrame]:
     """Write `shares.parquet`, `effects.parquet` and `steerability.parquet` into a `steering/` folder; `active`: activations of some tokens."""
-    folder = Path(folder)
-    generations, judgements = (read_table(folder / f"{n}.parquet").to_pandas() for n in ("generations", "judgements"))
+    generations, judgements = (read_table(Path(folder) / f"{n}.parquet").to_pandas() for n in ("generations", "judgements"))
     shares = outcome_shares(judgements, seed)
     tables = {"shares": shares, "effects": effect_matrix(generations, judgements, reader, seed),
               "steerability": steerability(shares, subject, sae, interpretations, judgements, active)}
-    for name, table in tables.items(): write_table(folder / f"{name}.parquet", pa.Table.from_pandas(table, preserve_index=False))
+    for name, table in tables.items(): write_table(Path(folder) / f"{name}.parquet", pa.Table.from_pandas(table, preserve_index=False))
     return tables
 
 # %% ../nbs/10a_effects.ipynb #63d19098
+def _known_before(main: pd.DataFrame, subject: Subject, sae: MatryoshkaSAE, interpretations: pa.Table, active: Any) -> pd.DataFrame:
+    "`PREDICTORS` of the features that were steered, with their targets."
+    features, f1 = sorted(main.feature.unique().tolist()), {r["feature"]: r.get("f1") for r in interpretations.to_pylist()}
+    target = main.groupby("feature").target.first().reindex(features).to_numpy()
+    together = co_activation(active, features) if active is not None and features else float("nan")
+    return geometry(sae, features).assign(target=target, method=main.method.iloc[0] if len(main) else "add",
+                                          output_score=output_scores(subject, sae, features) if features else [],
+                                          f1=[f1.get(f) for f in features], co_activation=together)
+
+# %% ../nbs/10a_effects.ipynb #deefc509
 def steerability(shares: pd.DataFrame, subject: Subject, sae: MatryoshkaSAE, interpretations: pa.Table, judgements: pd.DataFrame,
                  active: Any = None) -> pd.DataFrame:
     """One row a steered feature: what could be known before (`PREDICTORS`), what was measured, and what was predicted."""
     main = judgements[~judgements.control]
-    method, features = (main.method.iloc[0] if len(main) else "add"), sorted(main.feature.unique().tolist())
-    got = shares[(shares.method == method) & (shares.image == "shown") & shares.alpha.isna() & (shares.what == "on_target_only")].set_index("feature")
-    f1 = {r["feature"]: r.get("f1") for r in interpretations.to_pylist()}
-    table = geometry(sae, features).assign(target=main.groupby("feature").target.first().reindex(features).to_numpy(), method=method,
-                                           output_score=output_scores(subject, sae, features) if features else [], f1=[f1.get(f) for f in features],
-                                           co_activation=co_activation(active, features) if active is not None and features else float("nan"))
-    measured = got.reindex(features)[["share", "low", "high"]].reset_index(drop=True)
+    table, method = _known_before(main, subject, sae, interpretations, active), main.method.iloc[0] if len(main) else "add"
+    got = shares[(shares.method == method) & (shares.image == "shown") & shares.alpha.isna() & (shares.what == "on_target_only")]
+    measured = got.set_index("feature").reindex(table.feature)[["share", "low", "high"]].reset_index(drop=True)
     return predicted_steerability(table.join(measured.rename(columns={"share": "measured"})))

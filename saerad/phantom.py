@@ -13,6 +13,7 @@ from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
+from fastcore.basics import patch
 from jaxtyping import Bool, Float, UInt8
 
 from .core import rng
@@ -31,6 +32,12 @@ class Body:
     rib_slope: float  # how steeply ribs fall towards the side
     domes: tuple[float, float]  # height of the right and the left half of the diaphragm
 
+# %% ../nbs/01_phantom.ipynb #e05108e9
+def _new_body(draw: np.random.Generator) -> Body:
+    "The build of a new patient."
+    return Body(draw.uniform(.40, .47), draw.uniform(.155, .185), draw.uniform(.31, .37), draw.uniform(.062, .078),
+                draw.uniform(.10, .32), (draw.uniform(.70, .75), draw.uniform(.73, .78)))
+
 # %% ../nbs/01_phantom.ipynb #a7d1db94
 @dataclass(frozen=True)
 class State:
@@ -47,14 +54,18 @@ class State:
 _CHANCE = {"effusion": .10, "pneumothorax": .055, "consolidation": .075, "atelectasis": .085, "cardiomegaly": .16, "oedema": .11,
            "nodule": .05, "fracture": .045, "endotracheal_tube": .12, "enteric_tube": .11, "central_line": .06, "picc": .055,
            "chest_tube": .05, "pacemaker": .05, "sternotomy_wires": .07}
+
+# %% ../nbs/01_phantom.ipynb #1d9dc481
 _DEVICES = ("endotracheal_tube", "enteric_tube", "central_line", "picc", "chest_tube")
 _GROUPS = {"well": (.20, {}), "ward": (.40, {}),
            "heart": (.20, dict.fromkeys(("cardiomegaly", "oedema", "effusion", "pacemaker", "sternotomy_wires"), 2.0)),
            "intensive": (.20, dict.fromkeys((*_DEVICES, "consolidation", "atelectasis"), 2.2))}
+
+# %% ../nbs/01_phantom.ipynb #6d0c337e
 _SIDED = ("effusion", "pneumothorax", "consolidation", "atelectasis", "nodule", "fracture", "central_line", "picc", "chest_tube", "pacemaker")
 _GRADED = ("effusion", "pneumothorax", "consolidation", "cardiomegaly", "oedema")
-_STAYS = {"sternotomy_wires": 1.0, "pacemaker": 1.0, "nodule": .9, "fracture": .8} | dict.fromkeys(_DEVICES, .6)
 _HEDGED = ("effusion", "pneumothorax", "consolidation", "atelectasis", "oedema", "nodule")
+_PLACES = [(kind, side) for kind in PHANTOM_KINDS for side in (("right", "left") if kind in _SIDED else ("",))]
 
 # %% ../nbs/01_phantom.ipynb #7746d701
 def _zone(kind: str, side: str, draw: np.random.Generator) -> str:
@@ -66,21 +77,24 @@ def _zone(kind: str, side: str, draw: np.random.Generator) -> str:
     return ""
 
 # %% ../nbs/01_phantom.ipynb #49afe88a
+def _begins(kind: str, side: str, chance: float, draw: np.random.Generator) -> Finding | None:
+    "A new finding in a place, or nothing."
+    hit, hedge, level = draw.random() < chance, draw.random() < .08, int(draw.integers(3))
+    zone = _zone(kind, side, draw)
+    certainty = "uncertain" if hedge and kind in _HEDGED and level < 2 else "present"
+    return Finding(kind, side, zone, SEVERITIES[level] if kind in _GRADED else "", "", certainty) if hit else None
+
+# %% ../nbs/01_phantom.ipynb #a76f86f1
 def _onset(factors: dict[str, float], scale: float, there: Iterable[Finding], draw: np.random.Generator) -> list[Finding]:
     "Findings that begin now, one at most of a kind and side."
     taken = {(f.kind, f.side) for f in there}
-    found = []
-    for kind in PHANTOM_KINDS:
-        for side in ("right", "left") if kind in _SIDED else ("",):
-            chance = _CHANCE[kind] * factors.get(kind, 1.0) * scale
-            hit, hedge, level = draw.random() < chance, draw.random() < .08, int(draw.integers(3))
-            zone = _zone(kind, side, draw)
-            if not hit or (kind, side) in taken: continue
-            found.append(Finding(kind, side, zone, SEVERITIES[level] if kind in _GRADED else "", "",
-                                 "uncertain" if hedge and kind in _HEDGED and level < 2 else "present"))
-    if any(f.kind == "pacemaker" for f in [*there, *found[:-1]]):  # nobody carries two
-        found = [f for i, f in enumerate(found) if f.kind != "pacemaker" or not any(g.kind == "pacemaker" for g in [*there, *found[:i]])]
-    return found
+    begun = [_begins(kind, side, _CHANCE[kind] * factors.get(kind, 1.0) * scale, draw) for kind, side in _PLACES]
+    found = [f for f in begun if f and (f.kind, f.side) not in taken]
+    paced = [f for f in [*there, *found] if f.kind == "pacemaker"]
+    return [f for f in found if f.kind != "pacemaker" or f is paced[0]]
+
+# %% ../nbs/01_phantom.ipynb #6828a28e
+_STAYS = {"sternotomy_wires": 1.0, "pacemaker": 1.0, "nodule": .9, "fracture": .8} | dict.fromkeys(_DEVICES, .6)
 
 # %% ../nbs/01_phantom.ipynb #6476f846
 def _step(finding: Finding, draw: np.random.Generator) -> Finding:
@@ -88,30 +102,33 @@ def _step(finding: Finding, draw: np.random.Generator) -> Finding:
     stays, move = draw.random() < _STAYS.get(finding.kind, .68), draw.random()
     if not stays: return replace(finding, change="resolved", certainty="present")
     level = SEVERITIES.index(finding.severity) if finding.severity else None
-    if level is not None and move < .3 and level < 2:
-        return replace(finding, severity=SEVERITIES[level + 1], change="larger", certainty="present")
-    if level is not None and move > .7 and level > 0:
-        return replace(finding, severity=SEVERITIES[level - 1], change="smaller", certainty="present")
+    if level is not None and move < .3 and level < 2: return _moved(finding, level + 1, "larger")
+    if level is not None and move > .7 and level > 0: return _moved(finding, level - 1, "smaller")
     return replace(finding, change="unchanged")
+
+# %% ../nbs/01_phantom.ipynb #08303897
+def _moved(finding: Finding, level: int, change: str) -> Finding:
+    return replace(finding, severity=SEVERITIES[level], change=change, certainty="present")
+
+# %% ../nbs/01_phantom.ipynb #2696bff6
+def _visit(last: State, group: str, draw: np.random.Generator) -> State:
+    "The study after `last`; before the first stands an empty one with the number -1."
+    first, scale = last.number < 0, .25 if group == "well" else 1.0
+    projection = "AP" if draw.random() < (.9 if group == "intensive" else .35) else "PA"
+    moved = [_step(f, draw) for f in last.findings]
+    begun = _onset(_GROUPS[group][1], scale if first else scale / 2.5, last.findings, draw)
+    there = [f for f in moved if f.change != "resolved"] + [replace(f, change="" if first else "new") for f in begun]
+    gone = [f for f in moved if f.change == "resolved"]
+    return State(last.patient, last.number + 1, last.body, projection, tuple(sorted(there)), tuple(sorted(gone)))
 
 # %% ../nbs/01_phantom.ipynb #fc461238
 def patient_states(seed: int, patient: int) -> list[State]:
     """The 1 to 4 studies of one patient, in order of time."""
     draw = rng(seed, "patient", patient)
-    body = Body(draw.uniform(.40, .47), draw.uniform(.155, .185), draw.uniform(.31, .37), draw.uniform(.062, .078),
-                draw.uniform(.10, .32), (draw.uniform(.70, .75), draw.uniform(.73, .78)))
+    states = [State(patient, -1, _new_body(draw), "", ())]
     group = str(draw.choice(list(_GROUPS), p=[share for share, _ in _GROUPS.values()]))
-    factors, scale = _GROUPS[group][1], .25 if group == "well" else 1.0
-    states: list[State] = []
-    for number in range(int(draw.choice([1, 2, 3, 4], p=[.45, .3, .15, .1]))):
-        projection = "AP" if draw.random() < (.9 if group == "intensive" else .35) else "PA"
-        before = [] if not states else list(states[-1].findings)
-        moved = [_step(f, draw) for f in before]
-        new = [replace(f, change="new" if states else "") for f in _onset(factors, scale if not states else scale / 2.5, before, draw)]
-        stay = [f for f in moved if f.change != "resolved"]
-        gone = [f for f in moved if f.change == "resolved"]
-        states.append(State(patient, number, body, projection, tuple(sorted(stay + new)), tuple(sorted(gone))))
-    return states
+    for _ in range(int(draw.choice([1, 2, 3, 4], p=[.45, .3, .15, .1]))): states.append(_visit(states[-1], group, draw))
+    return states[1:]
 
 # %% ../nbs/01_phantom.ipynb #43a9fcc4
 SIZE = 112
@@ -132,12 +149,17 @@ def _line(x: Plane, y: Plane, points: list[tuple[float, float]], width: float) -
     p, reach = np.asarray(points), width * 7
     (left, top), (right, bottom) = p.min(0) - reach, p.max(0) + reach
     near = np.nonzero((x > left) & (x < right) & (y > top) & (y < bottom))
-    a, ab = p[:-1], np.diff(p, axis=0)
-    dx, dy = x[near][:, None] - a[:, 0], y[near][:, None] - a[:, 1]
-    t = np.clip((dx * ab[:, 0] + dy * ab[:, 1]) / (np.square(ab).sum(1) + 1e-9), 0, 1)
     mask = np.zeros_like(x)
-    mask[near] = _soft(np.sqrt(((dx - t * ab[:, 0]) ** 2 + (dy - t * ab[:, 1]) ** 2).min(-1)) - width, width / 3)
+    mask[near] = _soft(_to_pieces(x[near], y[near], p) - width, width / 3)
     return mask
+
+# %% ../nbs/01_phantom.ipynb #95360344
+def _to_pieces(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], p: Float[np.ndarray, "m 2"]) -> Float[np.ndarray, " n"]:
+    "Distance of each point to the nearest piece of the line through the points `p`."
+    a, ab = p[:-1], np.diff(p, axis=0)
+    dx, dy = x[:, None] - a[:, 0], y[:, None] - a[:, 1]
+    t = np.clip((dx * ab[:, 0] + dy * ab[:, 1]) / (np.square(ab).sum(1) + 1e-9), 0, 1)
+    return np.sqrt(((dx - t * ab[:, 0]) ** 2 + (dy - t * ab[:, 1]) ** 2).min(-1))
 
 # %% ../nbs/01_phantom.ipynb #6f5a9fc4
 def _curve(*points: tuple[float, float], steps: int = 8) -> list[tuple[float, float]]:
@@ -159,32 +181,62 @@ class Canvas:
     middle: float                # where the midline is
     lungs: dict[str, Plane] = field(default_factory=dict)
 
-    def paint(self, mask: Plane, value: float) -> Plane:
-        """Cover with `value` where `mask` is 1; returns the mask."""
-        self.brightness = self.brightness * (1 - mask) + value * mask
-        return mask
+# %% ../nbs/01_phantom.ipynb #0cb521b1
+@patch
+def paint(self: Canvas, mask: Plane, value: float) -> Plane:
+    """Cover with `value` where `mask` is 1; returns the mask."""
+    self.brightness = self.brightness * (1 - mask) + value * mask
+    return mask
 
-    def add(self, amount: Plane) -> Plane:
-        """Add density, as things in front of each other add up on a radiograph; returns the amount."""
-        self.brightness = self.brightness + amount * (1 - self.brightness)
-        return amount
+# %% ../nbs/01_phantom.ipynb #515bde77
+@patch
+def add(self: Canvas, amount: Plane) -> Plane:
+    """Add density, as things in front of each other add up on a radiograph; returns the amount."""
+    self.brightness = self.brightness + amount * (1 - self.brightness)
+    return amount
 
-    def out(self, side: str) -> int:
-        """Direction from the midline to the patient's `side` in the picture."""
-        return -1 if side == "right" else 1
+# %% ../nbs/01_phantom.ipynb #e30b236e
+@patch
+def out(self: Canvas, side: str) -> int:
+    """Direction from the midline to the patient's `side` in the picture."""
+    return -1 if side == "right" else 1
 
-    def lung(self, side: str) -> tuple[float, float]:
-        """Centre of a lung."""
-        return self.middle + self.out(side) * (.055 + self.body.lung), .46
+# %% ../nbs/01_phantom.ipynb #d760b946
+@patch
+def lung(self: Canvas, side: str) -> tuple[float, float]:
+    """Centre of a lung."""
+    return self.middle + self.out(side) * (.055 + self.body.lung), .46
 
-    def dome(self, side: str) -> float:
-        """Height of the top of the diaphragm."""
-        return self.body.domes[side == "left"]
+# %% ../nbs/01_phantom.ipynb #605e53aa
+@patch
+def at(self: Canvas, side: str, zone: str) -> tuple[float, float]:
+    """Middle of a zone of a lung."""
+    cx, _ = self.lung(side)
+    return cx + self.out(side) * .015, {"upper": .30, "middle": .45, "lower": .60}[zone]
 
-    def at(self, side: str, zone: str) -> tuple[float, float]:
-        """Middle of a zone of a lung."""
-        cx, _ = self.lung(side)
-        return cx + self.out(side) * .015, {"upper": .30, "middle": .45, "lower": .60}[zone]
+# %% ../nbs/01_phantom.ipynb #1ee94040
+@patch
+def dome(self: Canvas, side: str) -> float:
+    """Height of the top of the diaphragm."""
+    return self.body.domes[side == "left"]
+
+# %% ../nbs/01_phantom.ipynb #f373839c
+@patch
+def arch(self: Canvas, side: str) -> Plane:
+    """How far the diaphragm lies below its top, over the whole picture."""
+    return .9 * (self.x - self.lung(side)[0]) ** 2 / self.body.lung
+
+# %% ../nbs/01_phantom.ipynb #3140bd3c
+def _grid(draw: np.random.Generator) -> tuple[Plane, Plane]:
+    "Where each pixel lies in the chest of somebody who stands a little turned, near and aside."
+    zoom, turn = draw.uniform(.95, 1.05), draw.uniform(-.05, .05)
+    y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) / SIZE - .5 + .5 / SIZE
+    x, y = (x * np.cos(turn) - y * np.sin(turn)) / zoom + .5, (x * np.sin(turn) + y * np.cos(turn)) / zoom + .5
+    return x + draw.uniform(-.02, .02), y + draw.uniform(-.02, .02)
+
+# %% ../nbs/01_phantom.ipynb #2beca049
+def _tissue(c: Canvas) -> None:
+    c.paint(_soft(_ellipse(c.x, c.y, .5, .62, .46, .62), .012), .50)
 
 # %% ../nbs/01_phantom.ipynb #3b6367a8
 def _noise(draw: np.random.Generator, grain: int) -> Plane:
@@ -195,42 +247,49 @@ def _noise(draw: np.random.Generator, grain: int) -> Plane:
     rows = small[i] * (1 - f)[:, None] + small[i + 1] * f[:, None]
     return rows[:, i] * (1 - f) + rows[:, i + 1] * f
 
-# %% ../nbs/01_phantom.ipynb #798aeac6
-def draw_anatomy(body: Body, projection: str, enlarged: int, draw: np.random.Generator) -> Canvas:
-    """A chest without disease; `enlarged` is 0, or 1 to 3 for a mild, moderate or severe enlargement of the heart."""
-    zoom, turn = draw.uniform(.95, 1.05), draw.uniform(-.05, .05)
-    y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) / SIZE - .5 + .5 / SIZE
-    x, y = (x * np.cos(turn) - y * np.sin(turn)) / zoom + .5, (x * np.sin(turn) + y * np.cos(turn)) / zoom + .5
-    x, y = x + draw.uniform(-.02, .02), y + draw.uniform(-.02, .02)
-    heart = body.heart + (.03 if projection == "AP" else 0) + (0, .13, .20, .28)[enlarged]
-    c = Canvas(x, y, np.full((SIZE, SIZE), .03), body, heart, .5 + draw.uniform(-.012, .012))
-    c.paint(_soft(_ellipse(x, y, .5, .62, .46, .62), .012), .50)
-    for side in ("right", "left"):
-        cx, cy = c.lung(side)
-        inside = _soft(_ellipse(x, y, cx, cy, body.lung, body.height), .010)
-        inside = inside * _soft(y - c.dome(side) - .9 * (x - cx) ** 2 / body.lung, .008)
-        c.lungs[side] = inside
-        c.paint(_soft(c.dome(side) + .9 * (x - cx) ** 2 / body.lung - y, .012) * _soft(np.abs(x - cx) - .24, .02), .58)
-        c.paint(inside, .17)
-        c.add(inside * (.05 * np.clip(_noise(draw, 5), 0, 2) + .08 * np.exp(-((x - c.middle) / .16) ** 2 - ((y - .45) / .14) ** 2)))
-    _ribs(c)
-    c.paint(_soft(np.abs(x - c.middle) - .045 - .03 * np.clip(y - .3, 0, 1), .010), .66)
-    left = c.middle + heart * .17
-    c.paint(_soft(_ellipse(x, y, left, .62, heart * .34, .135), .012) * (y < .86), .70)
-    c.paint(_soft(np.abs(x - c.middle) - .018, .006) * (y < .24), .42)
-    return c
+# %% ../nbs/01_phantom.ipynb #a9f6370b
+def _lung(c: Canvas, side: str, draw: np.random.Generator) -> None:
+    "One lung with its vessels, and the half of the belly under it."
+    cx, cy = c.lung(side)
+    inside = _soft(_ellipse(c.x, c.y, cx, cy, c.body.lung, c.body.height), .010)
+    c.lungs[side] = inside * _soft(c.y - c.dome(side) - c.arch(side), .008)
+    c.paint(_soft(c.dome(side) + c.arch(side) - c.y, .012) * _soft(np.abs(c.x - cx) - .24, .02), .58)
+    c.paint(c.lungs[side], .17)
+    root = np.exp(-((c.x - c.middle) / .16) ** 2 - ((c.y - .45) / .14) ** 2)
+    c.add(c.lungs[side] * (.05 * np.clip(_noise(draw, 5), 0, 2) + .08 * root))
 
 # %% ../nbs/01_phantom.ipynb #9e2b3691
 def _ribs(c: Canvas) -> None:
     "Ribs and collar bones."
     for side in ("right", "left"):
-        cx, _ = c.lung(side)
-        across = np.abs(c.x - c.middle)
+        (cx, _), out, across = c.lung(side), c.out(side), np.abs(c.x - c.middle)
         for i in range(9):
             line = .16 + i * c.body.rib_gap + c.body.rib_slope * across + .8 * (across - .2) ** 2
             c.add(.13 * _soft(np.abs(c.y - line) - .011, .004) * _soft(np.abs(c.x - cx) - c.body.lung - .012, .010))
-        out = c.out(side)
         c.add(.30 * _line(c.x, c.y, _curve((c.middle + out * .04, .19), (c.middle + out * .18, .15), (c.middle + out * .33, .10)), .014))
+
+# %% ../nbs/01_phantom.ipynb #c1c1e797
+def _middle(c: Canvas) -> None:
+    "The column, the heart and the windpipe."
+    c.paint(_soft(np.abs(c.x - c.middle) - .045 - .03 * np.clip(c.y - .3, 0, 1), .010), .66)
+    c.paint(_heart(c) * (c.y < .86), .70)
+    c.paint(_soft(np.abs(c.x - c.middle) - .018, .006) * (c.y < .24), .42)
+
+# %% ../nbs/01_phantom.ipynb #31f9f885
+def _heart(c: Canvas) -> Plane:
+    return _soft(_ellipse(c.x, c.y, c.middle + c.heart * .17, .62, c.heart * .34, .135), .012)
+
+# %% ../nbs/01_phantom.ipynb #798aeac6
+def draw_anatomy(body: Body, projection: str, enlarged: int, draw: np.random.Generator) -> Canvas:
+    """A chest without disease; `enlarged` is 0, or 1 to 3 for a mild, moderate or severe enlargement of the heart."""
+    x, y = _grid(draw)
+    heart = body.heart + (.03 if projection == "AP" else 0) + (0, .13, .20, .28)[enlarged]
+    c = Canvas(x, y, np.full((SIZE, SIZE), .03), body, heart, .5 + draw.uniform(-.012, .012))
+    _tissue(c)
+    for side in ("right", "left"): _lung(c, side, draw)
+    _ribs(c)
+    _middle(c)
+    return c
 
 # %% ../nbs/01_phantom.ipynb #767547c8
 PAINTERS: dict[str, Callable[[Canvas, Finding, float, np.random.Generator], Plane]] = {}
@@ -241,6 +300,7 @@ def _paints(kind: str) -> Callable:
         return painter
     return register
 
+# %% ../nbs/01_phantom.ipynb #f1809b89
 def _level(finding: Finding) -> int:
     return SEVERITIES.index(finding.severity) if finding.severity else 1
 
@@ -249,31 +309,39 @@ def _level(finding: Finding) -> int:
 def _effusion(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -> Plane:
     "Fluid: fills from below, higher at the side than in the middle."
     cx, _ = c.lung(f.side)
-    height = (.12, .20, .34)[_level(f)] * draw.uniform(.9, 1.1)
-    lateral = c.out(f.side) * (c.x - cx) / c.body.lung
-    surface = c.dome(f.side) + .05 - height * (.5 + .5 * lateral) + (.02 if f.severity == "small" else 0)
-    floor = c.dome(f.side) + .9 * (c.x - cx) ** 2 / c.body.lung + .02
+    surface = _surface(c, f, (.12, .20, .34)[_level(f)] * draw.uniform(.9, 1.1))
+    floor = c.dome(f.side) + c.arch(f.side) + .02
     chest = _soft(_ellipse(c.x, c.y, cx, .46, c.body.lung * 1.02, c.body.height * 1.08), .010)
     return c.paint(strength * .95 * chest * _soft(surface - c.y, .010) * _soft(c.y - floor, .012), .68) / strength
+
+# %% ../nbs/01_phantom.ipynb #7064f753
+def _surface(c: Canvas, f: Finding, height: float) -> Plane:
+    "Where the fluid ends above."
+    lateral = c.out(f.side) * (c.x - c.lung(f.side)[0]) / c.body.lung
+    return c.dome(f.side) + .05 - height * (.5 + .5 * lateral) + (.02 if f.severity == "small" else 0)
 
 # %% ../nbs/01_phantom.ipynb #a12b8632
 @_paints("pneumothorax")
 def _pneumothorax(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -> Plane:
     "Air: a dark rim without lung markings at the top and side, bounded by a fine bright line."
-    cx, cy = c.lung(f.side)
-    width = (.035, .065, .11)[_level(f)] * draw.uniform(.9, 1.1)
-    edge = _ellipse(c.x, c.y, cx - c.out(f.side) * width * .8, cy + width * 1.1, c.body.lung - width * .45, c.body.height - width * .6)
-    rim = c.lungs[f.side] * _soft(-edge, .006) * (c.y < c.dome(f.side) - .06)
+    edge = _lung_edge(c, f, (.035, .065, .11)[_level(f)] * draw.uniform(.9, 1.1))
+    above = c.y < c.dome(f.side) - .06
+    rim = c.lungs[f.side] * _soft(-edge, .006) * above
     c.paint(strength * rim, .03)
-    c.add(strength * .45 * c.lungs[f.side] * np.exp(-(edge / .007) ** 2) * (c.y < c.dome(f.side) - .06))
+    c.add(strength * .45 * c.lungs[f.side] * np.exp(-(edge / .007) ** 2) * above)
     return rim
+
+# %% ../nbs/01_phantom.ipynb #c61a8e40
+def _lung_edge(c: Canvas, f: Finding, width: float) -> Plane:
+    "Distance to the edge of a lung that has shrunk away from the wall by about `width`."
+    cx, cy = c.lung(f.side)
+    return _ellipse(c.x, c.y, cx - c.out(f.side) * width * .8, cy + width * 1.1, c.body.lung - width * .45, c.body.height - width * .6)
 
 # %% ../nbs/01_phantom.ipynb #038cb024
 @_paints("consolidation")
 def _consolidation(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -> Plane:
     "A lobe filled with something other than air: a dense, patchy cloud."
-    cx, cy = c.at(f.side, f.zone)
-    r = (.052, .076, .102)[_level(f)]
+    (cx, cy), r = c.at(f.side, f.zone), (.052, .076, .102)[_level(f)]
     cloud = _soft(_ellipse(c.x, c.y, cx + draw.normal() * .012, cy + draw.normal() * .012, r * 1.15, r * .9) + .012 * _noise(draw, 6), .012)
     cloud = cloud * c.lungs[f.side]
     c.add(strength * cloud * (.52 + .12 * np.clip(_noise(draw, 4), -1, 1)))
@@ -285,11 +353,9 @@ def _atelectasis(c: Canvas, f: Finding, strength: float, draw: np.random.Generat
     "Collapse of a part: flat bands, like a plate seen from its edge."
     cx, _ = c.lung(f.side)
     cy = (.30 if f.zone == "upper" else c.dome(f.side) - .085) + draw.normal() * .008
-    tilt, mask = draw.uniform(-.02, .03), np.zeros_like(c.x)
-    for gap in (0, .035):
-        a, b = (cx - .11, cy + gap), (cx + .11, cy + gap - c.out(f.side) * tilt)
-        mask = np.maximum(mask, _line(c.x, c.y, [a, b], .009))
-    mask = mask * c.lungs[f.side]
+    tilt = draw.uniform(-.02, .03)
+    plates = [[(cx - .11, cy + gap), (cx + .11, cy + gap - c.out(f.side) * tilt)] for gap in (0, .035)]
+    mask = np.maximum(*(_line(c.x, c.y, plate, .009) for plate in plates)) * c.lungs[f.side]
     c.add(strength * .55 * mask)
     return mask
 
@@ -297,18 +363,22 @@ def _atelectasis(c: Canvas, f: Finding, strength: float, draw: np.random.Generat
 @_paints("cardiomegaly")
 def _cardiomegaly(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -> Plane:
     "Drawn with the anatomy; here only its outline."
-    return _soft(_ellipse(c.x, c.y, c.middle + c.heart * .17, .62, c.heart * .34, .135), .012)
+    return _heart(c)
 
 # %% ../nbs/01_phantom.ipynb #c2b1f3ac
 @_paints("oedema")
 def _oedema(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -> Plane:
     "Water in the tissue: haze that spreads from the roots of both lungs, and short lines at the edge."
-    level = _level(f)
-    lungs = c.lungs["left"] + c.lungs["right"]
+    level, lungs = _level(f), c.lungs["left"] + c.lungs["right"]
     haze = lungs * np.exp(-((np.abs(c.x - c.middle) - .10) / (.10, .14, .20)[level]) ** 2 - ((c.y - .45) / (.13, .18, .26)[level]) ** 2)
-    stripes = (np.sin(c.y * 150) > .5) * lungs * _soft(.20 - np.abs(c.x - c.middle), .01) * _soft(np.abs(c.y - .55) - .12, .01)
-    c.add(strength * ((.26, .36, .46)[level] * haze * (1 + .25 * np.clip(_noise(draw, 4), -1, 1)) + (.08, .14, .20)[level] * stripes))
+    uneven = 1 + .25 * np.clip(_noise(draw, 4), -1, 1)
+    c.add(strength * ((.26, .36, .46)[level] * haze * uneven + (.08, .14, .20)[level] * _stripes(c, lungs)))
     return haze
+
+# %% ../nbs/01_phantom.ipynb #7d817ab3
+def _stripes(c: Canvas, lungs: Plane) -> Plane:
+    "Short horizontal lines in the lower and outer parts of both lungs."
+    return (np.sin(c.y * 150) > .5) * lungs * _soft(.20 - np.abs(c.x - c.middle), .01) * _soft(np.abs(c.y - .55) - .12, .01)
 
 # %% ../nbs/01_phantom.ipynb #1f95eda0
 @_paints("nodule")
@@ -322,14 +392,18 @@ def _nodule(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -
 @_paints("fracture")
 def _fracture(c: Canvas, f: Finding, strength: float, draw: np.random.Generator) -> Plane:
     "A broken rib: a bright step in its course, with a gap between the ends."
-    cx, _ = c.lung(f.side)
-    out, x0, y0 = c.out(f.side), cx + c.out(f.side) * c.body.lung * .72, draw.uniform(.34, .62)
+    out, x0 = c.out(f.side), c.lung(f.side)[0] + c.out(f.side) * c.body.lung * .72
+    ends, gap = _broken(c, out, x0, draw.uniform(.34, .62))
+    c.paint(.8 * gap, .05)
+    c.add(.62 * ends)
+    return np.maximum(ends, gap)
+
+# %% ../nbs/01_phantom.ipynb #139d0421
+def _broken(c: Canvas, out: int, x0: float, y0: float) -> tuple[Plane, Plane]:
+    "The two ends of a rib that broke at a point, and the gap between them."
     inner = _line(c.x, c.y, [(x0 - out * .075, y0 - .022), (x0 - out * .010, y0)], .010)
     outer = _line(c.x, c.y, [(x0 + out * .012, y0 + .036), (x0 + out * .07, y0 + .060)], .010)
-    gap = _line(c.x, c.y, [(x0, y0 - .03), (x0 + out * .004, y0 + .065)], .007)
-    c.paint(.8 * gap, .05)
-    c.add(.62 * np.maximum(inner, outer))
-    return np.maximum(np.maximum(inner, outer), gap)
+    return np.maximum(inner, outer), _line(c.x, c.y, [(x0, y0 - .03), (x0 + out * .004, y0 + .065)], .007)
 
 # %% ../nbs/01_phantom.ipynb #03339a5d
 def _wire(c: Canvas, points: list[tuple[float, float]], width: float = .006, value: float = .97) -> Plane:
@@ -405,26 +479,38 @@ class Drawing(NamedTuple):
     boxes: dict[Finding, Box]                           # left, top, right, bottom in pixels
     patches: dict[Finding, Bool[np.ndarray, "8 8"]]     # patches of `PATCH` pixels that the finding touches
 
+# %% ../nbs/01_phantom.ipynb #53bb32b6
+def _where(mask: Plane) -> tuple[Box, Bool[np.ndarray, "8 8"]]:
+    "The box around a painted mask, and the patches that it touches."
+    there = mask > .4 * max(float(mask.max()), .2)
+    rows, cols = np.nonzero(there)
+    box = (int(cols.min()), int(rows.min()), int(cols.max()) + 1, int(rows.max()) + 1) if len(rows) else (0, 0, 0, 0)
+    return box, there.reshape(SIZE // PATCH, PATCH, SIZE // PATCH, PATCH).any((1, 3))
+
+# %% ../nbs/01_phantom.ipynb #f60714c4
+def _exposed(brightness: Plane, draw: np.random.Generator) -> UInt8[np.ndarray, "112 112"]:
+    "The film as it is stored: over- or underexposed, with grain, from black to white."
+    film = np.clip(brightness, 0, 1) ** draw.uniform(.85, 1.2) + draw.normal(size=(SIZE, SIZE)) * .02
+    film = (film - film.min()) / (film.max() - film.min())
+    return np.round(film * 255).astype(np.uint8)
+
 # %% ../nbs/01_phantom.ipynb #83c69e8b
 _ORDER = ("cardiomegaly", "oedema", "consolidation", "atelectasis", "nodule", "pneumothorax", "effusion", "fracture", "sternotomy_wires",
           "enteric_tube", "endotracheal_tube", "central_line", "picc", "chest_tube", "pacemaker")
 
+def _heart_size(state: State) -> int:
+    "By how many steps the heart is enlarged."
+    return max((SEVERITIES.index(f.severity) + 1 for f in (*state.findings, *state.painted) if f.kind == "cardiomegaly"), default=0)
+
+# %% ../nbs/01_phantom.ipynb #37fabc0c
 def draw_study(seed: int, state: State) -> Drawing:
     """The radiograph of a study, with a box around each finding and the patches that it touches."""
-    draw = rng(seed, "picture", state.patient, state.number)
-    enlarged = max((SEVERITIES.index(f.severity) + 1 for f in (*state.findings, *state.painted) if f.kind == "cardiomegaly"), default=0)
-    canvas, boxes, patches = draw_anatomy(state.body, state.projection, enlarged, draw), {}, {}
-    after = rng(seed, "painted", state.patient, state.number)     # so that everything else stays as it was, the noise too
+    draw, after = (rng(seed, name, state.patient, state.number) for name in ("picture", "painted"))
+    canvas, where = draw_anatomy(state.body, state.projection, _heart_size(state), draw), {}
     for finding in [*sorted(state.findings, key=lambda f: (_ORDER.index(f.kind), f.side)), *state.painted]:
         chance = after if finding in state.painted else draw
-        mask = PAINTERS[finding.kind](canvas, finding, .65 if finding.certainty == "uncertain" else 1.0, chance)
-        there = mask > .4 * max(float(mask.max()), .2)
-        rows, cols = np.nonzero(there)
-        patches[finding] = there.reshape(SIZE // PATCH, PATCH, SIZE // PATCH, PATCH).any((1, 3))
-        boxes[finding] = (int(cols.min()), int(rows.min()), int(cols.max()) + 1, int(rows.max()) + 1) if len(rows) else (0, 0, 0, 0)
-    film = np.clip(canvas.brightness, 0, 1) ** draw.uniform(.85, 1.2) + draw.normal(size=(SIZE, SIZE)) * .02
-    film = (film - film.min()) / (film.max() - film.min())
-    return Drawing(np.round(film * 255).astype(np.uint8), boxes, patches)
+        where[finding] = _where(PAINTERS[finding.kind](canvas, finding, .65 if finding.certainty == "uncertain" else 1.0, chance))
+    return Drawing(_exposed(canvas.brightness, draw), {f: box for f, (box, _) in where.items()}, {f: p for f, (_, p) in where.items()})
 
 # %% ../nbs/01_phantom.ipynb #b1763eff
 @dataclass(frozen=True, eq=False)
@@ -434,57 +520,64 @@ class Truth:
     state: State
     words: dict[str, tuple[Word, ...]]   # for each section, prior_report included: its words and their concepts
 
-    @property
-    def findings(self) -> tuple[Finding, ...]:
-        """What is there; findings that have resolved are not."""
-        return (*self.state.findings, *self.state.painted)
+# %% ../nbs/01_phantom.ipynb #7ea16082
+@patch(as_prop=True)
+def findings(self: Truth) -> tuple[Finding, ...]:
+    """What is there; findings that have resolved are not."""
+    return (*self.state.findings, *self.state.painted)
 
-    @property
-    def boxes(self) -> dict[Finding, Box]:
-        """A box (left, top, right, bottom, in pixels) around each finding in the frontal view."""
-        return _drawn(self.seed, self.state).boxes
-
-    @property
-    def patches(self) -> dict[Finding, Bool[np.ndarray, "8 8"]]:
-        """The patches (rows, columns) of the frontal view that each finding touches."""
-        return _drawn(self.seed, self.state).patches
-
-    @property
-    def visual(self) -> frozenset[str]:
-        """Names of the visual concepts that are true of the study."""
-        return visual_concepts(self.findings)
+# %% ../nbs/01_phantom.ipynb #e39f54b3
+@patch(as_prop=True)
+def visual(self: Truth) -> frozenset[str]:
+    """Names of the visual concepts that are true of the study."""
+    return visual_concepts(self.findings)
 
 # %% ../nbs/01_phantom.ipynb #27297e37
-@lru_cache(maxsize=8192)  # a study's picture is wanted again as its successor's prior view
+@lru_cache(maxsize=8192)
 def _drawn(seed: int, state: State) -> Drawing:
     return draw_study(seed, state)
 
 def _picture(seed: int, state: State) -> UInt8[np.ndarray, "112 112"]:
     return _drawn(seed, state).film
 
-# %% ../nbs/01_phantom.ipynb #55acfe01
-SIZES = {"train": 800, "validation": 100, "test": 200}   # patients where a config says nothing
+# %% ../nbs/01_phantom.ipynb #48d16656
+@patch(as_prop=True)
+def boxes(self: Truth) -> dict[Finding, Box]:
+    """A box (left, top, right, bottom, in pixels) around each finding in the frontal view."""
+    return _drawn(self.seed, self.state).boxes
 
+# %% ../nbs/01_phantom.ipynb #b1ed904d
+@patch(as_prop=True)
+def patches(self: Truth) -> dict[Finding, Bool[np.ndarray, "8 8"]]:
+    """The patches (rows, columns) of the frontal view that each finding touches."""
+    return _drawn(self.seed, self.state).patches
+
+# %% ../nbs/01_phantom.ipynb #55acfe01
+def _study(seed: int, state: State, split: str, prior: Study | None) -> Study:
+    "One study: its film, its report, and what is true of both."
+    name, before = f"p{state.patient:06d}-s{state.number + 1}", prior.truth.findings if prior else None
+    told = write_sections([*state.findings, *state.resolved], before, state.projection, rng(seed, "report", state.patient, state.number))
+    words = {section: tagged.words for section, tagged in told.items()}
+    if prior: words["prior_report"] = prior.truth.words["findings"]
+    film = Picture(f"phantom:{seed}/{name}", partial(_picture, seed, state), "1")
+    return Study(name, f"p{state.patient:06d}", split, {k: t.text for k, t in told.items()}, {"frontal": film}, prior, state.projection,
+                 Truth(seed, state, words))
+
+# %% ../nbs/01_phantom.ipynb #aa5ea7b6
 def _patient_studies(seed: int, patient: int, split: str) -> list[Study]:
     "All studies of one patient, each knowing the one before."
     studies: list[Study] = []
-    for state in patient_states(seed, patient):
-        prior = studies[-1] if studies else None
-        before = prior.truth.findings if prior else None
-        told = write_sections([*state.findings, *state.resolved], before, state.projection, rng(seed, "report", patient, state.number))
-        words = {name: tagged.words for name, tagged in told.items()} | ({"prior_report": prior.truth.words["findings"]} if prior else {})
-        name = f"p{patient:06d}-s{state.number + 1}"
-        studies.append(Study(name, f"p{patient:06d}", split, {k: t.text for k, t in told.items()},
-                             {"frontal": Picture(f"phantom:{seed}/{name}", partial(_picture, seed, state), "1")},
-                             prior, state.projection, Truth(seed, state, words)))
+    for state in patient_states(seed, patient): studies.append(_study(seed, state, split, studies[-1] if studies else None))
     return studies
+
+# %% ../nbs/01_phantom.ipynb #be374337
+SIZES = {"train": 800, "validation": 100, "test": 200}   # patients where a config says nothing
 
 # %% ../nbs/01_phantom.ipynb #e147e513
 def phantom_source(seed: int, cfg: StudiesConfig | None = None) -> Source:
     """The studies of `phantom:SEED`; splits by hash of the patient, filled up to the config's numbers of patients."""
     cfg = cfg or StudiesConfig(source=f"phantom:{seed}")
-    left = {split: getattr(cfg, f"{split}_patients") or size for split, size in SIZES.items()}
-    left = {split: n for (split, n), share in zip(left.items(), cfg.fractions, strict=True) if share > 0}
+    left = {split: getattr(cfg, f"{split}_patients") or SIZES[split] for split, share in zip(SIZES, cfg.fractions, strict=True) if share > 0}
     studies, patient = [], 0
     while any(left.values()):
         split = split_of(f"p{patient:06d}", cfg.fractions)
