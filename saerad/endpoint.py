@@ -15,6 +15,7 @@ import re
 import sqlite3
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -154,11 +155,13 @@ def settle(self: Ledger) -> None:
 
 # %% ../nbs/08b_endpoint.ipynb #756e9e15
 class Pace:
-    """Spaces calls out in time; `faster` after a good answer, `slower` after a refusal for speed, `heard` for what headers say."""
+    """Spaces calls out in time; `faster` after an answer, `slower` after a refusal for speed, `heard` for what headers say."""
     def __init__(self, rate: float | None = None, clock: Callable[[], float] = time.monotonic):
         self.fixed, self.rate, self.clock = rate is not None, rate or 20.0, clock
-        self.next, self.met_limit, self.stepped, self.lock = clock(), False, -1.0, threading.Lock()
+        self.next, self.held, self.stepped = clock(), False, None    # the next slot, whether calls wait for theirs, the last step back
+        self.sent: deque[float] = deque(maxlen=50)                   # when the latest calls started that were not refused
         self.cap, self.tokens = float("inf"), 0.0
+        self.lock, self.turn = threading.Lock(), threading.Lock()
 
 # %% ../nbs/08b_endpoint.ipynb #cba311eb
 @patch
@@ -167,26 +170,38 @@ def slot(self: Pace) -> float:
     with self.lock:
         now = self.clock()
         start = max(now, self.next)
-        self.next = start + 1 / self.rate
+        self.held, self.next = start > now, start + 1 / self.rate
+        if self.sent and start - self.sent[-1] > 5: self.sent.clear()   # a pause says nothing of a limit
+        self.sent.append(start)
         return start - now
+
+@patch
+def wait(self: Pace) -> float:
+    """Sleep until a call may start, one after another; the time at which it does."""
+    with self.turn: time.sleep(self.slot())
+    return self.clock()
 
 # %% ../nbs/08b_endpoint.ipynb #108a663d
 @patch
-def faster(self: Pace) -> None:
-    """A call was answered."""
+def faster(self: Pace, took: float) -> None:
+    """A call was answered in so many seconds."""
     with self.lock:
-        if not self.fixed: self.rate = min(self.cap, self.rate + (0.05 if self.met_limit else 0.5))
+        if self.fixed or not self.held: return
+        step = self.rate / max(self.rate * took, 4) if self.stepped is None else 0.02 * (1 + self.clock() - self.stepped)
+        self.rate = min(self.cap, self.rate + step)
 
 # %% ../nbs/08b_endpoint.ipynb #5629e1c0
 @patch
 def slower(self: Pace, retry_after: float) -> None:
-    """The endpoint said that calls come too fast; one step back, however many calls hear it at once."""
+    """A call was refused for its speed; where that shows that the rate is too high, it goes back to what is let in."""
     with self.lock:
         now = self.clock()
+        if self.sent: self.sent.pop()
+        if self.sent and not self.fixed:
+            let_in = len(self.sent) / max(now - self.sent[0], 1 / self.rate)
+            if self.stepped is None or self.rate > 1.15 * let_in:
+                self.rate, self.stepped = max(0.2, min(self.rate, 0.92 * let_in)), now
         if retry_after > 5: self.next = max(self.next, now + retry_after)  # not a hiccup: everybody waits
-        if self.fixed or now - self.stepped < 1: return
-        self.rate = max(0.2, self.rate * (0.95 if self.met_limit else 0.75))
-        self.met_limit, self.stepped = True, now
 
 # %% ../nbs/08b_endpoint.ipynb #d74cd188
 @patch
@@ -361,12 +376,12 @@ def _persist(self: Endpoint, request: dict[str, Any]) -> Reply:
     with self.lock: self.client = self.client or self._connect()
     reason = ""
     for attempt in range(self.cfg.attempts):
-        time.sleep(self.pace.slot())
+        began = self.pace.wait()
         with self.lock: self.asked += 1
         try: reply = self._once(request)
         except Exception as e: reason, pause = self._trouble(e, attempt)
         else:
-            self.pace.faster()
+            self.pace.faster(self.pace.clock() - began)
             with self.lock: self.answered, self.lost = self.answered + 1, 0
             return reply
         if isinstance(pause, Reply): return pause
@@ -409,7 +424,7 @@ def _trouble(self: Endpoint, error: Exception, attempt: int) -> tuple[str, Any]:
             raise UserError(f"nobody answers at {where}; start the server or correct interpretation.base_url.") from error
         return "connection lost", backoff
     if isinstance(error, openai.RateLimitError):
-        wait = _retry_after(error, backoff)
+        wait = _retry_after(error, min(30.0, 4 * backoff))
         self.pace.slower(wait)
         return "too many requests", wait
     if isinstance(error, openai.APIStatusError): return self._status(error, backoff)

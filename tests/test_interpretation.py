@@ -10,7 +10,8 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -598,19 +599,94 @@ def test_lists(): assert parse_list(" [1,0 , 1]\n", 3) == [True, False, True]
 def test_explanations(text, found): assert parse_explanation(text) == found
 
 
-def test_the_pace_finds_a_limit_and_stays_below():
+def drive(limit, seconds, room=10.0, latency=0.3, workers=10**6, faulty=0.0, seed=0):
+    """A pace before an endpoint that lets `limit(now)` calls a second in, and `room` at once: its rate and the starts of calls let in and refused.
+
+    A share `faulty` is refused at any speed; at most `workers` calls are under way.
+    """
+    now, size, last, draw, answers, path, let_in, refused = [0.0], room, 0.0, random.Random(seed), deque(), [], [], []
+    pace = Pace(clock=lambda: now[0])
+    while now[0] < seconds:
+        while len(answers) >= workers: _answer(pace, now, answers, latency)
+        start = now[0] + pace.slot()
+        while answers and answers[0] <= start: _answer(pace, now, answers, latency)
+        room, last, now[0] = min(size, room + (start - last) * limit(start)), start, start
+        path.append(pace.rate)
+        if room >= 1 and draw.random() >= faulty:
+            room -= 1
+            let_in.append(start)
+            answers.append(start + latency)
+        else:
+            refused.append(start)
+            pace.slower(0.1)
+    return pace, path, let_in, refused
+
+
+def _answer(pace, now, answers, latency):
+    now[0] = max(now[0], answers.popleft())
+    pace.faster(latency)
+
+
+@pytest.mark.parametrize(("limit", "room", "latency", "at_once", "most_refused"), [
+    (5, 5, 0.3, 0.98, 0.09), (10, 10, 2.0, 0.98, 0.06), (50, 10, 0.3, 0.95, 0.05), (50, 5, 0.0, 0.95, 0.05), (50, 50, 0.05, 0.95, 0.05),
+    (200, 40, 1.0, 0.7, 0.05), (1000, 200, 0.3, 0.83, 0.05)])
+def test_the_pace_finds_a_limit_and_keeps_to_it(limit, room, latency, at_once, most_refused):
+    """`at_once`: share of the limit that is held in the first twelve seconds."""
+    _, _, let_in, refused = drive(lambda now: limit, 60, room, latency)
+    late, in_vain = (sum(t > 20 for t in some) for some in (let_in, refused))
+    assert 0.97 * limit <= late / 40 <= limit + room / 40 and in_vain <= most_refused * late
+    assert sum(t <= 12 for t in let_in) >= at_once * 12 * limit
+
+
+def test_the_pace_follows_a_limit_that_changes():
+    _, path, let_in, refused = drive(lambda now: 50 if now < 20 else 10 if now < 40 else 80, 70)
+    def held(a, b): return sum(a < t <= b for t in let_in) / (b - a)
+    assert held(25, 40) == pytest.approx(10, rel=0.1) and held(60, 70) == pytest.approx(80, rel=0.05)
+    assert len(refused) < 0.08 * len(let_in)
+
+
+def test_the_first_refusal_sets_the_rate_to_what_was_let_in():
     now = [0.0]
-    pace, limit, tokens, last, good = Pace(clock=lambda: now[0]), 50.0, 5.0, 0.0, []
-    while now[0] < 60:
-        now[0] += pace.slot()
-        tokens, last = min(5.0, tokens + (now[0] - last) * limit), now[0]
-        if tokens >= 1:
-            tokens -= 1
-            good.append(now[0])
-            pace.faster()
-        else: pace.slower(0.1)
-    late = [t for t in good if t > 20]
-    assert 0.9 * limit <= len(late) / 40 <= 1.02 * limit
+    pace = Pace(clock=lambda: now[0])
+    for _ in range(40): now[0] += pace.slot()      # 20 calls a second
+    pace.rate = 1000.0
+    pace.slower(0.1)
+    assert pace.rate == pytest.approx(0.92 * 20, rel=0.03)
+    before = pace.rate
+    pace.slower(0.1)                               # one refusal more says nothing new
+    assert pace.rate == before
+
+
+def test_a_few_refusals_at_any_speed_do_not_stop_the_pace():
+    _, path, let_in, refused = drive(lambda now: 10_000, 60, room=1000.0, faulty=0.03)
+    assert 0.01 < len(refused) / len(let_in) < 0.06 and min(path[-1000:]) > 40
+
+
+def test_a_rate_that_nobody_waits_for_does_not_rise():
+    pace, path, _, _ = drive(lambda now: 10_000, 60, room=1000.0, workers=10)
+    assert path[-1] < 3 * 10 / 0.3
+
+
+def test_a_long_pause_is_everybodys_and_says_nothing_of_the_limit():
+    now = [0.0]
+    pace = Pace(clock=lambda: now[0])
+    for _ in range(40): now[0] += pace.slot()
+    pace.slower(30.0)
+    rate = pace.rate
+    assert pace.slot() == pytest.approx(30) and pace.rate == pytest.approx(0.92 * 20, rel=0.03)
+    now[0] += 30
+    for _ in range(3): now[0] += pace.slot()
+    pace.slower(0.1)
+    assert pace.rate == rate
+
+
+def test_calls_take_turns_and_keep_the_rate_they_were_given():
+    pace, began = Pace(200.0), []
+    with ThreadPoolExecutor(16) as pool: list(pool.map(lambda i: began.append(pace.wait()), range(60)))
+    assert max(began) - min(began) >= 58 / 200 and pace.rate == 200
+    pace.slower(0.1)
+    pace.faster(0.1)
+    assert pace.rate == 200
 
 
 def test_the_ledger_keeps_the_first_answer(tmp_path):
@@ -754,7 +830,9 @@ def test_headers_set_the_pace():
     pace = Pace(clock=lambda: 0.0)
     pace.heard({"x-ratelimit-limit-requests": "600", "x-ratelimit-limit-tokens": "60000"}, 500)
     assert pace.rate == pytest.approx(0.98 * 2)
-    pace.faster()
+    for _ in range(2): pace.slot()
+    assert pace.held
+    pace.faster(0.01)
     assert pace.rate == pytest.approx(0.98 * 2)
     pace.heard({"x-ratelimit-limit-requests": "600", "x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1m2.5s"}, 10)
     assert pace.slot() == pytest.approx(60)
