@@ -385,6 +385,7 @@ def draw_density(numbers: pd.DataFrame, ax: Axes, dead: Axes) -> None:
     dead.bar([str(level) for level in levels], share, color=[shades[level] for level in levels], edgecolor="black", linewidth=0.3)
     dead.set(xlabel="level", ylabel="share that never fired", ylim=(0, max(1.15 * share.max(), 0.01)),
              title=f"{len(numbers) - len(live)} that never fired")
+    if not share.any(): dead.text(0.5, 0.5, "every feature fired", transform=dead.transAxes, ha="center", color="0.35")
 
 # %% ../nbs/11_figures.ipynb #e3762292
 plot_density = PLOTS["density"] = Plot(collect_density, draw_density, ("exemplars/features.parquet",),
@@ -444,7 +445,7 @@ def draw_precision_recall(numbers: pd.DataFrame, ax: Axes) -> None:
     for f1 in (0.5, 0.75):
         r = np.divide(f1 * p, 2 * p - f1, out=np.full_like(p, np.nan), where=2 * p > f1)
         ax.plot(p, np.where(r <= 1, r, np.nan), color=GREY, linewidth=0.7)
-        ax.text(1, f1 / (2 - f1), f" F1 {f1}", color="0.35", fontsize=6, va="center")
+        ax.text(f1 / (2 - f1), 0.97, f"F1 {f1} ", color="0.2", fontsize=6, ha="right", va="center", zorder=3, bbox={"color": "white", "pad": 0.6})
     ax.plot([0, 1], [0, 1], color=GREY, linewidth=0.7, linestyle=":")
     ax.scatter(numbers.precision, numbers.recall, s=9, color=BLUE, alpha=0.6, linewidth=0)
     wide = float((numbers.recall > numbers.precision).mean())
@@ -495,7 +496,9 @@ def draw_frequency(numbers: pd.DataFrame, ax: Axes) -> None:
 def _spearman(a: pd.Series, b: pd.Series) -> str:
     "Rank correlation in words; too few or constant values have none."
     if len(a) < 3 or a.nunique() < 2 or b.nunique() < 2: return f"n = {len(a)}"
-    return f"Spearman ρ = {a.rank().corr(b.rank()):.2f}, n = {len(a)}"
+    return _minus(f"Spearman ρ = {a.rank().corr(b.rank()):.2f}, n = {len(a)}")
+
+def _minus(text: str) -> str: return text.replace("= -", "= −")
 
 # %% ../nbs/11_figures.ipynb #b536aef9
 plot_frequency_f1 = PLOTS["frequency_f1"] = Plot(collect_frequency, draw_frequency,
@@ -551,7 +554,7 @@ def _judged(run: RunTables) -> pd.DataFrame:
 def draw_steering(numbers: pd.DataFrame, ax: Axes) -> None:
     """Stacked bars of the outcomes."""
     left = np.zeros(len(numbers))
-    names = [f"{row.pushed}, α = {row.alpha:+g} (n = {row.reports})" for row in numbers.itertuples()]
+    names = [_minus(f"{row.pushed}, α = {row.alpha:+g} (n = {row.reports})") for row in numbers.itertuples()]
     for outcome, colour in OUTCOME_COLOURS.items():
         ax.barh(names, numbers[outcome], left=left, color=colour, edgecolor="black", linewidth=0.3, label=outcome.replace("_", " "))
         left += numbers[outcome].to_numpy()
@@ -580,8 +583,11 @@ def draw_signs(numbers: pd.DataFrame, ax: Axes) -> None:
     """Changed reports under +α against those under −α."""
     ax.plot([0, 1], [0, 1], color=GREY, linewidth=0.7, linestyle=":")
     ax.scatter(numbers.negative, numbers.positive, s=14, color=BLUE, linewidth=0, clip_on=False)
-    for row in numbers.itertuples(): ax.annotate(str(int(row.feature)), (row.negative, row.positive), (3, 2), textcoords="offset points", fontsize=6)
-    ax.set(xlabel="changed under −α, share", ylabel="changed under +α, share", xlim=(0, 1.02), ylim=(0, 1.02),
+    for at, some in numbers.groupby(["negative", "positive"]):
+        names = "\n".join([str(int(f)) for f in some.feature[:4]] + ["…"] * (len(some) > 4))
+        ax.annotate(names, at, (4, 0), textcoords="offset points", fontsize=6, va="center", linespacing=0.9)
+    top = min(1.02, max(1.25 * numbers[["negative", "positive"]].to_numpy().max(), 0.1))
+    ax.set(xlabel="changed under −α, share", ylabel="changed under +α, share", xlim=(0, top), ylim=(0, top),
            title=_spearman(numbers.negative, numbers.positive))
 
 # %% ../nbs/11_figures.ipynb #002950e2
@@ -624,6 +630,7 @@ def draw_doses(numbers: pd.DataFrame, ours: Axes, control: Axes) -> None:
             for side in sides:
                 ax.plot(side.alpha, side.share, color=colour, marker=mark, markersize=3.5, linestyle=line, label=what if side is last else None)
                 ax.fill_between(side.alpha, side.low, side.high, color=colour, alpha=0.15, linewidth=0)
+                if len(side) == 1: ax.vlines(side.alpha, side.low, side.high, color=colour, linewidth=0.8)
         ax.axvline(0, color=GREY, linewidth=0.6)
         ax.set(xlabel="α", ylim=(-0.02, 1.02),
                title="features" if pushed == "feature" else "random directions" if len(some) else "no random directions")
@@ -684,7 +691,7 @@ def collect_predicted(run: RunTables) -> pd.DataFrame | None:
 # %% ../nbs/11_figures.ipynb #9851ed0e
 def draw_predicted(numbers: pd.DataFrame, ax: Axes) -> None:
     """Measured against predicted steerability."""
-    top = 1.05 * max(numbers.predicted.max(), numbers.measured.max(), 0.05)
+    top = 1.05 * max(numbers.predicted.max(), numbers[["measured", *({"high"} & {*numbers})]].max(axis=None), 0.05)
     ax.plot([0, top], [0, top], color=GREY, linewidth=0.7, linestyle=":")
     if "low" in numbers: ax.vlines(numbers.predicted, numbers.low, numbers.high, color=GREY, linewidth=0.6)
     ax.scatter(numbers.predicted, numbers.measured, s=12, color=BLUE, alpha=0.8, linewidth=0, clip_on=False, zorder=3)

@@ -7,8 +7,9 @@ __all__ = ['FILMS', 'PORTRAITS', 'PortraitsConfig', 'vote_matrix', 'top_votes', 
            'strongest_films', 'look_at_films', 'portray']
 
 # %% ../nbs/11a_portraits.ipynb #5c89b382
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -91,38 +92,51 @@ FILMS = pa.schema([("feature", pa.int32()), ("study", pa.string()), ("view", pa.
                    ("patches", pa.list_(pa.int32())),            # row · columns + column, of those that are not 0
                    ("activations", pa.list_(pa.float32()))])     # in the same order
 
-def strongest_films(films: Sequence[tuple[str, str, tuple[int, int], sparse.csc_matrix]], count: int) -> pa.Table:
-    """The `count` strongest films of every feature that fires on any, with the columns of `FILMS`, by feature and strength."""
+# %% ../nbs/11a_portraits.ipynb #52f1f5f6
+def _one_each(peaks: np.ndarray, patients: Sequence[str], count: int) -> list[int]:
+    "The `count` films with the highest peaks, of as many patients; none on which the feature is silent."
+    strongest: dict[str, int] = {}
+    for i in np.argsort(-peaks, kind="stable"):
+        if peaks[i] > 0: strongest.setdefault(patients[i], int(i))
+    return list(strongest.values())[:count]
+
+# %% ../nbs/11a_portraits.ipynb #67504488
+def strongest_films(films: Sequence[tuple[str, str, tuple[int, int], sparse.csc_matrix]], count: int,
+                    patients: Mapping[str, str] | None = None) -> pa.Table:
+    """The `count` strongest films of every feature, one a patient (`patients`: of each study), with the columns of `FILMS`, strongest first."""
     if not films or not count: return FILMS.empty_table()
     peaks = np.stack([z.max(axis=0).toarray().ravel() for *_, z in films])       # [films, features]
-    rows = []
-    for feature in np.flatnonzero(peaks.max(0) > 0):
-        for i in np.argsort(-peaks[:, feature], kind="stable")[:count]:
-            if not peaks[i, feature] > 0: break
-            study, view, (height, width), z = films[i]
-            column = z[:, [feature]]
-            rows.append((int(feature), study, view, height, width, float(peaks[i, feature]), column.indices.tolist(), column.data.tolist()))
-    return pa.table(dict(zip(FILMS.names, map(list, zip(*rows, strict=True)), strict=True)) if rows else FILMS.empty_table().to_pydict(),
-                    schema=FILMS)
+    whose = [(patients or {}).get(study, study) for study, *_ in films]
+    rows = [_film_row(int(f), films[i]) for f in np.flatnonzero(peaks.max(0) > 0) for i in _one_each(peaks[:, f], whose, count)]
+    return pa.Table.from_pylist(rows, schema=FILMS)
+
+# %% ../nbs/11a_portraits.ipynb #0a0b009f
+def _film_row(feature: int, film: tuple[str, str, tuple[int, int], sparse.csc_matrix]) -> dict[str, Any]:
+    study, view, (rows, columns), z = film
+    column = z[:, [feature]]
+    return {"feature": feature, "study": study, "view": view, "rows": rows, "columns": columns, "peak": float(column.max()),
+            "patches": column.indices.tolist(), "activations": column.data.tolist()}
 
 # %% ../nbs/11a_portraits.ipynb #d59f7375
-def look_at_films(source: Source, subject: Subject, sae: MatryoshkaSAE, layer: int, cfg: PortraitsConfig) -> pa.Table:
-    """Films of held-out studies on which each feature is strongest; empty where the model sees no films."""
-    prompts = _prompts(subject, [s for split in ("test", "validation") for s in source.split(split) if s.views], cfg.film_studies)
-    films = []
-    for begin in progress(range(0, len(prompts), cfg.batch_size), "portraits: films"):
-        films += film_activations(subject, sae, layer, prompts[begin:begin + cfg.batch_size])
-    return strongest_films(films, cfg.films)
-
-def _prompts(subject: Subject, studies: Sequence[Study], most: int) -> list[Prompt]:
-    "Prompts of the first `most` studies that the model can read and that show it a film."
-    prompts: list[Prompt] = []
+def _readable(subject: Subject, studies: Sequence[Study], most: int) -> tuple[list[Prompt], dict[str, str]]:
+    "Prompts of the first `most` studies that the model can read and that show it a film, and the patient of each."
+    prompts, patients = [], {}
     for study in studies:
         if len(prompts) >= most: break
         try: prompt = subject.prompt(study)
         except UserError: continue                                   # the extraction has said so already
-        if (prompt.section == "image").any(): prompts.append(prompt)
-    return prompts
+        if (prompt.section == "image").any(): prompts, patients = [*prompts, prompt], patients | {study.study: study.patient}
+    return prompts, patients
+
+# %% ../nbs/11a_portraits.ipynb #2b416914
+def look_at_films(source: Source, subject: Subject, sae: MatryoshkaSAE, layer: int, cfg: PortraitsConfig) -> pa.Table:
+    """Films of held-out studies on which each feature is strongest; empty where the model sees no films."""
+    held_out = [s for split in ("test", "validation") for s in source.split(split) if s.views]
+    prompts, patients = _readable(subject, held_out, cfg.film_studies)
+    films = []
+    for begin in progress(range(0, len(prompts), cfg.batch_size), "portraits: films"):
+        films += film_activations(subject, sae, layer, prompts[begin:begin + cfg.batch_size])
+    return strongest_films(films, cfg.films, patients)
 
 # %% ../nbs/11a_portraits.ipynb #19579a78
 PORTRAITS = pa.schema([
@@ -131,27 +145,34 @@ PORTRAITS = pa.schema([
     ("suppressed", pa.list_(pa.string())), ("suppressed_by", pa.list_(pa.float32())),
     ("neighbours", pa.list_(pa.int32())), ("cosine", pa.list_(pa.float32()))])           # nearest first
 
-def portray(source: Source, subject: Subject, sae: MatryoshkaSAE, layer: int, cfg: PortraitsConfig, out: Path | str) -> pa.Table:
-    """Write `portraits.parquet` (a row for every feature) and `films.parquet` into `out`; returns the first.
-
-    Votes are logits a unit of decoder row, activations of films are in normalised units. Raises `UserError` when the SAE does not fit the model.
-    """
-    check_width(sae, subject.d_model)
-    ids, votes = top_votes(sae, vote_matrix(subject), cfg.words)
-    near, cosine = nearest_features(sae, cfg.neighbours)
-    words, half = [_token(subject, i) for i in range(int(ids.max()) + 1)], ids.shape[1] // 2
-    table = pa.table({
-        "feature": np.arange(sae.width, dtype=np.int32),
-        "promoted": [[words[i] for i in row] for row in ids[:, :half]], "promoted_by": list(votes[:, :half]),
-        "suppressed": [[words[i] for i in row] for row in ids[:, half:]], "suppressed_by": list(votes[:, half:]),
-        "neighbours": list(near), "cosine": list(cosine)}, schema=PORTRAITS)
-    write_table(Path(out) / "films.parquet", look_at_films(source, subject, sae, layer, cfg))
-    write_table(Path(out) / "portraits.parquet", table)
-    return table
-
+# %% ../nbs/11a_portraits.ipynb #8a537886
 def _token(subject: Subject, token: int) -> str:
     "A token of the vocabulary as text, its leading space kept."
     text = subject.tokenizer.convert_ids_to_tokens(token)
     return subject.tokenizer.convert_tokens_to_string([text]) if text and not text.startswith(("Ġ", "▁")) else " " + _bare(subject, token)
 
 def _bare(subject: Subject, token: int) -> str: return subject.tokenizer.decode([token]).strip()
+
+# %% ../nbs/11a_portraits.ipynb #42252c96
+def _word_table(subject: Subject, sae: MatryoshkaSAE, cfg: PortraitsConfig) -> pa.Table:
+    "Votes and neighbours of every feature, with the columns of `PORTRAITS`."
+    ids, votes = top_votes(sae, vote_matrix(subject), cfg.words)
+    near, cosine = nearest_features(sae, cfg.neighbours)
+    words, half = [_token(subject, i) for i in range(int(ids.max()) + 1)], ids.shape[1] // 2
+    return pa.table({
+        "feature": np.arange(sae.width, dtype=np.int32),
+        "promoted": [[words[i] for i in row] for row in ids[:, :half]], "promoted_by": list(votes[:, :half]),
+        "suppressed": [[words[i] for i in row] for row in ids[:, half:]], "suppressed_by": list(votes[:, half:]),
+        "neighbours": list(near), "cosine": list(cosine)}, schema=PORTRAITS)
+
+# %% ../nbs/11a_portraits.ipynb #90af1060
+def portray(source: Source, subject: Subject, sae: MatryoshkaSAE, layer: int, cfg: PortraitsConfig, out: Path | str) -> pa.Table:
+    """Write `portraits.parquet` (a row for every feature) and `films.parquet` into `out`; returns the first.
+
+    Votes are logits a unit of decoder row, activations of films are in normalised units. Raises `UserError` when the SAE does not fit the model.
+    """
+    check_width(sae, subject.d_model)
+    table = _word_table(subject, sae, cfg)
+    write_table(Path(out) / "films.parquet", look_at_films(source, subject, sae, layer, cfg))
+    write_table(Path(out) / "portraits.parquet", table)
+    return table

@@ -62,6 +62,8 @@ def test_each_feature_keeps_its_strongest_films():
     assert [(r["feature"], r["study"], r["peak"]) for r in table] == [(0, "b", 3), (0, "c", 2), (1, "a", 2),
                                                                       (1, "b", 1)], "the third feature sees nothing"
     assert table[2]["patches"] == [1, 3] and table[2]["activations"] == [2.0, 1.0]
+    ours = strongest_films([film("a", 1, 2, 0), film("b", 3, 1, 0), film("c", 2, 0, 0)], 2, {"a": "x", "b": "y", "c": "y"}).to_pylist()
+    assert [(r["feature"], r["study"]) for r in ours] == [(0, "b"), (0, "a"), (1, "a"), (1, "b")], "no patient is shown twice"
     assert len(strongest_films([], 2)) == 0 and len(strongest_films([film("a", 0, 0, 0)], 2)) == 0
 
 
