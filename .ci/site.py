@@ -3,6 +3,7 @@ pages. Mathematics becomes MathML here, sources become pages of their own, so th
 import ast
 import base64
 import html
+import json
 import posixpath
 import re
 import shutil
@@ -28,6 +29,8 @@ MATH = re.compile(r"(?s)\$\$(.+?)\$\$|(?<![\w\\$])\$(?=\S)([^$\n]+?)(?<=\S)\$(?!
 LINK = re.compile(r"(!?\[[^\]]*\])\(([^)\s]+)\)")
 PARTS = {"": "The book", "guides": "Guides", "results": "What the book finds"}
 START = ("start_interpretability", "start_radiology_ai", "start_radiologist", "start_student")
+# nbdev_proc_nbs, which would install Quarto and, by whatever pip comes first, the package, although nothing here needs either
+PROCESS = "from nbdev import quarto; quarto._ensure_quarto = lambda: None; quarto.nbdev_proc_nbs.__wrapped__()"
 STYLE = """
 .md-typeset pre.output { border-left: .2rem solid var(--md-default-fg-color--lightest); padding: .4rem .8rem;
   overflow-x: auto; font-size: .75em; line-height: 1.45 }
@@ -36,10 +39,20 @@ STYLE = """
 .md-typeset .shown th, .md-typeset .shown td { padding: .15rem .5rem; text-align: right }
 .md-typeset div.math { overflow-x: auto; margin: 1em 0 }
 .md-typeset math { font-size: 1.05em }
+.md-typeset pre > code { font-size: .76em }
 .md-typeset .source { float: right; font-size: .6rem; margin-top: -2.6em }
+@media (min-width: 76.25em) { .md-sidebar { width: 10.4rem } }
 @media (max-width: 44.9em) {
   .md-typeset p:has(> img:only-child) { overflow-x: auto }
   .md-typeset p > img:only-child { max-width: 640px }
+}
+"""
+
+
+DISK = """if (location.protocol === "file:") {
+  const source = SOURCE, Plain = Worker;
+  const held = url => String(url).includes("/workers/search.") ? URL.createObjectURL(new Blob([source], { type: "text/javascript" })) : url;
+  window.Worker = class extends Plain { constructor(url, options) { super(held(url), options); } };
 }
 """
 
@@ -113,8 +126,19 @@ def relinked(text: str, folder: str, book: Book, home: str) -> str:
     return outside_code(text, lambda t: LINK.sub(target, t))
 
 
-def shown(cell: nbformat.NotebookNode, stem: str, number: int, folder: Path) -> Iterator[str]:
-    """A code cell's outputs: pictures beside the page, tables as they are, text preformatted."""
+def in_short(markdown: str) -> str:
+    """The last paragraph of a text as one line without markup, for those who cannot see the picture under it."""
+    paragraphs = [p for p in re.split(r"\n\s*\n", re.sub(r"(?m)^#+ .*$", "\n", markdown))
+                  if p.strip() and p.lstrip()[0] not in "|-<`$"]
+    words = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", paragraphs[-1] if paragraphs else "").split()
+    text = re.sub(r"[\[\]*`$\\]", "", " ".join(words))
+    if len(text) <= 160: return text
+    whole = re.match(r".{40,160}[.:?](?= )", text)
+    return whole[0] if whole else text[:160].rsplit(" ", 1)[0] + " …"
+
+
+def shown(cell: nbformat.NotebookNode, stem: str, number: int, folder: Path, about: str) -> Iterator[str]:
+    """A code cell's outputs: pictures beside the page, tables as they are, text preformatted; `about` says what a picture shows."""
     for j, out in enumerate(cell.outputs):
         data = out.get("data", {})
         picture = next((k for k in ("image/svg+xml", "image/png", "image/jpeg") if k in data), None)
@@ -122,7 +146,7 @@ def shown(cell: nbformat.NotebookNode, stem: str, number: int, folder: Path) -> 
             name = f"{stem}-{number}-{j}.{ {'image/svg+xml': 'svg', 'image/png': 'png', 'image/jpeg': 'jpg'}[picture] }"
             raw = data[picture]
             (folder / name).write_bytes(raw.encode() if picture.endswith("xml") else base64.b64decode(raw))
-            yield f"![output of the cell above]({name})"
+            yield f"![{about or 'what the cell above shows'}]({name})"
         elif "text/markdown" in data: yield data["text/markdown"]
         elif "text/html" in data: yield f'<div class="shown">{one_block(data["text/html"])}</div>'
         else:
@@ -153,19 +177,21 @@ def markdown_of(nb: nbformat.NotebookNode, at: Path, folder: Path, book: Book) -
     """One processed notebook as Markdown."""
     title, description = front_matter(nb, at.stem)
     parts, stem, page, module = [f"# {title}"] + [f"> {description}"] * bool(description), at.stem, at.with_suffix(".html").as_posix(), module_of(at)
+    about = description
     for i, cell in enumerate(nb.cells):
         if cell.cell_type == "raw": continue
         if cell.cell_type == "markdown":
             parts.append(with_mathml(cell.source, book))
+            about = in_short(cell.source) or about
             continue
         if "include: false" in cell.source: continue
         source = "\n".join(s for s in cell.source.split("\n") if not s.startswith("#|")).strip()
         called = re.match(r"show_doc\(([\w.]+)", source)
         if called:
-            parts += [documented(part, called[1], book, page, module) for part in shown(cell, stem, i, folder)]
+            parts += [documented(part, called[1], book, page, module) for part in shown(cell, stem, i, folder, about)]
             continue
         if source and "echo: false" not in cell.source: parts.append(f"```python\n{source}\n```")
-        parts += shown(cell, stem, i, folder)
+        parts += shown(cell, stem, i, folder, about)
     return "\n\n".join(parts) + "\n"
 
 
@@ -257,6 +283,18 @@ def finish(site: Path, book: Book) -> None:
     for address, file in book.files.items():
         (site / address).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, site / address)
+    from_disk(site)
+
+
+def from_disk(site: Path) -> None:
+    """Let the search work in a folder opened from disk, where a page may neither fetch its index nor start a worker from a file."""
+    worker = json.dumps(next((site / "assets/javascripts/workers").glob("search.*.js")).read_text()).replace("</", "<\\/")
+    (site / "search.js").write_text(f"var __index = {(site / 'search.json').read_text()};\n")
+    (site / "assets" / "disk.js").write_text(DISK.replace("SOURCE", worker))
+    for page in site.rglob("*.html"):
+        up = "../" * (len(page.relative_to(site).parts) - 1)
+        if not page.relative_to(site).parts[0] == "files":
+            page.write_text(page.read_text().replace("<head>", f'<head><script src="{up}assets/disk.js"></script>', 1))
 
 
 def formula_at(m: re.Match, page: Path, book: Book) -> str:
@@ -325,7 +363,7 @@ def dead(url: str, page: str, pages: dict[str, Links], site: Path) -> list[str]:
 
 
 def main() -> int:
-    subprocess.run([BIN / "nbdev_proc_nbs"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", PROCESS], cwd=ROOT, check=True)
     book = build(ROOT / "_proc", ROOT / "_site")
     problems = check(ROOT / "_site", book)
     for problem in problems: print(problem)

@@ -244,13 +244,15 @@ def feature_films(rows: Sequence[Mapping[str, Any]], films: Films) -> list[dict[
 def feature_steering(mine: pd.DataFrame | None, written: pd.DataFrame | None, cfg: AtlasConfig) -> dict[str, Any]:
     """`doses` (shares of the outcomes by α), `steered` pairs and a sentence from one feature's judgements; empty where it was not steered."""
     if mine is None: return {"doses": [], "steered": [], "steering": ""}
-    doses = [{"alpha": float(alpha), "name": f"α = {alpha:+g}", **{o: round(float((rows.outcome == o).mean()), 4) for o in OUTCOMES}}
+    doses = [{"alpha": float(alpha), "name": _push(alpha), **{o: round(float((rows.outcome == o).mean()), 4) for o in OUTCOMES}}
              for alpha, rows in mine.groupby("alpha")]
     target = f" Its target is {mine.target.iloc[0]}." if "target" in mine and mine.target.iloc[0] else ""
     return {"doses": doses, "steered": _pairs(mine, written, cfg),
             "steering": f"{len(mine)} reports of {mine.study.nunique()} studies of held-out patients.{target}"}
 
 # %% ../nbs/12_atlas.ipynb #f64e8f76
+def _push(alpha: float) -> str: return f"α = {alpha:+g}".replace("-", "−")
+
 def _pairs(mine: pd.DataFrame, written: pd.DataFrame | None, cfg: AtlasConfig) -> list[dict[str, Any]]:
     "Steered reports beside their baselines, on-target ones first and unchanged ones last."
     if cfg.publish or written is None: return []
@@ -258,7 +260,7 @@ def _pairs(mine: pd.DataFrame, written: pd.DataFrame | None, cfg: AtlasConfig) -
     if "generation" in mine: pairs = mine.merge(written[["baseline", "steered"]], left_on="generation", right_index=True)
     else: pairs = mine.merge(written[["feature", "alpha", "study", "baseline", "steered"]], on=["feature", "alpha", "study"])
     pairs = pairs.assign(rank=pairs.outcome.map(rank)).sort_values(["rank", "study", "alpha"])
-    return [{"title": f"study {p.study}, α = {p.alpha:+g}: {p.outcome.replace('_', ' ')}", "parts": changes(p.baseline, p.steered)}
+    return [{"title": f"study {p.study}, {_push(p.alpha)}: {p.outcome.replace('_', ' ')}", "parts": changes(p.baseline, p.steered)}
             for p in pairs.head(cfg.steered).itertuples()]
 
 # %% ../nbs/12_atlas.ipynb #274d4a55
@@ -362,8 +364,9 @@ def _films_about(run: RunTables) -> str:
     "What a reader must know about the heatmaps of this run."
     trained = str(run.config.get("extraction", {}).get("image_tokens", "last"))
     known = "" if trained == "all" else " The dictionary was trained without most image tokens, so patches are outside of what it has seen."
-    return ("Films of held-out studies on which the feature is strongest. Orange: its activation by patch, each film on its own scale; "
-            f"dashed: where the phantom drew a finding.{known}")
+    boxes = "; dashed: where the phantom drew a finding" if str(run.config.get("studies", {}).get("source", "")).startswith("phantom") else ""
+    return ("Films of held-out studies on which the feature is strongest, no patient twice. Orange: its activation by patch, each film on its own "
+            f"scale{boxes}.{known}")
 
 # %% ../nbs/12_atlas.ipynb #4cd5360a
 def _unit(run: RunTables) -> str:

@@ -15,6 +15,8 @@ function el(tag, attributes = {}, ...children) {
   return node;
 }
 
+const minus = text => text.replace("-", "−");
+const brief = text => text.replace(/^Lexical baseline: /, "");     // who described a feature is said on its page
 const plain = name => String(name).replaceAll("_", " ");
 const percent = share => share == null ? "–" : share === 0 ? "0 %" : share < 0.0001 ? `${(100 * share).toExponential(0)} %` : `${Number((100 * share).toPrecision(2))} %`;
 const show = (value, column) => value == null || value === "" ? "–" : typeof value !== "number" ? plain(value) : column.whole ? String(value)
@@ -79,7 +81,7 @@ function build() {
       headerSortStartingDir: column.text ? "asc" : "desc", titleFormatter: () => el("button", { type: "button", title: column.about }, column.title),
       sorter: column.text ? "string" : "number", sorterParams: { alignEmptyValues: "bottom" },
       formatter: cell => {
-        const row = cell.getData(), text = show(row[column.name], column);
+        const row = cell.getData(), text = column.name === "description" ? brief(show(row.description, column)) : show(row[column.name], column);
         if (column.text && text.length > 8) cell.getElement().title = text;
         return column.name === "feature" ? el("a", { href: address({ feature: row.feature }) }, text) : document.createTextNode(text);
       } })),
@@ -201,7 +203,7 @@ function feature(row, data) {
       data.near_f1 == null ? null : score("F1 against near misses", data.near_f1), score("F1 with another feature's description", row.shuffled_f1, "control", true), score("F1 of always saying yes", data.always_yes_f1, "control", true)),
     el("p", { class: "where" }, data.about),
     el("div", { class: "cards" }, card("How strongly it fires", histogram(data)), card("Where it fires", places(data)), card("Words it votes for", votes(data)), card("Nearest features", neighbours(data))),
-    section("On the films", data.films.length ? [el("div", { class: "films" }, data.films.map(film)), el("p", { class: "where" }, data.films_about)] : left("Films")),
+    section("On the films", data.films.length ? [el("div", { class: "films" }, data.films.map(film)), el("p", { class: "where" }, data.films_about)] : data.places.image || saerad.table.published ? left("Films") : note("It does not fire on films.")),
     section("In the text", data.groups.length ? contexts(data) : left("Contexts")),
     section("What pushing on it does", data.doses.length ? [el("p", { class: "where" }, data.steering), el("div", { class: "cards two" }, card("What becomes of the reports", outcomes(data)), card("More push, more change?", dose(data)))] : note("This feature was not steered."),
       data.steered.map(pair), data.doses.length && !data.steered.length ? left("Steered reports") : null)]));
@@ -212,6 +214,13 @@ function feature(row, data) {
 const card = (title, body) => el("section", { class: "card" }, el("h3", {}, title), body);
 
 // ---- its charts
+function ticks(low, high) {                     // a few round numbers of a logarithmic axis
+  const round = [];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) for (const step of [1, 2, 5]) round.push(Number((step * 10 ** power).toPrecision(1)));
+  const inside = round.filter(tick => tick >= low && tick <= high);
+  return inside.length > 4 ? inside.filter(tick => String(tick).replace(/[0.]/g, "").startsWith("1")) : inside;
+}
+
 function chart(label, options) {
   try { const node = vendoredPlot.plot({ width: 340, style: { background: "none", color: INK, fontSize: "12px", overflow: "visible" }, ...options }); node.setAttribute("role", "img"); node.setAttribute("aria-label", label); return node; }
   catch (error) { console.error(error); return note("This chart could not be drawn."); }
@@ -223,7 +232,7 @@ function histogram(data) {
   if (!total) return note(data.histogram.why);
   const bins = counts.map((count, i) => ({ count, low: edges[i], high: edges[i + 1] })).filter(bin => bin.count || true);
   return [chart(`Histogram of ${total} activations; most are between ${bins.reduce((a, b) => b.count > a.count ? b : a).low.toPrecision(2)} and ${bins.reduce((a, b) => b.count > a.count ? b : a).high.toPrecision(2)}.`, {
-    height: 150, marginLeft: 44, marginBottom: 34, x: { type: "log", label: "activation (normalised units)", labelAnchor: "center", labelArrow: "none", ticks: 4, tickFormat: d => Number(d.toPrecision(2)) }, y: { label: "tokens", labelArrow: "none", ticks: 4, grid: true },
+    width: 290, height: 160, marginLeft: 44, marginBottom: 36, x: { type: "log", label: "activation (normalised units)", labelAnchor: "center", labelArrow: "none", ticks: ticks(edges[0], edges.at(-1)), tickFormat: d => Number(d.toPrecision(2)) }, y: { label: "tokens", labelArrow: "none", ticks: 4, grid: true },
     marks: [vendoredPlot.rectY(bins, { x1: "low", x2: "high", y: "count", fill: BLUE, insetLeft: 0.5 }), vendoredPlot.ruleY([0])] }), el("p", { class: "where" }, data.histogram.about)];
 }
 
@@ -231,7 +240,7 @@ function places(data) {
   const rows = Object.entries(data.places).map(([name, share]) => ({ name: plain(name), share })).filter(row => row.share > 0.0005);
   if (!rows.length) return note("It never fired.");
   return chart(`Shares of its firings: ${rows.map(row => `${row.name} ${Math.round(100 * row.share)} percent`).join(", ")}.`, {
-    height: 34 + 24 * rows.length, marginLeft: 84, marginRight: 40, marginTop: 4, marginBottom: 24, x: { label: null, domain: [0, 1], tickFormat: d => `${100 * d} %`, ticks: 3 }, y: { label: null, domain: rows.map(row => row.name) },
+    width: 290, height: 34 + 24 * rows.length, marginLeft: 84, marginRight: 46, marginTop: 4, marginBottom: 24, x: { label: null, domain: [0, 1], tickFormat: d => `${100 * d} %`, ticks: 3 }, y: { label: null, domain: rows.map(row => row.name) },
     marks: [vendoredPlot.barX(rows, { x: "share", y: "name", fill: BLUE, insetTop: 3, insetBottom: 3 }), vendoredPlot.text(rows, { x: "share", y: "name", text: row => percent(row.share), dx: 4, textAnchor: "start" })] });
 }
 
@@ -256,13 +265,13 @@ function dose(data) {
 
 function votes(data) {
   if (!data.promoted.length) return note("The words were not computed in this run; `saerad portray` does it.");
-  const list = (title, words, kind) => el("div", {}, el("h4", {}, title), el("ol", { class: `words ${kind}` }, words.map(([word, vote]) => el("li", {}, el("code", {}, word), el("small", {}, vote.toFixed(2))))));
+  const list = (title, words, kind) => el("div", {}, el("h4", {}, title), el("ol", { class: `words ${kind}` }, words.map(([word, vote]) => el("li", {}, el("code", {}, word), el("small", {}, minus(vote.toFixed(2)))))));
   return [el("div", { class: "votes" }, list("promoted", data.promoted, "up"), list("suppressed", data.suppressed, "down")), el("p", { class: "where" }, "Decoder row through the unembedding: a hint, since the layers in between are left out.")];
 }
 
 function neighbours(data) {
   if (!data.neighbours.length) return note("Not computed in this run; `saerad portray` does it.");
-  return [el("ol", { class: "near" }, data.neighbours.map(([other, cosine]) => el("li", {}, feature_link(other), el("small", {}, cosine.toFixed(2)), el("span", {}, saerad.byFeature.get(other)?.description || "no description")))), el("p", { class: "where" }, "By the cosine of the decoder rows.")];
+  return [el("ol", { class: "near" }, data.neighbours.map(([other, cosine]) => el("li", {}, feature_link(other), el("small", {}, minus(cosine.toFixed(2))), el("span", {}, brief(saerad.byFeature.get(other)?.description || "no description"))))), el("p", { class: "where" }, "By the cosine of the decoder rows.")];
 }
 
 // ---- its exemplars
@@ -286,7 +295,7 @@ function tokens(context, top) {
 
 function contexts(data) {
   const top = Math.max(1e-9, ...data.groups.flatMap(group => group.contexts.flatMap(context => context.activations)));
-  return [el("p", { class: "where" }, "The darker a word, the stronger the feature; the strongest is underlined, and pointing at a word shows its activation. Tenths are of the feature's own firings, by strength."),
+  return [data.places.image > 0.5 ? note(`${percent(data.places.image)} of its firings are on patches of films; these are the others.`) : null, el("p", { class: "where" }, "The darker a word, the stronger the feature; the strongest is underlined, and pointing at a word shows its activation. Tenths are of the feature's own firings, by strength."),
     data.groups.map((group, i) => el("details", { class: "decile", open: i < 2 }, el("summary", {}, group.title), group.contexts.map(context =>
       el("div", { class: "context" }, el("small", {}, context.place), el("span", { class: "window" }, tokens(context, top))))))];
 }
