@@ -334,10 +334,26 @@ def test_a_feature_page_shows_it_all_and_runs_no_markup(built, browser):
     assert page.evaluate("document.title") == f"Feature {best}" and NASTY in page.inner_text("#feature .description")
     page.keyboard.press("ArrowRight")
     page.wait_for_function(f"(document.querySelector('#feature h1')?.textContent ?? 'Feature {best}') !== 'Feature {best}'")
+    turned = page.inner_text("#feature h1").split()[1]
     page.keyboard.press("Escape")
     page.wait_for_selector("#list:not([hidden])")
+    page.wait_for_function(f"document.activeElement.textContent === '{turned}'")          # one goes on from the row that one left
+    assert page.title() not in (f"Feature {best}", f"Feature {turned}")
     page.goto((run / "report.html").as_uri())
     assert "broken" not in page.title()
+
+
+def test_whatever_the_tab_key_reaches_can_be_seen_to_have_the_focus(built, browser):
+    run, _ = built
+    page = browser.page()
+    page.goto((run / "atlas/index.html").as_uri())
+    page.wait_for_selector("#table .tabulator-row a")
+    style, reached = "(e => [e.tagName, getComputedStyle(e).outlineStyle, parseFloat(getComputedStyle(e).outlineWidth)])", []
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate(f"{style}(document.activeElement)"))
+    assert {"INPUT", "SELECT", "BUTTON", "A", "DIV"} <= {tag for tag, *_ in reached}
+    assert all(line != "none" and width >= 2 for _, line, width in reached)
 
 
 def test_every_control_has_a_name_and_every_picture_says_what_it_is(built, browser):

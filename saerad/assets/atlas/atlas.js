@@ -1,6 +1,6 @@
 // The atlas in the browser. Data arrive by <script>, because a page opened from disk may not fetch; text is only ever set as text.
 "use strict";
-const saerad = { rows: [], columns: [], chunks: {}, state: {} };
+const saerad = { title: document.title, rows: [], columns: [], chunks: {}, state: {} };
 const $ = id => document.getElementById(id);
 const INK = "#1d1d1b", BLUE = "#0072B2", RUST = "#A03C14", SOFT = "#62625c";
 const OUTCOMES = { unchanged: "#E9E4DA", on_target_only: "#2A9D78", mixed: "#E69F00", off_target_only: "#A03C14", degenerate: "#2B2B2B" };
@@ -155,11 +155,12 @@ function route() {
   document.body.classList.toggle("one", Boolean(row));
   if (!row) {
     saerad.shown = null;
+    document.title = saerad.title;
     saerad.fill();
     if (saerad.ready) {
       const [{ column, dir }] = sorted(), now = saerad.grid.getSorters()[0];
       if (!now || now.field !== column || now.dir !== dir) saerad.grid.setSort(column, dir);
-      if (!back) filter(); else { saerad.grid.redraw(); filter(); if (saerad.last != null) saerad.grid.scrollToRow(saerad.last, "center", false).catch(() => {}); }
+      if (!back) filter(); else { saerad.grid.redraw(); filter(); if (saerad.last != null) saerad.grid.scrollToRow(saerad.last, "center", false).catch(() => {}).then(() => setTimeout(refocus, 60)); }
     }
     return;
   }
@@ -174,6 +175,11 @@ function route() {
   if (saerad.shown === row.feature) return;
   saerad.shown = saerad.last = row.feature;
   feature(row, saerad.chunks[chunk][row.feature]);
+}
+
+function refocus() {                           // whoever comes back by key goes on from where he left
+  const left = [...document.querySelectorAll("#table .tabulator-row a")].find(a => a.textContent === String(saerad.last));
+  (left ?? $("search")).focus({ preventScroll: true });
 }
 
 const home = () => el("a", { href: address({ feature: "" }) }, "‹ all features");
@@ -289,7 +295,7 @@ function tokens(context, top) {
   return context.tokens.map((token, i) => {
     const strength = Math.min(1, Math.max(0, context.activations[i] / top));
     return el("span", { class: i === context.peak ? "token peak" : "token", title: strength > 0 ? context.activations[i].toFixed(2) : null,
-      style: strength > 0 ? `background: rgba(0, 114, 178, ${(0.06 + 0.44 * strength).toFixed(3)})` : null }, token);
+      style: strength > 0 ? `background: rgba(0, 114, 178, ${(0.06 + 0.44 * strength).toFixed(3)})` : null }, i ? token : token.trimStart());
   });
 }
 
