@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from fastcore.basics import patch
 from PIL import Image, ImageOps
 from pydantic import Field
 
@@ -167,31 +168,23 @@ class Films:
         self._known: dict[tuple[str, str], str | None] = {}
         self._boxes: dict[tuple[str, str], list[dict[str, Any]]] = {}
 
-    def of(self, study: str, view: str = "frontal") -> str | None:
-        """Address of a film within the atlas, or None where there is none."""
-        if (study, view) not in self._known: self._known[study, view] = self._make(study, view)
-        return self._known[study, view]
+# %% ../nbs/12_atlas.ipynb #b38d3331
+@patch
+def of(self: Films, study: str, view: str = "frontal") -> str | None:
+    """Address of a film within the atlas, or None where there is none."""
+    if (study, view) not in self._known: self._known[study, view] = self._make(study, view)
+    return self._known[study, view]
 
-    @property
-    def studies(self) -> Mapping[str, Study]:
-        """The source's studies by id, opened once; empty where the source cannot be opened any more."""
-        if self._studies is None: self._studies = _open_studies(self._run)
-        return self._studies
-
-    def boxes(self, study: str, view: str) -> list[dict[str, Any]]:
-        """`finding_boxes` of a study of the run; drawn once, since many features share a film."""
-        if (study, view) not in self._boxes: self._boxes[study, view] = finding_boxes(self.studies.get(study), view)
-        return [dict(box) for box in self._boxes[study, view]]
-
-    def _make(self, study: str, view: str) -> str | None:
-        picture = self.studies[study].all_views.get(view) if self.folder is not None and study in self.studies else None
-        if picture is None: return None
-        path = self.folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', study)}-{view}.webp"
-        try: image = Image.fromarray(picture.array())
-        except PictureError: return None
-        edge = min(*image.size, self.largest)
-        with write_beside(path) as part: ImageOps.fit(image, (edge, edge)).save(part, "WEBP", quality=85)
-        return f"{self.folder.name}/{path.name}"
+# %% ../nbs/12_atlas.ipynb #21cf1692
+@patch
+def _make(self: Films, study: str, view: str) -> str | None:
+    picture = self.studies[study].all_views.get(view) if self.folder is not None and study in self.studies else None
+    try: image = None if picture is None else Image.fromarray(picture.array())
+    except PictureError: image = None
+    if image is None: return None
+    path, edge = self.folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', study)}-{view}.webp", min(*image.size, self.largest)
+    with write_beside(path) as part: ImageOps.fit(image, (edge, edge)).save(part, "WEBP", quality=85)
+    return f"{self.folder.name}/{path.name}"
 
 # %% ../nbs/12_atlas.ipynb #99b73dc7
 def _open_studies(run: RunTables) -> dict[str, Study]:
@@ -199,6 +192,13 @@ def _open_studies(run: RunTables) -> dict[str, Study]:
     if not settings: return {}
     try: return {s.study: s for s in open_source(StudiesConfig(**settings | {"check_pictures": False}))}
     except UserError: return {}
+
+# %% ../nbs/12_atlas.ipynb #f083fabe
+@patch(as_prop=True)
+def studies(self: Films) -> Mapping[str, Study]:
+    """The source's studies by id, opened once; empty where the source cannot be opened any more."""
+    if self._studies is None: self._studies = _open_studies(self._run)
+    return self._studies
 
 # %% ../nbs/12_atlas.ipynb #c1e49cfa
 def finding_boxes(study: Study | None, view: str) -> list[dict[str, Any]]:
@@ -209,6 +209,13 @@ def finding_boxes(study: Study | None, view: str) -> list[dict[str, Any]]:
     return [{"finding": " ".join(filter(None, (f.side, f.kind.replace("_", " ")))), "left": 100 * left / width, "top": 100 * top / height,
              "width": 100 * (right - left) / width, "height": 100 * (bottom - top) / height}
             for f, (left, top, right, bottom) in seen.truth.boxes.items()]
+
+# %% ../nbs/12_atlas.ipynb #1b8c8ec6
+@patch
+def boxes(self: Films, study: str, view: str) -> list[dict[str, Any]]:
+    """`finding_boxes` of a study of the run; drawn once, since many features share a film."""
+    if (study, view) not in self._boxes: self._boxes[study, view] = finding_boxes(self.studies.get(study), view)
+    return [dict(box) for box in self._boxes[study, view]]
 
 # %% ../nbs/12_atlas.ipynb #eee4d288
 def share_inside(box: Mapping[str, float], rows: int, columns: int, patches: Sequence[int], activations: Sequence[float]) -> tuple[float, float]:
@@ -224,20 +231,24 @@ def share_inside(box: Mapping[str, float], rows: int, columns: int, patches: Seq
 PATCHES_SHOWN = 200   # of a film: the strongest; 37 by 37 patches would hide the film
 
 # %% ../nbs/12_atlas.ipynb #a3e720a0
+def _boxes_in_words(row: Mapping[str, Any], films: Films) -> list[dict[str, Any]]:
+    "The boxes of a film, each with what of the activation lies in it."
+    boxes = films.boxes(row["study"], row["view"])
+    for box in boxes:
+        inside, area = share_inside(box, row["rows"], row["columns"], row["patches"], row["activations"])
+        box["text"] = f"{box.pop('finding')}: {inside:.0%} of the activation on {area:.0%} of the film"
+    return [{k: round(v, 2) if isinstance(v, float) else v for k, v in box.items()} for box in boxes]
+
+# %% ../nbs/12_atlas.ipynb #f45984cc
 def feature_films(rows: Sequence[Mapping[str, Any]], films: Films) -> list[dict[str, Any]]:
     """The films of one feature ready to be shown, strongest first; those that are not there any more are left out."""
     shown = []
     for row in rows:
         if (address := films.of(row["study"], row["view"])) is None: continue
-        boxes = films.boxes(row["study"], row["view"])
-        for box in boxes:
-            inside, area = share_inside(box, row["rows"], row["columns"], row["patches"], row["activations"])
-            box["text"] = f"{box.pop('finding')}: {inside:.0%} of the activation on {area:.0%} of the film"
         strongest = sorted(zip(row["activations"], row["patches"], strict=True), reverse=True)[:PATCHES_SHOWN]
         shown.append({"film": address, "title": f"{row['view']}, study {row['study']}, at most {row['peak']:.2f}", "rows": int(row["rows"]),
                       "columns": int(row["columns"]), "patches": [int(p) for _, p in strongest],
-                      "activations": [round(float(a), 2) for a, _ in strongest],
-                      "boxes": [{k: round(v, 2) if isinstance(v, float) else v for k, v in b.items()} for b in boxes]})
+                      "activations": [round(float(a), 2) for a, _ in strongest], "boxes": _boxes_in_words(row, films)})
     return shown
 
 # %% ../nbs/12_atlas.ipynb #6fe96b17
@@ -251,8 +262,6 @@ def feature_steering(mine: pd.DataFrame | None, written: pd.DataFrame | None, cf
             "steering": f"{len(mine)} reports of {mine.study.nunique()} studies of held-out patients.{target}"}
 
 # %% ../nbs/12_atlas.ipynb #f64e8f76
-def _push(alpha: float) -> str: return f"α = {alpha:+g}".replace("-", "−")
-
 def _pairs(mine: pd.DataFrame, written: pd.DataFrame | None, cfg: AtlasConfig) -> list[dict[str, Any]]:
     "Steered reports beside their baselines, on-target ones first and unchanged ones last."
     if cfg.publish or written is None: return []
@@ -262,6 +271,9 @@ def _pairs(mine: pd.DataFrame, written: pd.DataFrame | None, cfg: AtlasConfig) -
     pairs = pairs.assign(rank=pairs.outcome.map(rank)).sort_values(["rank", "study", "alpha"])
     return [{"title": f"study {p.study}, {_push(p.alpha)}: {p.outcome.replace('_', ' ')}", "parts": changes(p.baseline, p.steered)}
             for p in pairs.head(cfg.steered).itertuples()]
+
+# %% ../nbs/12_atlas.ipynb #cbe368fd
+def _push(alpha: float) -> str: return f"α = {alpha:+g}".replace("-", "−")
 
 # %% ../nbs/12_atlas.ipynb #274d4a55
 CHUNK = 32
@@ -401,22 +413,24 @@ def _title(run: RunTables) -> str:
 # %% ../nbs/12_atlas.ipynb #3af69b5e
 COPIED = ("atlas.css", "atlas.js", "vendor/table.min.js", "vendor/table.min.css", "vendor/plot.min.js", "vendor/LICENSES.txt")
 
+def _write_data(folder: Path, tables: RunTables, table: pd.DataFrame, cfg: AtlasConfig) -> None:
+    "The rows of the table and the pages of the features, as scripts."
+    films = Films(tables, folder / "films" if cfg.films and not cfg.publish else None)
+    for number, chunk in _pages(tables, table, cfg, films): _script(folder / f"data/features-{number:04d}.js", "saerad.put", number, chunk)
+    rows = [[_plain(v) for v in row] for row in table[[c["name"] for c in COLUMNS]].itertuples(index=False)]
+    _script(folder / "data/table.js", "saerad.start", {"columns": COLUMNS, "rows": rows, "chunk": CHUNK, "published": cfg.publish})
+
+# %% ../nbs/12_atlas.ipynb #27b24a25
 def write_atlas(run: Path | str, cfg: AtlasConfig | None = None) -> Path:
     """Write a run's `atlas/`, replacing an older one; returns its `index.html`. Raises `UserError` where nothing was trained."""
     tables, cfg = RunTables(run), cfg or AtlasConfig()
-    table = feature_table(tables)
-    folder = tables.folder / "atlas"
+    table, folder = feature_table(tables), tables.folder / "atlas"
     if folder.exists(): shutil.rmtree(folder)   # texts of an unpublished edition must not stay behind
-    films = Films(tables, folder / "films" if cfg.films and not cfg.publish else None)
-    for number, chunk in _pages(tables, table, cfg, films): _script(folder / f"data/features-{number:04d}.js", "saerad.put", number, chunk)
-    columns = [c["name"] for c in COLUMNS]
-    rows = [[_plain(v) for v in row] for row in table[columns].itertuples(index=False)]
-    _script(folder / "data/table.js", "saerad.start", {"columns": COLUMNS, "rows": rows, "chunk": CHUNK, "published": cfg.publish})
-    for name in COPIED:
-        with write_beside(folder / name) as part: part.write_text(_asset(name), encoding="utf-8")
+    _write_data(folder, tables, table, cfg)
     missing = [what for name, what in STAGES_SHOWN.items() if not tables.has(name)]
     page = _template("index.html").render(title=_title(tables), notice=NOTICES[cfg.publish], intro=_intro(table), missing=missing)
-    with write_beside(folder / "index.html") as part: part.write_text(page, encoding="utf-8")
+    for name, text in [*((name, _asset(name)) for name in COPIED), ("index.html", page)]:
+        with write_beside(folder / name) as part: part.write_text(text, encoding="utf-8")
     return folder / "index.html"
 
 # %% ../nbs/12_atlas.ipynb #8ee8cfdd
@@ -507,34 +521,40 @@ def example_steered(run: RunTables, cfg: AtlasConfig) -> dict[str, Any] | None:
     return pair[0] | {"title": f"Feature {best.feature.iloc[0]} ({best.explanation.iloc[0]}), {pair[0]['title']}"}
 
 # %% ../nbs/12_atlas.ipynb #66b66c80
-def write_report(run: Path | str, cfg: AtlasConfig | None = None) -> Path:
-    """Write `report.html`: what a run has found on one page, with the figures inside it."""
-    tables, cfg = RunTables(run), cfg or AtlasConfig()
-    atlas = (tables.folder / "atlas/index.html").is_file()
-    films = Films(tables, tables.folder / "atlas/films" if atlas and cfg.films and not cfg.publish else None)
-    drawn = [n for n in PLOTS if tables.has(f"figures/{n}.svg") and not (cfg.publish and n == "film")]
-    figures = [{"caption": PLOTS[n].caption, "data": _inline(tables.folder / f"figures/{n}.svg")} for n in drawn]
-    best = best_features(tables, cfg, films)
-    for shown in (f for feature in best for f in feature["films"]): shown["film"] = _inline(tables.folder / "atlas" / shown["film"])
-    page = _template("report.html").render(
-        title=_title(tables), notice=NOTICES[cfg.publish], best=best, headlines=headlines(tables.json("summary.json") or {}, _interpreter(tables)),
-        figures=figures, atlas=atlas, css=_asset("atlas.css"), steered=example_steered(tables, cfg), no_steered=_no_steered(cfg),
-        skipped=[n.replace("_", " ") for n in PLOTS if n not in drawn])
-    with write_beside(tables.folder / "report.html") as part: part.write_text(page, encoding="utf-8")
-    return tables.folder / "report.html"
-
-def _interpreter(run: RunTables) -> str:
-    "Who described the features, or nothing where nobody did."
-    table = run.table("interpretations/interpretations.parquet", ["interpreter"])
-    return "" if table is None else ", ".join(sorted(table.interpreter.dropna().unique()))
-
 def _inline(picture: Path) -> str:
     "A picture file as an address that holds the picture itself."
     kind = {".svg": "svg+xml", ".webp": "webp"}[picture.suffix]
     return f"data:image/{kind};base64,{base64.b64encode(picture.read_bytes()).decode()}"
 
+# %% ../nbs/12_atlas.ipynb #a1f4150b
+def _features_inline(run: RunTables, cfg: AtlasConfig, atlas: bool) -> list[dict[str, Any]]:
+    "The three features with their films in the page itself."
+    best = best_features(run, cfg, Films(run, run.folder / "atlas/films" if atlas and cfg.films and not cfg.publish else None))
+    for shown in (f for feature in best for f in feature["films"]): shown["film"] = _inline(run.folder / "atlas" / shown["film"])
+    return best
+
+# %% ../nbs/12_atlas.ipynb #88c4817b
+def _interpreter(run: RunTables) -> str:
+    "Who described the features, or nothing where nobody did."
+    table = run.table("interpretations/interpretations.parquet", ["interpreter"])
+    return "" if table is None else ", ".join(sorted(table.interpreter.dropna().unique()))
+
 def _no_steered(cfg: AtlasConfig) -> str:
     return "Left out of a published report." if cfg.publish else "No steered report changed and stayed whole, or nothing was steered."
+
+# %% ../nbs/12_atlas.ipynb #2a7a773b
+def write_report(run: Path | str, cfg: AtlasConfig | None = None) -> Path:
+    """Write `report.html`: what a run has found on one page, with the figures inside it."""
+    tables, cfg = RunTables(run), cfg or AtlasConfig()
+    atlas = (tables.folder / "atlas/index.html").is_file()
+    drawn = [n for n in PLOTS if tables.has(f"figures/{n}.svg") and not (cfg.publish and n == "film")]
+    page = _template("report.html").render(
+        title=_title(tables), notice=NOTICES[cfg.publish], best=_features_inline(tables, cfg, atlas), atlas=atlas, css=_asset("atlas.css"),
+        headlines=headlines(tables.json("summary.json") or {}, _interpreter(tables)),
+        figures=[{"caption": PLOTS[n].caption, "data": _inline(tables.folder / f"figures/{n}.svg")} for n in drawn],
+        steered=example_steered(tables, cfg), no_steered=_no_steered(cfg), skipped=[n.replace("_", " ") for n in PLOTS if n not in drawn])
+    with write_beside(tables.folder / "report.html") as part: part.write_text(page, encoding="utf-8")
+    return tables.folder / "report.html"
 
 # %% ../nbs/12_atlas.ipynb #79728395
 def build_atlas(run: Path | str, cfg: AtlasConfig | None = None) -> Path:

@@ -25,6 +25,7 @@ class Html(str):
     """Text that is HTML already."""
     def _repr_html_(self) -> str: return str(self)
 
+# %% ../nbs/12b_lab.ipynb #3b957f87
 def _tag(name: str, *inside: Any, style: str = "") -> Html:
     "An HTML element; what is not `Html` already is escaped."
     body = "".join(part if isinstance(part, Html) else html.escape(str(part)) for part in inside)
@@ -74,10 +75,12 @@ class RunView(RunTables):
         """The table of all features, as in the atlas."""
         return feature_table(self)
 
-    def _repr_html_(self) -> str:
-        said = headlines(self.json("summary.json") or {})
-        items = [_tag("li", claim, " ", _tag("span", caveat, style="opacity:.65")) for claim, caveat in said]
-        return str(_tag("div", _tag("b", f"run {self.folder.name}"), _tag("ul", *items) if items else _tag("p", "No stage has left a number yet.")))
+# %% ../nbs/12b_lab.ipynb #bc6f1311
+@patch
+def _repr_html_(self: RunView) -> str:  # noqa: F811 - a method of another class
+    said = headlines(self.json("summary.json") or {})
+    items = [_tag("li", claim, " ", _tag("span", caveat, style="opacity:.75")) for claim, caveat in said]
+    return str(_tag("div", _tag("b", f"run {self.folder.name}"), _tag("ul", *items) if items else _tag("p", "No stage has left a number yet.")))
 
 # %% ../nbs/12b_lab.ipynb #1efd1e0b
 @patch
@@ -108,14 +111,33 @@ class Comparison:
     settings: pd.DataFrame
     numbers: pd.DataFrame
 
-    def _repr_html_(self) -> str:
-        settings = Html(self.settings.to_html(border=0)) if len(self.settings) else _tag("p", "The settings are the same.")
-        return str(_tag("div", _tag("b", "settings that differ"), settings, _tag("b", "what was found"),
-                        Html(self.numbers.to_html(border=0, na_rep="–", float_format=_shown))))
+# %% ../nbs/12b_lab.ipynb #4a5cc87f
+@patch
+def _repr_html_(self: Comparison) -> str:  # noqa: F811
+    settings = Html(self.settings.to_html(border=0)) if len(self.settings) else _tag("p", "The settings are the same.")
+    return str(_tag("div", _tag("b", "settings that differ"), settings, _tag("b", "what was found"),
+                    Html(self.numbers.to_html(border=0, na_rep="–", float_format=_shown))))
 
+# %% ../nbs/12b_lab.ipynb #2af61791
 def _shown(value: float) -> str: return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
 
+# %% ../nbs/12b_lab.ipynb #a01f9027
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    "Nested settings under dotted names."
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping): flat |= _flat(value, f"{prefix}{name}.")
+        else: flat[prefix + name] = value
+    return flat
+
 # %% ../nbs/12b_lab.ipynb #1a55dbaa
+def _numbers(runs: Sequence[RunView], names: Sequence[str]) -> pd.DataFrame:
+    "The numbers of the runs' summaries; of two runs, the change from the first to the second too."
+    found = pd.DataFrame({n: _flat(r.json("summary.json") or {}) for n, r in zip(names, runs, strict=True)}, columns=names)
+    found = found[[not isinstance(v, str) for v in found.iloc[:, 0]]].apply(pd.to_numeric, errors="coerce").dropna(how="all")
+    return found.assign(change=found[names[1]] - found[names[0]]) if len(runs) == 2 else found
+
+# %% ../nbs/12b_lab.ipynb #90962d40
 def compare(*folders: Path | str) -> Comparison:
     """Compare runs by settings and summary; with two, the change from the first to the second as well. Raises `UserError` for fewer than two."""
     if len(folders) < 2: raise UserError("compare needs at least two runs; name their folders.")
@@ -123,16 +145,4 @@ def compare(*folders: Path | str) -> Comparison:
     names = [r.folder.name for r in runs]
     if len(set(names)) < len(names): names = [f"{name} ({i})" for i, name in enumerate(names, 1)]
     settings = pd.DataFrame({n: _flat(r.config) for n, r in zip(names, runs, strict=True)}, columns=names)
-    numbers = pd.DataFrame({n: _flat(r.json("summary.json") or {}) for n, r in zip(names, runs, strict=True)}, columns=names)
-    numbers = numbers[[not isinstance(v, str) for v in numbers.iloc[:, 0]]].apply(pd.to_numeric, errors="coerce").dropna(how="all")
-    if len(runs) == 2: numbers["change"] = numbers[names[1]] - numbers[names[0]]
-    return Comparison(names, settings[settings.astype(str).nunique(axis=1) > 1].drop(index="out", errors="ignore"), numbers)
-
-# %% ../nbs/12b_lab.ipynb #a01f9027
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    "Nested settings under dotted names; lists are left out of numbers by being no numbers."
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping): flat |= _flat(value, f"{prefix}{name}.")
-        else: flat[prefix + name] = value
-    return flat
+    return Comparison(names, settings[settings.astype(str).nunique(axis=1) > 1].drop(index="out", errors="ignore"), _numbers(runs, names))
