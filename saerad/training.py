@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['T', 'TrainingConfig', 'Kept', 'batch_topk', 'token_topk', 'Loss', 'reference_loss', 'coded_rows', 'nested_errors',
            'reconstruction_loss', 'product', 'dense_loss', 'aux_loss', 'aux_gradients', 'geometric_median', 'begin',
-           'Trainer', 'has_bfloat16', 'choose_engine', 'Taken', 'Log', 'Job', 'ahead', 'memory_needed', 'memory_free',
-           'check_memory', 'pick_device', 'train_sae', 'train_saes']
+           'Trainer', 'has_bfloat16', 'has_int8', 'choose_engine', 'Taken', 'Log', 'Job', 'ahead', 'memory_needed',
+           'memory_free', 'check_memory', 'pick_device', 'train_sae', 'train_saes']
 
 # %% ../nbs/06_training.ipynb #9c46a425
 import json
@@ -53,7 +53,7 @@ class TrainingConfig(Section):
     threshold_start: float = Field(0.1, ge=0, lt=1)  # share of the run after which it starts (ours)
     start_rows: int = Field(16384, ge=1)             # tokens that give scale and first bias (ours)
     engine: Literal["auto", "reference", "dense", "sparse", "native"] = "auto"   # how a step is computed, not what
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"    # of dense products; auto: bfloat16 where there are units for it
+    precision: Literal["auto", "int8", "bfloat16", "float32"] = "auto"    # of dense products; auto: what the device has units for
     device: str = "auto"                             # cpu, cuda or cuda:N; auto: cuda where there is one
     shard: bool = False                              # with several processes: share out the dictionary, not the batch
     online: bool = False                             # rows straight from the model instead of the store
@@ -262,9 +262,12 @@ class Trainer:
 
     def __init__(self, sae: MatryoshkaSAE, cfg: TrainingConfig, ranks: Ranks = Ranks()):
         self.sae, self.cfg, self.ranks, self.step = sae, cfg, ranks, 0
+        self.guess, self.margin = 0.0, 1/64                         # what makes the next search short; its result does not depend on them
+        self.scratch: dict[str, Tensor] = {}                        # large arrays of the native engine, used again in every step
         sae.W_enc = torch.nn.Parameter(sae.W_enc.detach().T.contiguous().T)
         self.engine = choose_engine(cfg, sae, ranks)
-        self.fast = cfg.precision == "bfloat16" or (cfg.precision == "auto" and has_bfloat16(sae.W_dec.device))
+        self.fast = cfg.precision in ("int8", "bfloat16") or (cfg.precision == "auto" and has_bfloat16(sae.W_dec.device))
+        self.small = cfg.precision == "int8" or (cfg.precision == "auto" and has_int8())      # of the native engine's search
         self.silent = torch.zeros(sae.width, dtype=torch.int64, device=sae.W_dec.device)      # tokens since each feature last fired
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=1.0, betas=cfg.betas, fused=True)
         for p in sae.parameters():
@@ -282,6 +285,10 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
 
+def has_int8() -> bool:
+    """Whether this processor has units for products of 8-bit integers."""
+    return any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("vnni", "avx512_vnni", "amx_tile"))
+
 # %% ../nbs/06_training.ipynb #ac866da0
 def choose_engine(cfg: TrainingConfig, sae: MatryoshkaSAE, ranks: Ranks = Ranks()) -> str:
     """How steps are computed on this device; `measure` where that is found out on the first batch.
@@ -297,12 +304,27 @@ def choose_engine(cfg: TrainingConfig, sae: MatryoshkaSAE, ranks: Ranks = Ranks(
     if cpu: return "native" if able and sae.d * sae.width >= 2**15 else "sparse"      # a toy is not worth a thread
     return "measure" if alone else "dense"
 
+# %% ../nbs/06_training.ipynb #5d0c61c1
+@patch
+@torch.no_grad()
+def normalised(self: Trainer, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """A batch of raw residual vectors in the SAE's units, until the next one comes."""
+    x, sae = x.to(self.sae.W_dec), self.sae
+    if self.engine != "native": return x / sae.scale
+    return torch.div(x, sae.scale, out=self.room("batch", x.shape))
+
+@patch
+def room(self: Trainer, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """An array with anything in it, the same one in every step: where arrays are large, fresh memory costs as much as what is done in it."""
+    kept = self.scratch.get(name)
+    if kept is None or kept.shape != tuple(shape): self.scratch[name] = torch.empty(tuple(shape), dtype=dtype)
+    return self.scratch[name]
+
 # %% ../nbs/06_training.ipynb #d1d26de7
 @patch
 def advance(self: Trainer, x: Float[Tensor, "n d"]) -> dict[str, float]:
     """One step on raw residual vectors (with several processes: of this one's part); returns the step's metrics."""
-    sae, ranks = self.sae, self.ranks
-    x = x.to(sae.W_dec) / sae.scale
+    x, ranks = self.normalised(x), self.ranks
     tokens = len(x) * (1 if ranks.shard else ranks.size)
     dead = (self.silent > self.cfg.dead_after * self.cfg.steps * self.cfg.batch_size).nonzero().squeeze(1)
     if self.engine == "measure": self.engine = self.faster(x)
@@ -399,31 +421,47 @@ def update(self: Trainer) -> None:
 # %% ../nbs/06_training.ipynb #97dc3bf8
 @patch
 @torch.no_grad()
-def rough(self: Trainer, centred: Float[Tensor, "n d"], features: int = 2048) -> Tensor:
-    """Activations before selection, in bfloat16 [n, width], some features at a time: a copy of all weights is never made."""
-    W, b, kind = self.sae.W_enc.T, self.sae.b_enc, torch.bfloat16 if self.fast else torch.float32
-    pre, x = torch.empty(len(centred), self.sae.width, dtype=torch.bfloat16), centred.to(kind)
+def rough(self: Trainer, centred: Float[Tensor, "n d"], small: bool = False, features: int = 2048) -> tuple[Tensor, float]:
+    """Activations before selection, in bfloat16 [n, width], some features at a time, and the standard error that 8-bit integers (`small`) may add."""
+    W, b, kind = self.sae.W_enc.detach().T, self.sae.b_enc.detach(), torch.bfloat16 if self.fast else torch.float32
+    pre = self.room("pre", (len(centred), self.sae.width), torch.bfloat16)
+    if small: return pre, kernels.rough_products(centred, W, b, pre, features)
+    x = centred.to(kind)
     for at in range(0, self.sae.width, features):
         some = slice(at, at + features)
         pre[:, some] = torch.nn.functional.linear(x, W[some].to(kind), b[some].to(kind))
-    return pre
+    return pre, 0.0
+
+# %% ../nbs/06_training.ipynb #5d0c61c0
+@patch
+def margin_needed(self: Trainer, pre: Tensor, places: kernels.Places, value: Tensor, top: float, cut: float, error: float) -> float:
+    """How far below `top`, as a share of it, candidates must reach when rough numbers may be off by twice what was seen near the cut.
+
+    At least six times the standard `error`, which says what to expect where nothing was seen.
+    """
+    rough = pre.view(-1)[places.row_of() * self.sae.width + places.col].float()
+    off = (value - rough).abs()[rough <= 1.5 * top]
+    return 1 - (cut - max(2 * float(off.max()), 6 * error)) / top if len(off) and top > 0 else 1.0
 
 # %% ../nbs/06_training.ipynb #5e731b8b
 @patch
 @torch.no_grad()
-def search(self: Trainer, step: kernels.Step, centred: Float[Tensor, "n d"], margin: float = 1/64) -> tuple[kernels.Places, Tensor, float]:
+def search(self: Trainer, step: kernels.Step, centred: Float[Tensor, "n d"], margin: float | None = None) -> tuple[kernels.Places, Tensor, float]:
     """Places, exact activations and cut of what is kept: what `batch_topk` finds in full precision."""
-    pre, want = self.rough(centred), min(self.sae.k * len(centred), centred.shape[0] * self.sae.width)
-    top = kernels.as_float(kernels.bfloat16_cut(pre, want))
+    (pre, error), want = self.rough(centred, self.small), min(self.sae.k * len(centred), centred.shape[0] * self.sae.width)
+    top = kernels.as_float(kernels.bfloat16_cut(pre, want, kernels.as_bits(self.guess)))
+    if self.small and 6 * error > top / 4:                        # a stream too uneven for 8 bits
+        self.small = False
+        return self.search(step, centred, margin)
+    margin, self.guess = margin or self.margin, 0.7 * top         # the next cut will hardly be lower; if it is, the search only takes longer
     while True:
-        low = top * (1 - margin)
-        places = kernels.places_above(pre, kernels.as_bits(low))
+        places = kernels.places_above(pre, kernels.as_bits(top * (1 - margin)))
         value = kernels.exact_values(step, places, self.sae.b_enc)
         cut = _kth_largest(value, want) if len(value) >= want else 0.0
-        found = pre.view(-1)[places.row_of() * self.sae.width + places.col].float()
-        off = (value - found).abs()[found <= 1.5 * top]
-        if margin >= 1 or (len(off) and low + 2 * float(off.max()) <= cut): break
-        margin *= 2
+        enough = self.margin_needed(pre, places, value, top, cut, error)
+        if margin >= min(enough, 1): break
+        margin = max(2 * margin, 1.1 * enough)
+    self.margin = min(max(1/64, 1.2 * enough), 1)
     on = (value >= cut) & (value > 0)
     value = value[on]
     return places.chosen(on), value, float(value.min()) if len(value) else 0.0
@@ -435,7 +473,7 @@ def search_by_token(self: Trainer, step: kernels.Step, centred: Float[Tensor, "n
     """The same for a kind that keeps `k` for every token."""
     n, k = len(centred), min(self.sae.k, self.sae.width)
     spare = min(k + k // 8 + 8, self.sae.width)
-    col = self.rough(centred).float().topk(spare, dim=1).indices.sort(dim=1).values
+    col = self.rough(centred)[0].float().topk(spare, dim=1).indices.sort(dim=1).values
     places = kernels.places_of(n, self.sae.width, torch.arange(n).repeat_interleave(spare), col.flatten())
     value = kernels.exact_values(step, places, self.sae.b_enc).view(n, spare)
     on = ((value >= value.topk(k, dim=1).values[:, -1:]) & (value > 0)).flatten()
@@ -447,8 +485,9 @@ def search_by_token(self: Trainer, step: kernels.Step, centred: Float[Tensor, "n
 @torch.no_grad()
 def native_step(self: Trainer, x: Tensor, dead: Tensor, tokens: int) -> Taken:
     """A step through the compiled kernels."""
-    sae, centred, aux = self.sae, x - self.sae.b_dec, 0.0
-    step = kernels.Step(centred, sae.W_enc.detach().T, sae.W_dec.detach(), sae.group_sizes, sae.level_weights)
+    sae, aux = self.sae, 0.0
+    centred = torch.sub(x, sae.b_dec, out=self.room("centred", x.shape))
+    step = kernels.Step(centred, sae.W_enc.detach().T, sae.W_dec.detach(), sae.group_sizes, sae.level_weights, self.scratch)
     places, value, cut = (self.search_by_token if sae.selection == "token" else self.search)(step, centred)
     reviving = bool(len(dead) and self.cfg.aux_alpha)
     found, bias = kernels.measure(step, places, value, residual=reviving), 0.0
@@ -470,8 +509,8 @@ def native_step(self: Trainer, x: Tensor, dead: Tensor, tokens: int) -> Taken:
 def apply(self: Trainer, step: kernels.Step, b_enc: Float[Tensor, " width"], b_dec: Float[Tensor, " d"]) -> None:
     """The optimizer's step at the end of `native_step`: torch's Adam, with the weights changed as their gradients appear."""
     sae, state, cfg = self.sae, self.optimizer.state, self.cfg
-    length = (step.held["square"].sum() + b_enc.double().square().sum() + b_dec.double().square().sum()).sqrt()
-    clip, rate, count = min(1.0, cfg.clip / float(length)) if length > 0 else 1.0, cfg.rate(self.step, self.width), self.step + 1
+    clip = kernels.clipping(step, float(b_enc.double().square().sum() + b_dec.double().square().sum()), cfg.clip)
+    rate, count = cfg.rate(self.step, self.width), self.step + 1
     for p in sae.parameters(): state[p]["step"] += 1
     names = (("W_enc", "enc"), ("W_dec", "dec"))
     moments = {f"{m}_{short}": state[getattr(sae, name)][key].T if short == "enc" else state[getattr(sae, name)][key]
@@ -503,7 +542,7 @@ def count(self: Trainer, kept: Kept, n: int) -> None:
 def metrics(self: Trainer, x: Tensor, taken: Taken, dead: int, tokens: int) -> dict[str, float]:
     """One line of the log, about the step that was just taken."""
     sae, ranks = self.sae, self.ranks
-    sums = ranks.over_tokens(torch.cat([x.sum(0), x.square().sum()[None]]).double())
+    sums = ranks.over_tokens(torch.cat([x.sum(0), x.norm().square()[None]]).double())
     variance = float(sums[-1] - sums[:-1].square().sum() / tokens) / tokens
     weights = torch.tensor(sae.level_weights, dtype=taken.levels.dtype, device=taken.levels.device)
     on, gone = ranks.everywhere(torch.tensor([len(taken.kept.value)])), ranks.over_features(torch.tensor([dead]))

@@ -37,8 +37,34 @@ def test_loss_and_gradients(n, d, groups, share):
     assert torch.allclose(enc, W_enc.grad, atol=1e-12) and torch.allclose(dec, W_dec.grad, atol=1e-12)
     assert torch.allclose(found.b_dec, sum(2 / n * w * e.detach() for w, e in zip(weights, errors, strict=True)).sum(0))
     along = (W_dec.grad * W_dec.detach()).sum(1)
-    square = enc.square().sum(1) + dec.square().sum(1) - along.square()
-    assert torch.allclose(step.held["along"], along) and torch.allclose(step.held["square"], square)
+    turning, reading = dec.square().sum(1) - along.square(), enc.square().sum(1)
+    assert torch.allclose(step.held["along"], along) and torch.allclose(step.held["square"], turning)
+    assert (step.held["most"] >= reading * (1 - 1e-9)).all()
+    step.call("lengths")
+    assert torch.allclose(step.held["square"], turning + reading)
+
+
+@pytest.mark.parametrize("extra", [False, True])
+def test_clipping_is_of_the_whole_gradient_whatever_the_bound_says(extra):
+    x, W_enc, W_dec, pre, on, weights = make(40, 150, (8, 24), 0.2)
+    W_dec = torch.nn.functional.normalize(W_dec.detach())
+    def measured():
+        step = kernels.Step(x, W_enc.detach(), W_dec, (8, 24), weights.tolist())
+        if extra:
+            number = torch.full((32,), -1, dtype=torch.int32)
+            number[[3, 30]] = torch.tensor([0, 1], dtype=torch.int32)
+            draw = torch.Generator().manual_seed(5)
+            step.hold(extra=number, **{f"extra_{m}": 50 * torch.randn(2, 150, generator=draw, dtype=torch.float64) for m in ("dec", "enc")})
+        kernels.measure(step, kernels.places_of(40, 32, *on.nonzero().T), pre[on].detach())
+        return step
+    step = measured()
+    bound = float(step.held["square"].sum() + step.held["most"].sum() + 2) ** 0.5
+    enc, _ = kernels.gradients(step)
+    step.call("lengths")
+    length = (float(step.held["square"].sum()) + 2) ** 0.5
+    assert length <= bound and (step.held["most"] >= enc.square().sum(1) * (1 - 1e-9)).all()
+    for longest in (bound * 1.01, (bound + length) / 2, length * 1.01, length / 3):
+        assert kernels.clipping(measured(), 2.0, longest) == pytest.approx(min(1.0, longest / length), rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -68,8 +94,9 @@ def test_cut_is_the_kth_largest_positive(want):
     numbers = torch.randn(100_000, generator=torch.Generator().manual_seed(1)).bfloat16()
     numbers[:3] = torch.tensor([0.0, -0.0, float("nan")]).bfloat16()
     positive = numbers[numbers > 0].float().sort(descending=True).values
-    bits = kernels.bfloat16_cut(numbers[3:], want)
-    assert kernels.as_float(bits) == (positive[want - 1] if want <= len(positive) else 0)
+    right = positive[want - 1] if want <= len(positive) else 0
+    for guess in (0.0, 0.01, 0.7, 3.0, 100.0):
+        assert kernels.as_float(kernels.bfloat16_cut(numbers[3:], want, kernels.as_bits(guess))) == right
 
 
 def test_places_above_are_sorted_both_ways():
@@ -82,6 +109,22 @@ def test_places_above_are_sorted_both_ways():
         assert torch.equal(torch.repeat_interleave(torch.arange(101), places.col_ptr.diff()), col[places.number.long()])
     half = places_half = kernels.places_above(pre, 0).chosen(torch.arange((pre > 0).sum()) % 2 == 0)
     assert len(half.col) == len(places_half.row) == ((pre > 0).sum() + 1) // 2
+
+
+@pytest.mark.parametrize(("n", "d", "width"), [(1, 1, 1), (3, 5, 7), (40, 33, 100), (64, 300, 70)])
+def test_integers_in_their_units_are_about_the_product(n, d, width):
+    draw = torch.Generator().manual_seed(3)
+    x, W, b = torch.randn(n, d, generator=draw), torch.randn(width, d, generator=draw), torch.randn(width, generator=draw)
+    x[0] = 0
+    small, unit, square = kernels.quantised(x)
+    assert torch.allclose(square, x.square().sum(1)) and torch.equal(unit, x.abs().amax(1) / 127) and torch.equal(small[0], torch.zeros(d, dtype=torch.int8))
+    assert torch.allclose(small.float() * unit[:, None], x, atol=float(unit.max()) * 0.51)
+    pre, right = torch.empty(n, width, dtype=torch.bfloat16), x @ W.T + b
+    error = kernels.rough_products(x, W, b, pre, features=32)
+    small_W, unit_W, _ = kernels.quantised(W)
+    exactly = (small.int() @ small_W.int().T).float() * unit[:, None] * unit_W + b
+    assert torch.allclose(pre.float(), exactly, rtol=2**-8, atol=1e-6)
+    assert ((pre.float() - right).abs() <= 6 * error + 2**-8 * right.abs()).all() and error < 0.02 * d ** 0.5 + 1e-6
 
 
 def test_bits_and_numbers():

@@ -235,8 +235,9 @@ def test_every_engine_revives_as_the_reference_does(engine):
 
 @pytest.mark.skipif(not NATIVE, reason="no C++ compiler")
 @pytest.mark.parametrize("selection", ["batch", "token"])
-def test_a_search_in_bfloat16_keeps_what_float32_keeps(selection):
-    cfg = TrainingConfig(engine="native", precision="bfloat16", steps=10, batch_size=256)
+@pytest.mark.parametrize("precision", ["int8", "bfloat16", "float32"])
+def test_a_rough_search_keeps_what_float32_keeps(selection, precision):
+    cfg = TrainingConfig(engine="native", precision=precision, steps=10, batch_size=256)
     trainer = Trainer(MatryoshkaSAE.from_config(96, SAEConfig(k=9, selection=selection)), cfg)
     for seed in range(4):
         x = torch.randn(256, 96, generator=torch.Generator().manual_seed(seed)) / 96 ** 0.5
@@ -248,12 +249,28 @@ def test_a_search_in_bfloat16_keeps_what_float32_keeps(selection):
 
 
 @pytest.mark.skipif(not NATIVE, reason="no C++ compiler")
-def test_a_margin_that_is_too_small_is_widened():
-    trainer = Trainer(MatryoshkaSAE.from_config(96, SAEConfig(k=9)), TrainingConfig(engine="native", precision="bfloat16", batch_size=256))
+@pytest.mark.parametrize("precision", ["int8", "bfloat16"])
+def test_a_margin_that_is_too_small_is_widened(precision):
+    trainer = Trainer(MatryoshkaSAE.from_config(96, SAEConfig(k=9)), TrainingConfig(engine="native", precision=precision, batch_size=256))
     x = torch.randn(256, 96, generator=torch.Generator().manual_seed(0)) / 96 ** 0.5
     step = kernels.Step(x, trainer.sae.W_enc.detach().T, trainer.sae.W_dec.detach(), trainer.sae.group_sizes, trainer.sae.level_weights)
     narrow, wide = trainer.search(step, x, margin=1e-6), trainer.search(step, x, margin=0.5)
     assert torch.equal(narrow[0].col, wide[0].col) and narrow[2] == wide[2]
+
+
+@pytest.mark.skipif(not NATIVE, reason="no C++ compiler")
+def test_a_stream_too_uneven_for_integers_is_searched_in_bfloat16_and_just_as_exactly():
+    trainer = Trainer(MatryoshkaSAE.from_config(96, SAEConfig(k=9)), TrainingConfig(engine="native", precision="int8", batch_size=256))
+    draw = torch.Generator().manual_seed(0)
+    for step_number in range(3):
+        x = torch.randn(256, 96, generator=draw) / 96 ** 0.5
+        x[:, 5] += 40
+        with torch.no_grad(): trainer.sae.W_enc[5] = 0
+        expected = trainer.select(x, 256)
+        step = kernels.Step(x, trainer.sae.W_enc.detach().T, trainer.sae.W_dec.detach(), trainer.sae.group_sizes, trainer.sae.level_weights)
+        places, value, _ = trainer.search(step, x)
+        assert torch.equal(places.row_of() * 384 + places.col, expected.row * 384 + expected.col) and not trainer.small, step_number
+        assert torch.allclose(value, expected.value, rtol=1e-5)
 
 
 def test_the_faster_engine_is_measured():

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <thread>
 #include <vector>
 
@@ -70,10 +71,12 @@ template <class T> struct Step {
     const long* col_ptr; const int* row; const T* strength;       // by feature; the same values in that order
     T* W_dec; T* W_enc;               // [width, d] both
     T* slope;                         // [kept] by feature: derivative of the loss by each activation
-    T* G;                             // [groups, n, BLOCK] scratch
+    T* G;                             // [blocks, groups, n, BLOCK] scratch
     T* pack;                          // [width, BLOCK] scratch
     double* levels;                   // [n, groups] squared errors
-    double* along; double* square;    // [width] gradient of a decoder row along it; squared lengths of both rows' gradients
+    const T* length;                  // [n] of each x
+    double* along; double* square;    // [width] gradient of a decoder row along it; squared lengths of its gradient, and of the encoder's once asked
+    double* most;                     // [width] what the length of the encoder's gradient cannot exceed, squared
     double* norm;                     // [width] squared length of the new decoder row
     T* b_dec; T* b_enc;               // gradients
     T* residual;                      // [n, d] or null
@@ -85,11 +88,30 @@ template <class T> struct Step {
 
 namespace {
 
+// A weight's block lies a page from that of the next feature, which no processor guesses: it is sent for while this one is worked on.
+template <class T> void fetch(const Step<T>& s, std::initializer_list<const T*> weights, long f, long at) {
+    if (f >= s.width) return;
+    for (const T* w : weights)
+        if (w)
+            for (long k = 0, len = std::min(BLOCK, s.d - at); k < len; k += 64 / sizeof(T)) __builtin_prefetch(w + f * s.d + at + k);
+}
+
+// Rows that are gathered in no order are brought into the shared cache in order first, which memory does many times faster.
+template <class T> void warm(const Step<T>& s, const T* rows, long n) {
+    parallel(s.threads, n, 256, [&](long i) {
+        for (long k = 0; k < BLOCK; k += 64 / sizeof(T)) __builtin_prefetch(rows + i * BLOCK + k);
+    });
+}
+
 // One block of all errors, and from them the gradients G of each group's share of the reconstruction, for every token.
-template <class T> void decode(const Step<T>& s, long b, bool measure) {
+template <class T> void decode(const Step<T>& s, long b) {
     const long at = b * BLOCK, len = std::min(BLOCK, s.d - at);
-    parallel(s.threads, s.width, 256, [&](long f) { Block<T>::load(s.W_dec + f * s.d + at, len).store(s.pack + f * BLOCK); });
+    parallel(s.threads, s.width, 256, [&](long f) {
+        fetch(s, {s.W_dec}, f + 4, at);
+        Block<T>::load(s.W_dec + f * s.d + at, len).store(s.pack + f * BLOCK);
+    });
     const T* x = s.x + b * s.n * BLOCK;
+    T* G = s.G + b * s.groups * s.n * BLOCK;
     parallel(s.threads, s.n, 32, [&](long i) {
         Block<T> e = Block<T>::zero(), c = e;
         e.add(-1, Block<T>::load(x + i * BLOCK));
@@ -101,24 +123,24 @@ template <class T> void decode(const Step<T>& s, long b, bool measure) {
                     for (long k = 0; k < BLOCK; k += 64 / sizeof(T)) __builtin_prefetch(s.pack + s.col[j + 4] * BLOCK + k);
                 e.add(s.value[j], Block<T>::load(s.pack + s.col[j] * BLOCK));
             }
-            if (measure) s.levels[i * s.groups + g] += e.dot(e);
-            e.store(s.G + (g * s.n + i) * BLOCK);
+            s.levels[i * s.groups + g] += e.dot(e);
+            e.store(G + (g * s.n + i) * BLOCK);
         }
-        if (measure && s.residual) {
+        if (s.residual) {
             Block<T> r = Block<T>::zero();
             r.add(-1, e);
             r.store(s.residual + i * s.d + at, len);
         }
         for (long g = s.groups - 1; g >= 0; --g) {
-            T* place = s.G + (g * s.n + i) * BLOCK;
+            T* place = G + (g * s.n + i) * BLOCK;
             c.add(s.level[g], Block<T>::load(place));
             c.store(place);
         }
     });
 }
 
-template <class T> const T* gathered(const Step<T>& s, long f) {
-    return s.G + (std::upper_bound(s.group_end, s.group_end + s.groups, f) - s.group_end) * s.n * BLOCK;
+template <class T> const T* gathered(const Step<T>& s, long b, long f) {
+    return s.G + (b * s.groups + (std::upper_bound(s.group_end, s.group_end + s.groups, f) - s.group_end)) * s.n * BLOCK;
 }
 
 template <class T> Block<T> start(const Step<T>& s, const T* extra, long f, long at, long len) {
@@ -142,20 +164,20 @@ template <class T> void adam(const Step<T>& s, T* __restrict w, T* __restrict m,
     }
 }
 
-// First pass: errors, slopes and the lengths of all gradients, none of which is kept.
+// First pass: errors, slopes and the lengths of the decoder's gradients, none of which is kept.
 template <class T> void measure(const Step<T>& s) {
     const long blocks = (s.d + BLOCK - 1) / BLOCK;
     for (long b = 0; b < blocks; ++b) {
         const long at = b * BLOCK, len = std::min(BLOCK, s.d - at);
-        decode(s, b, true);
+        decode(s, b);
         parallel(s.threads, s.width + 1, 64, [&](long f) {
             if (f == s.width) {                                    // the bias is in every level
                 Block<T> sum = Block<T>::zero();
-                for (long i = 0; i < s.n; ++i) sum.add(1, Block<T>::load(s.G + i * BLOCK));
+                for (long i = 0; i < s.n; ++i) sum.add(1, Block<T>::load(s.G + (b * s.groups * s.n + i) * BLOCK));
                 sum.store(s.b_dec + at, len);
                 return;
             }
-            const T* G = gathered(s, f);
+            const T* G = gathered(s, b, f);
             const Block<T> w = Block<T>::load(s.pack + f * BLOCK);
             Block<T> sum = start(s, s.extra_dec, f, at, len);
             for (long j = s.col_ptr[f]; j < s.col_ptr[f + 1]; ++j) {
@@ -169,11 +191,24 @@ template <class T> void measure(const Step<T>& s) {
     }
 }
 
-template <class T> void measure_encoder(const Step<T>& s) {
+// By the triangle inequality no encoder gradient is longer than its tokens, each as long as it is, all in one direction.
+template <class T> void bound_encoder(const Step<T>& s) {
     parallel(s.threads, s.width, 256, [&](long f) {
         s.square[f] -= s.along[f] * s.along[f];                    // of the decoder's gradient only what turns the row
-        for (long j = s.col_ptr[f]; j < s.col_ptr[f + 1]; ++j) s.b_enc[f] += s.slope[j];
+        double most = 0;
+        for (long j = s.col_ptr[f]; j < s.col_ptr[f + 1]; ++j) {
+            s.b_enc[f] += s.slope[j];
+            most += double(std::abs(s.slope[j])) * s.length[s.row[j]];
+        }
+        double extra = 0;
+        if (s.extra && s.extra[f] >= 0)
+            for (long k = 0; k < s.d; ++k) extra += double(s.extra_enc[s.extra[f] * s.d + k]) * s.extra_enc[s.extra[f] * s.d + k];
+        s.most[f] = (most + std::sqrt(extra)) * (most + std::sqrt(extra));
     });
+}
+
+// The lengths themselves, for where the bound leaves it open whether gradients must be clipped.
+template <class T> void measure_encoder(const Step<T>& s) {
     for (long b = 0, at = 0; at < s.d; ++b, at += BLOCK)
         parallel(s.threads, s.width, 64, [&](long f) {
             Block<T> sum = start(s, s.extra_enc, f, at, std::min(BLOCK, s.d - at));
@@ -187,17 +222,19 @@ template <class T> void apply(const Step<T>& s) {
     const long blocks = (s.d + BLOCK - 1) / BLOCK;
     for (long b = 0; b < blocks; ++b) {
         const long at = b * BLOCK, len = std::min(BLOCK, s.d - at);
-        decode(s, b, false);
+        warm(s, s.G + b * s.groups * s.n * BLOCK, s.groups * s.n);
+        warm(s, s.x + b * s.n * BLOCK, s.n);
         parallel(s.threads, s.width, 64, [&](long f) {
             const long here = f * s.d + at;
-            Block<T> dec = gather(s, start(s, s.extra_dec, f, at, len), gathered(s, f), s.strength, f);
+            fetch<T>(s, {s.W_dec, s.m_dec, s.v_dec, s.W_enc, s.m_enc, s.v_enc}, f + 1, at);
+            Block<T> dec = gather(s, start(s, s.extra_dec, f, at, len), gathered(s, b, f), s.strength, f);
             Block<T> enc = gather(s, start(s, s.extra_enc, f, at, len), s.x + b * s.n * BLOCK, s.slope, f);
             if (s.grad_dec) {
                 dec.store(s.grad_dec + here, len);
                 enc.store(s.grad_enc + here, len);
                 return;
             }
-            dec.add(-T(s.along[f]), Block<T>::load(s.pack + f * BLOCK));
+            dec.add(-T(s.along[f]), Block<T>::load(s.W_dec + here, len));
             Block<T> clipped = Block<T>::zero();
             clipped.add(s.clip, dec);
             adam(s, s.W_dec + here, s.m_dec + here, s.v_dec + here, clipped, len);
@@ -219,6 +256,7 @@ template <class T> void apply(const Step<T>& s) {
 template <class T> void values(const Step<T>& s, const T* b_enc, T* out) {
     for (long b = 0, at = 0; at < s.d; ++b, at += BLOCK)
         parallel(s.threads, s.width, 64, [&](long f) {
+            fetch(s, {s.W_enc}, f + 1, at);
             const Block<T> w = Block<T>::load(s.W_enc + f * s.d + at, std::min(BLOCK, s.d - at));
             for (long j = s.col_ptr[f]; j < s.col_ptr[f + 1]; ++j)
                 out[j] = (b ? out[j] : b_enc[f]) + w.dot(Block<T>::load(s.x + (b * s.n + s.row[j]) * BLOCK));
@@ -231,17 +269,75 @@ extern "C" {
 
 long saerad_block() { return BLOCK; }
 
-// Of n bfloat16 numbers the bits of the want-th largest positive one; 0 when there are fewer. Positive ones sort like their bits.
-long saerad_cut(const uint16_t* pre, long n, long want, long threads) {
+// Rows of float32 as 8-bit numbers, each row in a unit of its own, the 127th part of its largest entry; and the rows' squared lengths.
+void saerad_quantise(const float* from, long rows, long d, int8_t* to, float* unit, float* square, long threads) {
+    typedef float F __attribute__((vector_size(64)));
+    typedef int32_t I __attribute__((vector_size(64)));
+    typedef int8_t B __attribute__((vector_size(16)));
+    parallel(threads, rows, 8, [&](long i) {
+        const float* row = from + i * d;
+        const auto sixteen = [&](long k) {
+            F v{};
+            if (k + 16 <= d) std::memcpy(&v, row + k, 64);
+            else std::memcpy(&v, row + k, (d - k) * 4);
+            return v;
+        };
+        F most{}, squares{};
+        for (long k = 0; k < d; k += 16) {
+            const F v = sixteen(k), size = v < 0 ? -v : v;
+            most = most > size ? most : size;
+            squares += v * v;
+        }
+        float largest = 0;
+        square[i] = 0;
+        for (int k = 0; k < 16; ++k) largest = std::max(largest, most[k]), square[i] += squares[k];
+        unit[i] = largest / 127;
+        const float by = largest > 0 ? 127 / largest : 0;
+        const F shift = F{} + 12582912.0f;                         // 1.5 * 2^23: what is added to it is rounded to a whole number
+        for (long k = 0; k < d; k += 16) {
+            const F moved = sixteen(k) * by + shift;
+            I whole, zero;
+            std::memcpy(&whole, &moved, 64);
+            std::memcpy(&zero, &shift, 64);
+            const B small = __builtin_convertvector(whole - zero, B);
+            std::memcpy(to + i * d + k, &small, std::min(16L, d - k));
+        }
+    });
+}
+
+// Sums of products of such rows [rows, some] in their units, plus a bias, as bfloat16 into `to` [rows, width] from its column `at` on.
+void saerad_in_units(const int* sums, long rows, long some, const float* unit, const float* other, const float* bias, uint16_t* to, long at,
+                     long width, long threads) {
+    parallel(threads, rows, 8, [&](long i) {
+        uint16_t* out = to + i * width + at;
+        for (long f = 0; f < some; ++f) {
+            const float value = float(sums[i * some + f]) * unit[i] * other[f] + bias[f];
+            uint32_t bits;
+            std::memcpy(&bits, &value, 4);
+            out[f] = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+        }
+    });
+}
+
+// Of n bfloat16 numbers the bits of the want-th largest positive one; 0 when fewer have at least the bits `low`. Positive ones sort
+// like their bits. Numbers below `low` are passed over many at a time, so a good guess makes this as fast as reading.
+long saerad_cut(const uint16_t* pre, long n, long want, long low, long threads) {
+    const unsigned least = std::max(1L, low), span = 0x8000u - least;
     const long parts = n < (1 << 18) ? 1 : std::max(1L, threads);         // a thread costs as much as 100,000 numbers
     std::vector<std::vector<unsigned>> counts(parts, std::vector<unsigned>(1 << 15));
     parallel(threads, parts, 1, [&](long p) {
         unsigned* mine = counts[p].data();
-        for (long i = n * p / parts, end = n * (p + 1) / parts; i < end; ++i)
-            if (pre[i] - 1u < 0x7fffu) ++mine[pre[i]];
+        for (long from = n * p / parts, end = n * (p + 1) / parts; from < end; from += 32) {
+            const long to = std::min(end, from + 32);
+            unsigned any = 0;
+            for (long i = from; i < to; ++i) any |= uint16_t(pre[i] - least) < span;
+            if (!any) continue;
+            for (long i = from; i < to; ++i)
+                if (uint16_t(pre[i] - least) < span) ++mine[pre[i]];
+        }
     });
     long seen = 0;
-    for (long bits = (1 << 15) - 1; bits > 0; --bits) {
+    for (long bits = (1 << 15) - 1; bits >= long(least); --bits) {
         for (const auto& one : counts) seen += one[bits];
         if (seen >= want) return bits;
     }
@@ -287,7 +383,8 @@ void saerad_transpose(long rows, long width, const long* row_ptr, const int* col
 
 #define BOTH(name, type)                                                                                       \
     void saerad_values_##name(const Step<type>* s, const type* b_enc, type* out) { values(*s, b_enc, out); }   \
-    void saerad_measure_##name(const Step<type>* s) { measure(*s); measure_encoder(*s); }                      \
+    void saerad_measure_##name(const Step<type>* s) { measure(*s); bound_encoder(*s); }                        \
+    void saerad_lengths_##name(const Step<type>* s) { measure_encoder(*s); }                                   \
     void saerad_apply_##name(const Step<type>* s) { apply(*s); }
 BOTH(f32, float)
 BOTH(f64, double)
