@@ -117,7 +117,8 @@ def test_integers_in_their_units_are_about_the_product(n, d, width):
     x, W, b = torch.randn(n, d, generator=draw), torch.randn(width, d, generator=draw), torch.randn(width, generator=draw)
     x[0] = 0
     small, unit, square = kernels.quantised(x)
-    assert torch.allclose(square, x.square().sum(1)) and torch.equal(unit, x.abs().amax(1) / 127) and torch.equal(small[0], torch.zeros(d, dtype=torch.int8))
+    assert torch.allclose(square, x.square().sum(1))
+    assert torch.equal(unit, x.abs().amax(1) / 127) and torch.equal(small[0], torch.zeros(d, dtype=torch.int8))
     assert torch.allclose(small.float() * unit[:, None], x, atol=float(unit.max()) * 0.51)
     pre, right = torch.empty(n, width, dtype=torch.bfloat16), x @ W.T + b
     error = kernels.rough_products(x, W, b, pre, features=32)
