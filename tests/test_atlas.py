@@ -356,6 +356,18 @@ def test_whatever_the_tab_key_reaches_can_be_seen_to_have_the_focus(built, brows
     assert all(line != "none" and width >= 2 for _, line, width in reached)
 
 
+def test_a_half_done_run_says_in_words_what_is_not_there_yet(copy, browser):
+    for name in ("interpretations", "steering", "portraits"): shutil.rmtree(copy / name)
+    page = browser.page()
+    page.goto(write_atlas(copy).as_uri() + "#feature=0")
+    page.wait_for_selector("#feature .context")
+    text = page.inner_text("#feature")
+    assert "It was not described yet." in text and "saerad portray does it" in text and "This feature was not steered." in text
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#list:not([hidden])")
+    assert "Not in this run yet: 3" in page.inner_text("header") and "`" not in text + page.inner_text("body")
+
+
 def test_every_control_has_a_name_and_every_picture_says_what_it_is(built, browser):
     run, best = built
     page = browser.page()

@@ -184,7 +184,8 @@ function refocus() {                           // whoever comes back by key goes
 
 const home = () => el("a", { href: address({ feature: "" }) }, "‹ all features");
 const section = (title, ...children) => el("section", {}, el("h2", {}, title), children);
-const note = text => el("p", { class: "notice" }, text);
+const note = (...said) => el("p", { class: "notice" }, said);
+const command = name => el("code", {}, `saerad ${name}`);
 const score = (name, value, about = "", control = false) => el("li", { class: control ? "control" : null }, el("small", {}, name), el("b", {}, value == null ? "–" : value.toFixed(2)), about ? el("small", {}, about) : null);
 const feature_link = number => el("a", { href: address({ feature: number }) }, String(number));
 
@@ -203,9 +204,9 @@ function feature(row, data) {
   $("feature").replaceChildren(...there([
     el("nav", { "aria-label": "Features" }, home(), step("previous", "‹ previous", at > 0 ? all[at - 1] : null), step("next", "next ›", at >= 0 ? all[at + 1] : null), share),
     el("h1", {}, `Feature ${row.feature}`),
-    el("p", { class: "description" }, row.description || `No description: ${data.reason || plain(row.status ?? "not examined")}.`),
+    el("p", { class: "description" }, row.description || (data.reason || row.status !== "ok" ? `No description: ${data.reason || plain(row.status ?? "not examined")}.` : "It was not described yet.")),
     data.tags.length ? el("ul", { class: "tags", "aria-label": "Properties" }, data.tags.map(tag => el("li", {}, tag))) : null,
-    el("ul", { class: "scores", "aria-label": "Scores" }, score("F1", row.f1, data.interval), score("precision", row.precision), score("recall", row.recall),
+    row.f1 == null ? null : el("ul", { class: "scores", "aria-label": "Scores" }, score("F1", row.f1, data.interval), score("precision", row.precision), score("recall", row.recall),
       data.near_f1 == null ? null : score("F1 against near misses", data.near_f1), score("F1 with another feature's description", row.shuffled_f1, "control", true), score("F1 of always saying yes", data.always_yes_f1, "control", true)),
     el("p", { class: "where" }, data.about),
     el("div", { class: "cards" }, card("How strongly it fires", histogram(data)), card("Where it fires", places(data)), card("Words it votes for", votes(data)), card("Nearest features", neighbours(data))),
@@ -270,13 +271,13 @@ function dose(data) {
 }
 
 function votes(data) {
-  if (!data.promoted.length) return note("The words were not computed in this run; `saerad portray` does it.");
+  if (!data.promoted.length) return note("The words were not computed in this run; ", command("portray"), " does it.");
   const list = (title, words, kind) => el("div", {}, el("h4", {}, title), el("ol", { class: `words ${kind}` }, words.map(([word, vote]) => el("li", {}, el("code", {}, word), el("small", {}, minus(vote.toFixed(2)))))));
   return [el("div", { class: "votes" }, list("promoted", data.promoted, "up"), list("suppressed", data.suppressed, "down")), el("p", { class: "where" }, "Decoder row through the unembedding: a hint, since the layers in between are left out.")];
 }
 
 function neighbours(data) {
-  if (!data.neighbours.length) return note("Not computed in this run; `saerad portray` does it.");
+  if (!data.neighbours.length) return note("Not computed in this run; ", command("portray"), " does it.");
   return [el("ol", { class: "near" }, data.neighbours.map(([other, cosine]) => el("li", {}, feature_link(other), el("small", {}, minus(cosine.toFixed(2))), el("span", {}, brief(saerad.byFeature.get(other)?.description || "no description"))))), el("p", { class: "where" }, "By the cosine of the decoder rows.")];
 }
 
