@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from configparser import ConfigParser
 from dataclasses import dataclass, field
@@ -164,13 +165,25 @@ def as_text(text: str) -> str:
     return html.escape(text.rstrip()).replace("\n\n", "\n&#8203;\n").replace("\n\n", "\n&#8203;\n")
 
 
+def fields_of(module: str, name: str) -> str:
+    """The fields of a class with their comments, as they stand in its module; nothing for what has none."""
+    source = (ROOT / "saerad" / f"{module}.py").read_text()
+    made = next((n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name), None)
+    fields = [n for n in made.body if isinstance(n, ast.AnnAssign)] if made else []
+    if not fields: return ""
+    lines = source.split("\n")[fields[0].lineno - 1:fields[-1].end_lineno]
+    return f"\n\n```python\n{textwrap.dedent(chr(10).join(lines))}\n```"
+
+
 def documented(text: str, name: str, book: Book, page: str, module: str) -> str:
     """What `show_doc(name)` wrote, under the name as it is called, with an anchor that is the name itself and a link to the source."""
     book.names.setdefault(f"{module}:{name}", f"{page}#{name}")
     line = book.said.get(f"{module}:{name}", ("", 1))[1]
     source = f'<span class="source">[source]({"../" * page.count("/")}source/{module}.html#__codelineno-0-{line})</span>'
     text = re.sub(r'\[source\]\([^)]*\)\{[^}]*\}\n*', "", text.removeprefix("---\n\n"))
-    return re.sub(r"(?m)^(#{2,4}) \S+$", rf'<a id="{name}"></a>\n\n\1 {name}\n\n{source}', text, count=1)
+    fields = fields_of(module, name)
+    if fields: text = re.sub(r"(?s)```python\s+def [^`]*\*\*data[^`]*```\s*", "", text, count=1)      # pydantic's own signature says less
+    return re.sub(r"(?m)^(#{2,4}) \S+$", rf'<a id="{name}"></a>\n\n\1 {name}\n\n{source}', text, count=1) + fields
 
 
 def markdown_of(nb: nbformat.NotebookNode, at: Path, folder: Path, book: Book) -> str:
