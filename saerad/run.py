@@ -9,7 +9,7 @@ __all__ = ['STAGES', 'PACKAGE', 'SUMMARY', 'SHARED', 'app', 'ConfigPath', 'Setti
            'remove', 'locked', 'do_subject', 'do_extract', 'do_train', 'training_rows', 'do_evaluate', 'do_exemplars',
            'do_interpret', 'do_steer', 'do_portray', 'do_figures', 'do_atlas', 'summarise', 'check', 'check_studies',
            'model_folder', 'model_settings', 'model_shape', 'check_room', 'check_endpoint', 'run_config', 'assist',
-           'do_stage', 'versions', 'peak_memory', 'write_config', 'model_hash', 'start', 'run_command',
+           'do_stage', 'versions', 'peak_memory', 'write_config', 'model_hash', 'start', 'run_command', 'atlas_command',
            'interpret_command', 'estimate_of', 'studies', 'sweep_command', 'sweep', 'doctor', 'convert', 'review_pack',
            'review_score', 'mini_train', 'bench', 'bench_table', 'main', 'told', 'excuse']
 
@@ -586,7 +586,14 @@ def _add_stage(name: str) -> None:
     app.command(name, help=f"Do a run up to the stage {name!r}; what is finished is skipped.")(command)
 
 for _name in STAGES:
-    if _name not in ("subject", "interpret"): _add_stage(_name)
+    if _name not in ("subject", "interpret", "atlas"): _add_stage(_name)
+
+# %% ../nbs/13_run.ipynb #5d0c61d1
+@app.command("atlas")
+def atlas_command(config: ConfigPath, settings: Settings = None, out: Out = None, first: From = None, check: Check = False,
+                  publish: Annotated[bool, typer.Option("--publish", help="leave out every report text, film and study id")] = False) -> None:
+    """Do a run up to the stage 'atlas'; what is finished is skipped."""
+    start(config, [*(settings or []), *(("atlas.publish=true",) if publish else ())], out, first, check, "atlas")
 
 # %% ../nbs/13_run.ipynb #b50b38d9
 @app.command("interpret")

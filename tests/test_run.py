@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from saerad import run as running
+from saerad.atlas import NOTICES
 from saerad.core import UserError
 from saerad.run import Config, Run, changed, is_finished, load_config, locked, plan, run_config, validated, with_settings
 
@@ -304,3 +305,17 @@ def test_a_run_that_was_killed_twice_ends_with_the_same_bytes(done, config, tmp_
         assert not (out / "report.html").exists()
     run_config(config, out)
     for name in SAME: assert (out / name).read_bytes() == (done[0] / name).read_bytes(), name
+
+
+def test_the_published_atlas_of_a_run_holds_none_of_its_texts(config, done, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(done[0], folder)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json") | {"out": str(folder)}))
+    def atlas(*flags):
+        with pytest.raises(SystemExit) as ended: running.main(["atlas", str(tmp_path / "config.yaml"), *flags])
+        assert ended.value.code == 0
+        return "".join(p.read_text() for p in (folder / "atlas").rglob("*.js")), (folder / "atlas/index.html").read_text()
+    whole, page = atlas()
+    assert '"tokens":' in whole and NOTICES[True] not in page
+    published, page = atlas("--publish")
+    assert NOTICES[True] in page and '"published":true' in published.replace(" ", "") and not (folder / "atlas/films").exists()
