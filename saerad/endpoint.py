@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['T', 'Message', 'MARK', 'MOST_IN_A_BATCH', 'EndpointConfig', 'host_of', 'is_loopback', 'check_destination', 'Reply',
            'Ledger', 'Pace', 'parse_list', 'parse_explanation', 'unwrapped', 'schema_of', 'CallFailed', 'Endpoint',
-           'cost_of', 'tokens_in', 'NoSchema', 'slim', 'Answer']
+           'key_of', 'cost_of', 'tokens_in', 'NoSchema', 'slim', 'Answer']
 
 # %% ../nbs/08b_endpoint.ipynb #a22ad08d
 import ipaddress
@@ -41,7 +41,7 @@ class EndpointConfig(Section):
     model: str = "gpt-4o"                           # (paper); its snapshot is not stated there
     api_key_env: str = "OPENAI_API_KEY"             # name of the environment variable; the key itself is stored nowhere
     allow_text_to: tuple[str, ...] = ()             # hosts that may see text of a source whose text may not leave
-    temperature: float = 0.0                        # not stated in the paper; delphi's
+    temperature: float | None = 0.0                 # not stated in the paper; delphi's. None: not sent, for models that take none
     timeout_s: float = Field(60.0, gt=0)
     attempts: int = Field(6, ge=1)                  # tries of one call before it is given up
     concurrency: int = Field(32, ge=1)              # most calls under way at once
@@ -57,6 +57,7 @@ class EndpointConfig(Section):
     price_cached: float | None = Field(None, ge=0)  # of prompt tokens that the endpoint found in its cache; None: as price_in
     budget: float | None = Field(None, gt=0)        # stop before more than this is spent, answers in the ledger counted
     token_characters: float = Field(3.5, gt=0)      # characters a token, for estimates made before an endpoint has counted
+    picture_tokens: int = Field(350, ge=0)          # tokens that a radiograph of 512 pixels is counted as, for the same estimates
 
 # %% ../nbs/08b_endpoint.ipynb #33da4c92
 def host_of(base_url: str) -> str:
@@ -281,16 +282,20 @@ class Endpoint:
         self.pool.shutdown(wait=True, cancel_futures=True)
         if self.client: self.client.close()
 
+# %% ../nbs/08b_endpoint.ipynb #3b9e07d1
+def key_of(cfg: EndpointConfig) -> str:
+    """The endpoint's key, from the environment; raises `UserError` where there is none and the host is another machine."""
+    key = os.environ.get(cfg.api_key_env, "")
+    if key or is_loopback(host_of(cfg.base_url)): return key or "none"
+    raise UserError(f"the environment variable {cfg.api_key_env} is not set; it must hold the key for {host_of(cfg.base_url)}.")
+
 # %% ../nbs/08b_endpoint.ipynb #27988e9f
 @patch
 def _connect(self: Endpoint) -> openai.OpenAI:
     "The client, made when the first call is due: a replay needs neither a key nor an endpoint."
-    key = os.environ.get(self.cfg.api_key_env, "")
-    if not key and not is_loopback(self.host):
-        raise UserError(f"the environment variable {self.cfg.api_key_env} is not set; it must hold the key for {self.host}.")
     # no proxy for loopback and no redirect anywhere: text goes to the host that was checked, or nowhere
     http = openai.DefaultHttpxClient(trust_env=not is_loopback(self.host), follow_redirects=False)
-    common = {"api_key": key or "none", "timeout": self.cfg.timeout_s, "max_retries": 0, "http_client": http}
+    common = {"api_key": key_of(self.cfg), "timeout": self.cfg.timeout_s, "max_retries": 0, "http_client": http}
     if self.cfg.api == "azure": return openai.AzureOpenAI(azure_endpoint=self.cfg.base_url, api_version=self.cfg.api_version, **common)
     return openai.OpenAI(base_url=self.cfg.base_url, **common)
 
@@ -298,7 +303,8 @@ def _connect(self: Endpoint) -> openai.OpenAI:
 @patch
 def request(self: Endpoint, messages: Sequence[Message], max_tokens: int, schema: dict[str, Any] | None = None) -> dict[str, Any]:
     """The body of a call."""
-    body = {"model": self.cfg.model, "messages": list(messages), "temperature": self.cfg.temperature, self.cfg.length_key: max_tokens}
+    body = {"model": self.cfg.model, "messages": list(messages), self.cfg.length_key: max_tokens}
+    if self.cfg.temperature is not None: body["temperature"] = self.cfg.temperature
     return body | ({"response_format": schema} if schema else {})
 
 # %% ../nbs/08b_endpoint.ipynb #a4a15a26
@@ -310,9 +316,10 @@ def cost_of(tokens: Reply, cfg: EndpointConfig) -> float:
 
 # %% ../nbs/08b_endpoint.ipynb #3ad3fb4c
 def tokens_in(messages: Sequence[Message], cfg: EndpointConfig) -> int:
-    """About how many tokens some messages are, pictures not counted."""
-    characters = sum(len(m["content"] if isinstance(m["content"], str) else "".join(p.get("text", "") for p in m["content"])) for m in messages)
-    return round(characters / cfg.token_characters)
+    """About how many tokens some messages are."""
+    parts = [p for m in messages for p in ([{"text": m["content"]}] if isinstance(m["content"], str) else m["content"])]
+    pictures = sum("image_url" in p for p in parts)
+    return round(sum(len(p.get("text", "")) for p in parts) / cfg.token_characters) + pictures * cfg.picture_tokens
 
 # %% ../nbs/08b_endpoint.ipynb #160b0b77
 @patch
@@ -325,21 +332,24 @@ def ask(self: Endpoint, messages: Sequence[Message], max_tokens: int, schema: di
     key = content_hash(self.cfg.base_url, request)
     known = self.ledger.get(key)
     if known: return known
-    if self.cfg.batch:
-        with self.lock: self.waiting[key] = request
-        raise CallFailed("waiting for the batch")
-    try: reply = self._within_budget(request, cost_of(Reply(tokens_in=tokens_in(messages, self.cfg), tokens_out=max_tokens), self.cfg))
+    most = cost_of(Reply(tokens_in=tokens_in(messages, self.cfg), tokens_out=max_tokens), self.cfg)
+    if self.cfg.batch: self._put_off(key, request, most)
+    try: reply = self._within_budget(request, most)
     except NoSchema: return self.ask(messages, max_tokens)
     self.ledger.put(key, slim(request), reply)
     return reply
 
 # %% ../nbs/08b_endpoint.ipynb #5fb019d9
 @patch
+def _reserve(self: Endpoint, most: float) -> None:
+    "Set money aside for a call; under the lock."
+    if self.cfg.budget is not None and self.spent + self.reserved + most > self.cfg.budget: raise CallFailed("the budget is spent")
+    self.reserved += most
+
+@patch
 def _within_budget(self: Endpoint, request: dict[str, Any], most: float) -> Reply:
     "Ask when the budget allows the call at its dearest."
-    with self.lock:
-        if self.cfg.budget is not None and self.spent + self.reserved + most > self.cfg.budget: raise CallFailed("the budget is spent")
-        self.reserved += most
+    with self.lock: self._reserve(most)
     reply = None
     try: reply = self._persist(request)
     finally:
@@ -347,6 +357,14 @@ def _within_budget(self: Endpoint, request: dict[str, Any], most: float) -> Repl
             self.reserved -= most
             if reply: self.spent += cost_of(reply, self.cfg)
     return reply
+
+@patch
+def _put_off(self: Endpoint, key: str, request: dict[str, Any], most: float) -> None:
+    "Keep a question for the batch, as far as the budget allows; raises `CallFailed` in any case, for there is no answer yet."
+    with self.lock:
+        if key not in self.waiting: self._reserve(most)
+        self.waiting[key] = request
+    raise CallFailed("waiting for the batch")
 
 # %% ../nbs/08b_endpoint.ipynb #2ea2fde9
 class NoSchema(Exception):
@@ -424,6 +442,7 @@ def _trouble(self: Endpoint, error: Exception, attempt: int) -> tuple[str, Any]:
             raise UserError(f"nobody answers at {where}; start the server or correct interpretation.base_url.") from error
         return "connection lost", backoff
     if isinstance(error, openai.RateLimitError):
+        if "quota" in str(error.code): raise UserError(f"{where} says that the quota of the key is used up; top it up and run again.") from error
         wait = _retry_after(error, min(30.0, 4 * backoff))
         self.pace.slower(wait)
         return "too many requests", wait
@@ -500,6 +519,7 @@ def hand_in(self: Endpoint, say: Callable[[str], None] = print) -> int:
         raise UserError(f"{self.cfg.base_url} takes no batches ({str(e)[:100]}); set interpretation.batch to false.") from e
     found = sum(self._take_in(json.loads(line), held["requests"]) for line in lines)
     note.unlink()
+    with self.lock: self.waiting, self.spent, self.reserved = {}, cost_of(self.ledger.tokens(), self.cfg), 0.0
     say(f"interpretation: batch of {len(held['requests'])}, {found} answered")
     return found
 

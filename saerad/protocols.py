@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'Protocol', 'protocol_names', 'read_protocol', 'prompt_path', 'prompt_text', 'filled_in', 'protocol_files',
-           'marked', 'plain', 'fullest', 'explain_prompt', 'detect_prompt', 'fuzz_items', 'fuzz_prompt']
+           'marked', 'plain', 'fullest', 'explain_prompt', 'shown_active', 'detect_prompt', 'fuzz_items', 'fuzz_prompt']
 
 # %% ../nbs/08d_protocols.ipynb #dde7c570
 import re
@@ -127,15 +127,15 @@ def fullest(phrases: Sequence[str]) -> list[str]:
 def explain_prompt(contexts: FeatureContexts, protocol: Protocol) -> list[Message]:
     """Messages that ask for an explanation."""
     top = max(max(e.activations) for e in contexts.active)
-    groups = {"Active excerpts:": [_heading(e, protocol) + marked(e, top, protocol) for e in _shown(contexts.active, protocol)],
+    groups = {"Active excerpts:": [_heading(e, protocol) + marked(e, top, protocol) for e in shown_active(contexts.active, protocol)],
               "Near misses:": [plain(c, protocol) for c in contexts.near_silent[:protocol.near]],
               "Silent excerpts:": [plain(c, protocol) for c in contexts.silent[:protocol.silent]]}
     lines = [line for head, some in groups.items() if some for line in (head, *_numbered(some), "")]
     return [{"role": "system", "content": filled_in(protocol.explain_prompt, protocol._folder, scale=protocol.scale)},
             {"role": "user", "content": "\n".join(lines[:-1])}]
 
-def _shown(active: Sequence[Example], protocol: Protocol) -> list[Example]:
-    "The active contexts that explain, the strongest first."
+def shown_active(active: Sequence[Example], protocol: Protocol) -> list[Example]:
+    """The active contexts that explain, the strongest first."""
     if protocol.order == "top" or len(active) <= protocol.active: return list(active[:protocol.active])
     return [active[i * (len(active) - 1) // max(protocol.active - 1, 1)] for i in range(protocol.active)]
 

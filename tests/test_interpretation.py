@@ -36,6 +36,7 @@ from saerad.endpoint import (
     check_destination,
     host_of,
     is_loopback,
+    key_of,
     parse_explanation,
     parse_list,
 )
@@ -46,6 +47,7 @@ from saerad.interpretation import (
     Lexical,
     at_prevalence,
     by_source,
+    check_settings,
     compare,
     description_names_truth,
     detect_prompt,
@@ -182,17 +184,19 @@ def test_scores_are_those_of_sklearn():
     assert np.isclose(s.f1, f1_score(truth, said)) and np.isclose(s.precision, precision_score(truth, said))
     assert np.isclose(s.recall, recall_score(truth, said)) and np.isclose(s.balanced_accuracy, balanced_accuracy_score(truth, said))
     assert np.isclose(s.always_yes_f1, f1_score(truth, np.ones(300)))
-    assert s.f1_low < s.f1 < s.f1_high
+    for name in ("precision", "recall", "f1", "balanced_accuracy"):
+        assert getattr(s, f"{name}_low") < getattr(s, name) < getattr(s, f"{name}_high")
 
 
-def test_bootstrap_interval_covers():
-    truth, hits = [True] * 100 + [False] * 100, 0
+def test_bootstrap_intervals_cover():
+    truth, hits = [True] * 100 + [False] * 100, Counter()
+    known = {"f1": 2 * 0.7 / (0.7 + 0.2 + 1), "precision": 0.7 / 0.9, "recall": 0.7, "balanced_accuracy": 0.75}
     for i in range(200):
         draw = np.random.default_rng(i)
         said = [bool(draw.random() < (0.7 if t else 0.2)) for t in truth]
         s = score(truth, said, draw, 300)
-        hits += s.f1_low <= 2 * 0.7 / (0.7 + 0.2 + 1) <= s.f1_high
-    assert 180 <= hits <= 200
+        hits.update(name for name, value in known.items() if getattr(s, f"{name}_low") <= value <= getattr(s, f"{name}_high"))
+    assert all(180 <= hits[name] <= 200 for name in known)
 
 
 def test_unanswered_contexts_are_left_out_not_counted_as_no():
@@ -202,7 +206,9 @@ def test_unanswered_contexts_are_left_out_not_counted_as_no():
 
 def test_nothing_answered_has_no_score():
     s = score([True, False], [None, None], np.random.default_rng(0))
-    assert s.contexts == 0 and np.isnan(s.f1)
+    assert s.contexts == 0 and np.isnan([s.f1, s.f1_low, s.precision_high]).all()
+    quiet = score([True, False], [False, False], np.random.default_rng(0))
+    assert np.isnan([quiet.precision, quiet.precision_low]).all() and quiet.f1 == 0 == quiet.recall
 
 
 # the stage with the baseline
@@ -359,6 +365,17 @@ def test_what_waiting_cannot_mend_is_said_at_once(few, tmp_path, status, match):
     with WordServer(lambda n, b: (status, {}, '{"error": {"message": "no"}}')) as server:
         with pytest.raises(UserError, match=match): interpret(few, config(server, concurrency=1), 0, CLOSED, tmp_path)
     assert len(server.bodies) <= 3
+
+
+def test_a_quota_that_is_used_up_is_said_at_once(few, tmp_path):
+    with WordServer(lambda n, b: (429, {}, '{"error": {"message": "no", "code": "insufficient_quota"}}')) as server:
+        with pytest.raises(UserError, match="quota of the key is used up"): interpret(few, config(server, concurrency=1), 0, CLOSED, tmp_path)
+    assert len(server.bodies) <= 3
+
+
+def test_a_model_that_takes_no_temperature_is_sent_none(few, tmp_path):
+    with WordServer() as server: interpret(few, config(server, temperature=None), 0, CLOSED, tmp_path)
+    assert server.bodies and not any("temperature" in b for b in server.bodies)
 
 
 def faults(number, body):
@@ -871,6 +888,18 @@ def test_a_budget_smaller_than_one_feature(few, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_settings_can_be_checked_before_anything_exists(tmp_path, monkeypatch):
+    check_settings(config())
+    for changes, match in (({"budget": 1.0}, "price_in"), ({"protocol": "papr"}, "papr"), ({"descriptions": str(tmp_path / "no.csv")}, "no.csv")):
+        with pytest.raises(UserError, match=match): check_settings(config(**changes))
+    (tmp_path / "odd.csv").write_text("feature,words\n1,x\n")
+    with pytest.raises(UserError, match="no column for explanation"): check_settings(config(descriptions=str(tmp_path / "odd.csv")))
+    with pytest.raises(UserError, match="OPENAI_API_KEY is not set"): key_of(config(base_url="https://api.example.org/v1"))
+    assert key_of(config()) == "none"
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    assert key_of(config(base_url="https://api.example.org/v1")) == "k"
+
+
 def test_a_batch_gives_the_bytes_of_single_calls(few, tmp_path):
     with WordServer() as server: single = interpret(few, config(server), 0, CLOSED, tmp_path / "single")
     with BatchServer() as server:
@@ -879,6 +908,21 @@ def test_a_batch_gives_the_bytes_of_single_calls(few, tmp_path):
         interpret(few, config(server, batch=True, batch_poll_s=0.01), 0, CLOSED, tmp_path / "batch")
         assert len(server.batches) == 2
     assert batched.drop(columns="by_source").equals(single.drop(columns="by_source"))
+
+
+def test_a_batch_is_no_larger_than_the_budget(few, tmp_path):
+    prices = {"price_in": 1000.0, "price_out": 0.0, "batch": True, "batch_poll_s": 0.01}
+    budget = estimate(Exemplars(few).features, config(**prices), Exemplars(few).contexts())["cost"] / 2
+    with BatchServer() as server:
+        table = interpret(few, config(server, budget=budget, **prices), 0, CLOSED, tmp_path)
+        assert (table.status == "scored").sum() == 3 and len(server.batches) > 2    # each answer was cheap, so there was money for another batch
+        asked = [sum(len(m["content"]) for q in lines for m in q["body"]["messages"]) / 3500 for lines in server.files.values()]
+        assert max(asked) <= budget < sum(asked)
+        ledger = Ledger(tmp_path / "ledger.sqlite")
+        ledger.put("earlier", {}, Reply("paid", tokens_in=1_000_000))
+        endpoint = Endpoint(config(server, budget=budget, **prices), ledger, may_leave=False)
+        with pytest.raises(CallFailed, match="the budget is spent"): endpoint.ask([{"role": "user", "content": "x"}], 5)
+        assert not endpoint.waiting
 
 
 def test_a_batch_that_was_paid_for_is_waited_for(few, tmp_path):
@@ -907,6 +951,14 @@ def test_pictures_are_shown_and_not_kept(few, tmp_path):
     shown = [b for b in server.bodies if isinstance(b["messages"][1]["content"], list)]
     parts = [p for b in shown for p in b["messages"][1]["content"] if p["type"] == "image_url"]
     assert parts and all(p["image_url"]["url"].startswith("data:image/png") for p in parts)
+    explains = [b["messages"][1]["content"] for b in shown if b["messages"][1]["content"][0]["text"].startswith("Active")]
+    assert len(explains) == 3
+    for told in explains:       # a picture behind each of the first eight active excerpts, and behind no other line
+        before = [a["text"] for a, b in zip(told, told[1:], strict=False) if b["type"] == "image_url"]
+        assert [line.split(".")[0] for line in before] == [str(i) for i in range(1, 9)]
+    needed = estimate(Exemplars(few).features, config(server, images=True), Exemplars(few).contexts())
+    blind = estimate(Exemplars(few).features, config(server, images=True, picture_tokens=0), Exemplars(few).contexts())
+    assert len(parts) == (needed["tokens_in"] - blind["tokens_in"]) / 350 and len(server.bodies) == needed["calls"]
     scored = table[table.status == "scored"]
     assert np.allclose(scored.visual_index, scored.visual_f1 - scored.f1)
     assert b"data:image/png" not in (tmp_path / "ledger.sqlite").read_bytes()
@@ -981,6 +1033,7 @@ def test_comparison_feature_by_feature(tmp_path):
 def test_repeated_descriptions_are_grouped():
     said = ["small left effusion seen", "seen: a small, left effusion", "right effusion", "", "pacemaker", ""]
     assert repeated(said) == [0, 0, 2, -1, 4, -1]
+    assert repeated(["small left effusion", "effusion, left and small.", 'fires on ","', 'fires on "."', 'fires on "and"']) == [0, 0, 2, 3, 4]
 
 
 def test_exemplars_of_another_sae(near, tmp_path, folder):
