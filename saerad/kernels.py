@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOURCE', 'FLAGS', 'native', 'quantised', 'rough_products', 'bfloat16_cut', 'as_float', 'as_bits', 'Places',
-           'places_above', 'places_of', 'blocks', 'Step', 'exact_values', 'Measured', 'measure', 'clipping',
-           'gradients', 'apply']
+           'places_above', 'places_of', 'block_shape', 'blocks', 'in_rows', 'Step', 'exact_values', 'Measured', 'bound',
+           'measure', 'clipping', 'gradients', 'apply']
 
 # %% ../nbs/06a_kernels.ipynb #b080f4b7
 import ctypes
@@ -159,9 +159,9 @@ def places_of(rows: int, width: int, row: Tensor, col: Tensor) -> Places:
     return Places(rows, width, ptr, col.to(torch.int32))
 
 # %% ../nbs/06a_kernels.ipynb #8c8b5ffb
-_POINTERS = ("group_end", "level", "x", "row_ptr", "col", "value", "col_ptr", "row", "strength", "W_dec", "W_enc", "slope", "G", "pack", "levels",
-             "length", "along", "square", "most", "norm", "b_dec", "b_enc", "residual", "extra", "extra_dec", "extra_enc", "grad_dec", "grad_enc",
-             "m_dec", "v_dec", "m_enc", "v_enc")
+_POINTERS = ("group_end", "level", "x", "row_ptr", "col", "value", "col_ptr", "row", "strength", "number", "W_dec", "W_enc", "slope_of",
+             "slope", "G", "pack", "levels", "reach", "length", "along", "square", "most", "norm", "b_dec", "b_enc", "residual",
+             "extra", "extra_dec", "extra_enc", "grad_dec", "grad_enc", "m_dec", "v_dec", "m_enc", "v_enc")
 _NUMBERS = ("clip", "rate", "beta1", "beta2", "eps", "root2")
 
 def _record(number: type) -> type[ctypes.Structure]:
@@ -173,14 +173,22 @@ def _record(number: type) -> type[ctypes.Structure]:
 _KINDS = {torch.float32: (_record(ctypes.c_float), "f32"), torch.float64: (_record(ctypes.c_double), "f64")}
 
 # %% ../nbs/06a_kernels.ipynb #e8a1d394
+def block_shape(n: int, d: int) -> tuple[int, int, int]:
+    """Shape of `n` vectors of width `d` in blocks: blocks, vectors, dimensions of a block."""
+    size = native().saerad_block()
+    return -(-d // size), n, size
+
 def blocks(x: Float[Tensor, "n d"], out: Float[Tensor, "blocks n 128"] | None = None) -> Float[Tensor, "blocks n 128"]:
     """The columns of `x` in blocks, the last one filled up with zeros."""
-    size = native().saerad_block()
-    if out is None: out = x.new_empty(-(-x.shape[1] // size), len(x), size)
-    for block, columns in zip(out, x.split(size, dim=1), strict=True):
+    if out is None: out = x.new_empty(block_shape(*x.shape))
+    for block, columns in zip(out, x.split(out.shape[2], dim=1), strict=True):
         block[:, :columns.shape[1]] = columns
         block[:, columns.shape[1]:] = 0
     return out
+
+def in_rows(x: Float[Tensor, "blocks n 128"], d: int) -> Float[Tensor, "n d"]:
+    """What `blocks` was given: vectors of width `d`, one a row."""
+    return x.transpose(0, 1).flatten(1)[:, :d].contiguous()
 
 # %% ../nbs/06a_kernels.ipynb #923d75c8
 class Step:
@@ -196,8 +204,7 @@ class Step:
         self.scratch = {} if scratch is None else scratch
         self.record = record(n=n, d=self.d, width=self.width, groups=len(group_sizes), threads=torch.get_num_threads())
         ends = torch.tensor(list(group_sizes)).cumsum(0)
-        in_blocks = self.room("blocks", -(-self.d // native().saerad_block()), n, native().saerad_block())
-        self.hold(x=blocks(x, in_blocks), length=x.norm(dim=1), W_enc=W_enc, W_dec=W_dec, group_end=ends,
+        self.hold(x=blocks(x, self.room("blocks", *block_shape(n, self.d))), length=x.norm(dim=1), W_enc=W_enc, W_dec=W_dec, group_end=ends,
                   level=torch.tensor(level_weights, dtype=x.dtype) * 2 / n)
 
     def hold(self, **tensors: Tensor) -> None:
@@ -239,18 +246,27 @@ class Measured:
     b_dec: Float[Tensor, " d"]            # gradient by what the decoder adds; the encoder's part is still to come
     b_enc: Float[Tensor, " width"]        # gradient
 
+# %% ../nbs/06a_kernels.ipynb #6b1fa2c1
+def bound(step: Step) -> None:
+    """After the first pass: slopes by feature, the encoder's bias gradient, and what the lengths of the gradients cannot exceed.
+
+    To be called again when gradients are added (`extra`, `extra_dec`, `extra_enc`).
+    """
+    step.hold(b_enc=step.zeros(step.width), **{name: step.zeros(step.width, dtype=torch.float64) for name in ("along", "square", "most")})
+    step.call("bound")
+
 # %% ../nbs/06a_kernels.ipynb #5e05f45a
 def measure(step: Step, places: Places, value: Float[Tensor, " entries"], residual: bool = False) -> Measured:
     """The first pass: errors of all levels and the slope of the loss at every kept place."""
-    r, groups = step.record, step.record.groups
-    step.hold(row_ptr=places.row_ptr, col=places.col, value=value, col_ptr=places.col_ptr, row=places.row,
-              strength=value[places.number.long()], slope=step.zeros(len(value)),
-              G=step.room("G", len(step.held["x"]), groups, r.n, native().saerad_block()), pack=step.room("pack", r.width, native().saerad_block()),
-              levels=step.zeros(r.n, groups, dtype=torch.float64), b_dec=step.zeros(r.d), b_enc=step.zeros(r.width))
-    step.hold(**{name: step.zeros(r.width, dtype=torch.float64) for name in ("along", "square", "most", "norm")})
-    if residual: step.hold(residual=torch.empty(r.n, r.d, dtype=step.dtype))
+    r, held = step.record, step.held
+    many, n, size = held["x"].shape
+    step.hold(row_ptr=places.row_ptr, col=places.col, value=value, slope_of=step.zeros(len(value)), b_dec=step.zeros(r.d),
+              G=step.room("G", many, r.groups, n, size), pack=step.room("pack", r.width, size))
+    step.hold(col_ptr=places.col_ptr, row=places.row, number=places.number, strength=value[places.number.long()], slope=step.zeros(len(value)))
+    step.hold(**{name: step.zeros(n, r.groups, dtype=torch.float64) for name in ("levels", "reach")})
+    if residual: step.hold(residual=torch.empty(n, r.d, dtype=step.dtype))
     step.call("measure")
-    held = step.held
+    bound(step)
     return Measured(held["levels"].mean(0).to(step.dtype), held.get("residual"), held["b_dec"], held["b_enc"])
 
 # %% ../nbs/06a_kernels.ipynb #5d0c61ab
@@ -259,10 +275,9 @@ def clipping(step: Step, rest: float, longest: float) -> float:
 
     `rest` is the squared length of those gradients that the kernels do not hold, the biases'.
     """
-    square, most = step.held["square"], step.held["most"]
-    if float(square.sum() + most.sum()) + rest <= longest**2: return 1.0
+    if float(step.held["most"].sum()) + rest <= longest**2: return 1.0
     step.call("lengths")
-    length = (float(square.sum()) + rest) ** 0.5
+    length = max(float(step.held["square"].sum()) + rest, 0.0) ** 0.5
     return min(1.0, longest / length) if length > 0 else 1.0
 
 # %% ../nbs/06a_kernels.ipynb #f4ae1b53
@@ -276,9 +291,9 @@ def gradients(step: Step) -> tuple[Float[Tensor, "width d"], Float[Tensor, "widt
 def apply(step: Step, moments: dict[str, Tensor], clip: float, rate: float, betas: tuple[float, float], count: int, eps: float = 1e-8) -> None:
     """After `measure`: change both weights by Adam's step number `count` (from 1); gradients are multiplied by `clip`.
 
-    `moments` holds `m_enc, v_enc, m_dec, v_dec`, laid out like the weights; they change too.
+    `moments` holds `m_enc, v_enc, m_dec, v_dec`, each in `blocks`; they change too.
     """
-    step.hold(**moments)
+    step.hold(**moments, norm=step.zeros(step.width, dtype=torch.float64))
     numbers = (clip, rate / (1 - betas[0]**count), *betas, eps, (1 - betas[1]**count) ** 0.5)
     for name, number in zip(_NUMBERS, numbers, strict=True): setattr(step.record, name, number)
     step.call("apply")

@@ -271,8 +271,9 @@ class Trainer:
         self.silent = torch.zeros(sae.width, dtype=torch.int64, device=sae.W_dec.device)      # tokens since each feature last fired
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=1.0, betas=cfg.betas, fused=True)
         for p in sae.parameters():
-            step = torch.zeros((), device=p.device)
-            self.optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            like = p.new_empty(kernels.block_shape(sae.width, sae.d)) if self.engine == "native" and p.ndim == 2 else p
+            moments = {key: torch.zeros_like(like) for key in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
 
     @property
     def width(self) -> int:
@@ -497,7 +498,8 @@ def native_step(self: Trainer, x: Tensor, dead: Tensor, tokens: int) -> Taken:
         number = torch.full((sae.width,), -1, dtype=torch.int32)
         number[dead] = torch.arange(len(dead), dtype=torch.int32)
         step.hold(extra=number, extra_dec=rows["W_dec"].contiguous(), extra_enc=rows["W_enc"].contiguous())
-        found, bias = kernels.measure(step, places, value), rows["b_dec"]
+        kernels.bound(step)
+        bias = rows["b_dec"]
     b_dec = found.b_dec - sae.W_enc @ found.b_enc + bias
     if reviving: found.b_enc.index_add_(0, dead, rows["b_enc"])
     self.apply(step, found.b_enc, b_dec)
@@ -512,9 +514,8 @@ def apply(self: Trainer, step: kernels.Step, b_enc: Float[Tensor, " width"], b_d
     clip = kernels.clipping(step, float(b_enc.double().square().sum() + b_dec.double().square().sum()), cfg.clip)
     rate, count = cfg.rate(self.step, self.width), self.step + 1
     for p in sae.parameters(): state[p]["step"] += 1
-    names = (("W_enc", "enc"), ("W_dec", "dec"))
-    moments = {f"{m}_{short}": state[getattr(sae, name)][key].T if short == "enc" else state[getattr(sae, name)][key]
-               for name, short in names for m, key in (("m", "exp_avg"), ("v", "exp_avg_sq"))}
+    moments = {f"{m}_{short}": state[p][key] for p, short in ((sae.W_enc, "enc"), (sae.W_dec, "dec"))
+               for m, key in (("m", "exp_avg"), ("v", "exp_avg_sq"))}
     kernels.apply(step, moments, clip, rate, cfg.betas, count)
     for p, g in ((sae.b_enc, b_enc), (sae.b_dec, b_dec)):
         m, v = state[p]["exp_avg"].lerp_(g * clip, 1 - cfg.betas[0]), state[p]["exp_avg_sq"]
@@ -549,13 +550,21 @@ def metrics(self: Trainer, x: Tensor, taken: Taken, dead: int, tokens: int) -> d
     return {"step": self.step, "loss": float(taken.levels @ weights), "fvu": float(taken.levels[-1]) / variance, "aux": taken.aux,
             "dead": int(gone) / self.width, "l0": int(on) / tokens, "threshold": float(sae.threshold)}
 
+# %% ../nbs/06_training.ipynb #6b1fa2c2
+@patch
+def plain(self: Trainer, name: str, moment: Tensor) -> Tensor:
+    """A moment of the parameter `name`, laid out like it: the compiled engine keeps those of the weights in blocks."""
+    if moment.ndim < 3: return moment
+    rows = kernels.in_rows(moment, self.sae.d)
+    return rows.T if name == "W_enc" else rows
+
 # %% ../nbs/06_training.ipynb #0c4c2a1e
 @patch
 def save(self: Trainer, path: Path, fingerprint: str) -> None:
     """Write everything that a step changes into one file."""
     tensors = {f"sae.{n}": t for n, t in self.sae.tensors().items()} | {"silent": self.silent.cpu()}
     for n, p in self.sae.named_parameters():
-        tensors |= {f"adam.{n}.{key}": t.cpu().contiguous() for key, t in self.optimizer.state[p].items()}
+        tensors |= {f"adam.{n}.{key}": self.plain(n, t).cpu().contiguous() for key, t in self.optimizer.state[p].items()}
     meta = {"run": json.dumps({"step": self.step, "fingerprint": fingerprint})}      # one key: their order is random
     with write_beside(path) as part: st.save_file(tensors, part, meta)
 
@@ -573,7 +582,10 @@ def restore(self: Trainer, path: Path, fingerprint: str) -> bool:
     self.silent.copy_(tensors["silent"])
     self.step = meta["step"]
     for n, p in self.sae.named_parameters():
-        for key, t in self.optimizer.state[p].items(): t.copy_(tensors[f"adam.{n}.{key}"])
+        for key, t in self.optimizer.state[p].items():
+            kept = tensors[f"adam.{n}.{key}"]
+            if t.ndim == 3: kernels.blocks(kept.T if n == "W_enc" else kept, out=t)
+            else: t.copy_(kept)
     return True
 
 # %% ../nbs/06_training.ipynb #153b9512

@@ -224,6 +224,19 @@ def test_every_engine_takes_the_steps_of_the_reference(engine, kind):
     for name, p in ours.sae.named_parameters(): assert torch.allclose(p, theirs.sae.get_parameter(name), atol=2e-4), name
 
 
+@pytest.mark.parametrize("one", ENGINES[1:])
+@pytest.mark.parametrize("other", ENGINES[1:])
+def test_a_checkpoint_of_one_engine_is_taken_up_by_another(one, other, tmp_path):
+    (there, _), (here, _) = steps(one, SAEConfig(k=4), 5), steps(other, SAEConfig(k=4), 1)
+    there.save(tmp_path / "checkpoint", "same run")
+    assert here.restore(tmp_path / "checkpoint", "same run") and here.step == 5
+    for name, p in there.sae.named_parameters():
+        mine = here.sae.get_parameter(name)
+        assert torch.equal(mine, p)
+        for key, moment in there.optimizer.state[p].items():
+            assert moment.any() and torch.equal(here.plain(name, here.optimizer.state[mine][key]), there.plain(name, moment))
+
+
 @pytest.mark.parametrize("engine", ENGINES[1:])
 def test_every_engine_revives_as_the_reference_does(engine):
     dead = {"dead_after": 0.001, "aux_k": 3, "aux_alpha": 1.0, "clip": 0.05}

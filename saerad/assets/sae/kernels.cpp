@@ -9,7 +9,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <initializer_list>
 #include <thread>
 #include <vector>
 
@@ -29,33 +28,67 @@ template <class F> void parallel(long threads, long n, long grain, F work) {
     for (auto& other : others) other.join();
 }
 
-// BLOCK numbers in registers.
-template <class T> struct Block {
-    typedef T V __attribute__((vector_size(64)));
-    static constexpr int N = BLOCK * sizeof(T) / 64;
-    V v[N];
-    static Block zero() { Block b; for (int i = 0; i < N; ++i) b.v[i] = V{}; return b; }
-    static Block load(const T* p) { Block b; std::memcpy(b.v, p, sizeof b.v); return b; }
-    static Block load(const T* p, long n) {                        // the last block may be short
-        if (n >= BLOCK) return load(p);
-        Block b = zero();
-        std::memcpy(b.v, p, n * sizeof(T));
-        return b;
+// N registers of numbers, and BLOCK numbers of them. Nested rather than an array: compilers keep an array in memory.
+#if defined(__AVX512F__)
+constexpr long BYTES = 64;
+#elif defined(__AVX__)
+constexpr long BYTES = 32;
+#else
+constexpr long BYTES = 16;
+#endif
+
+template <class T, long N> struct Registers {
+    Registers<T, N / 2> low, high;
+    static constexpr long HALF = N / 2 * BYTES / sizeof(T);
+    typedef typename Registers<T, 1>::V V;
+    static Registers zero() { return {Registers<T, N / 2>::zero(), Registers<T, N / 2>::zero()}; }
+    static Registers load(const T* p) { return {Registers<T, N / 2>::load(p), Registers<T, N / 2>::load(p + HALF)}; }
+    void store(T* p) const { low.store(p); high.store(p + HALF); }
+    void add(T s, const Registers& o) { low.add(s, o.low); high.add(s, o.high); }
+    V times(const Registers& o) const { return low.times(o.low) + high.times(o.high); }
+};
+
+template <class T> struct Registers<T, 1> {
+    typedef T V __attribute__((vector_size(BYTES)));
+    typedef T Any __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));
+    V v;
+    static Registers zero() { return {V{}}; }
+    static Registers load(const T* p) { return {*(const Any*)p}; }
+    void store(T* p) const { *(Any*)p = v; }
+    void add(T s, const Registers& o) { v += s * o.v; }
+    V times(const Registers& o) const { return v * o.v; }
+};
+
+template <class T, long BYTES> T sum(T __attribute__((vector_size(BYTES))) v) {
+    if constexpr (BYTES == 2 * sizeof(T)) return v[0] + v[1];
+    else {
+        typedef T Half __attribute__((vector_size(BYTES / 2)));
+        Half halves[2];
+        std::memcpy(halves, &v, BYTES);
+        return sum<T, BYTES / 2>(halves[0] + halves[1]);
     }
-    void store(T* p) const { std::memcpy(p, v, sizeof v); }
-    void store(T* p, long n) const { std::memcpy(p, v, std::min(n, BLOCK) * sizeof(T)); }
-    void add(T s, const Block& o) { for (int i = 0; i < N; ++i) v[i] += s * o.v[i]; }
+}
+
+template <class T> struct Block : Registers<T, BLOCK * sizeof(T) / BYTES> {
+    typedef Registers<T, BLOCK * sizeof(T) / BYTES> R;
+    Block(R r) : R(r) {}
+    static Block zero() { return R::zero(); }
+    static Block load(const T* p) { return R::load(p); }
+    static Block load(const T* p, long n) {                        // the last block may be short
+        if (n >= BLOCK) return R::load(p);
+        T whole[BLOCK] = {};
+        std::memcpy(whole, p, n * sizeof(T));
+        return R::load(whole);
+    }
+    void store(T* p) const { R::store(p); }
+    void store(T* p, long n) const {
+        if (n >= BLOCK) return R::store(p);
+        T whole[BLOCK];
+        R::store(whole);
+        std::memcpy(p, whole, n * sizeof(T));
+    }
     T dot(const Block& o) const {
-        V a = v[0] * o.v[0], b = v[1] * o.v[1];
-        for (int i = 2; i < N; i += 2) { a += v[i] * o.v[i]; b += v[i + 1] * o.v[i + 1]; }
-        a += b;
-        typedef T H __attribute__((vector_size(32)));
-        typedef T Q __attribute__((vector_size(16)));
-        H h[2]; std::memcpy(h, &a, 64); h[0] += h[1];
-        Q q[2]; std::memcpy(q, h, 32); q[0] += q[1];
-        T s = 0;
-        for (unsigned i = 0; i < 16 / sizeof(T); ++i) s += q[0][i];
-        return s;
+        return sum<T, BYTES>(this->times(o));
     }
 };
 
@@ -69,51 +102,46 @@ template <class T> struct Step {
     const T* x;                       // [blocks, n, BLOCK] normalised, less b_dec, padded with zeros
     const long* row_ptr; const int* col; const T* value;          // by token
     const long* col_ptr; const int* row; const T* strength;       // by feature; the same values in that order
+    const int* number;                // [kept] by feature: which entry it is by token
     T* W_dec; T* W_enc;               // [width, d] both
-    T* slope;                         // [kept] by feature: derivative of the loss by each activation
+    T* slope_of;                      // [kept] by token: derivative of the loss by each activation
+    T* slope;                         // [kept] by feature
     T* G;                             // [blocks, groups, n, BLOCK] scratch
     T* pack;                          // [width, BLOCK] scratch
     double* levels;                   // [n, groups] squared errors
+    double* reach;                    // [n, groups] squared lengths of G
     const T* length;                  // [n] of each x
-    double* along; double* square;    // [width] gradient of a decoder row along it; squared lengths of its gradient, and of the encoder's once asked
-    double* most;                     // [width] what the length of the encoder's gradient cannot exceed, squared
+    double* along;                    // [width] gradient of a decoder row along it
+    double* square;                   // [width] squared lengths of both gradients, once asked
+    double* most;                     // [width] what they cannot exceed
     double* norm;                     // [width] squared length of the new decoder row
     T* b_dec; T* b_enc;               // gradients
     T* residual;                      // [n, d] or null
     const int* extra; const T* extra_dec; const T* extra_enc;     // [width] row of an added gradient, or -1; may be null
     T* grad_dec; T* grad_enc;         // [width, d] to write gradients instead of changing weights, or null
-    T* m_dec; T* v_dec; T* m_enc; T* v_enc;
+    T* m_dec; T* v_dec; T* m_enc; T* v_enc;                       // [blocks, width, BLOCK] Adam's moments
     T clip, rate, beta1, beta2, eps, root2;                       // rate: over the first correction; root2: root of the second
 };
 
 namespace {
 
-// A weight's block lies a page from that of the next feature, which no processor guesses: it is sent for while this one is worked on.
-template <class T> void fetch(const Step<T>& s, std::initializer_list<const T*> weights, long f, long at) {
+// A weight's block lies a page from that of the next feature, which no processor guesses: it is sent for some features ahead.
+template <class T> void fetch(const Step<T>& s, const T* weights, long f, long at) {
     if (f >= s.width) return;
-    for (const T* w : weights)
-        if (w)
-            for (long k = 0, len = std::min(BLOCK, s.d - at); k < len; k += 64 / sizeof(T)) __builtin_prefetch(w + f * s.d + at + k);
-}
-
-// Rows that are gathered in no order are brought into the shared cache in order first, which memory does many times faster.
-template <class T> void warm(const Step<T>& s, const T* rows, long n) {
-    parallel(s.threads, n, 256, [&](long i) {
-        for (long k = 0; k < BLOCK; k += 64 / sizeof(T)) __builtin_prefetch(rows + i * BLOCK + k);
-    });
+    for (long k = 0, len = std::min(BLOCK, s.d - at); k < len; k += 64 / sizeof(T)) __builtin_prefetch(weights + f * s.d + at + k);
 }
 
 // One block of all errors, and from them the gradients G of each group's share of the reconstruction, for every token.
 template <class T> void decode(const Step<T>& s, long b) {
     const long at = b * BLOCK, len = std::min(BLOCK, s.d - at);
     parallel(s.threads, s.width, 256, [&](long f) {
-        fetch(s, {s.W_dec}, f + 4, at);
+        fetch(s, s.W_dec, f + 6, at);
         Block<T>::load(s.W_dec + f * s.d + at, len).store(s.pack + f * BLOCK);
     });
     const T* x = s.x + b * s.n * BLOCK;
     T* G = s.G + b * s.groups * s.n * BLOCK;
     parallel(s.threads, s.n, 32, [&](long i) {
-        Block<T> e = Block<T>::zero(), c = e;
+        Block<T> e = Block<T>::zero(), c = Block<T>::zero();
         e.add(-1, Block<T>::load(x + i * BLOCK));
         long j = s.row_ptr[i];
         const long end = s.row_ptr[i + 1];
@@ -135,6 +163,9 @@ template <class T> void decode(const Step<T>& s, long b) {
             T* place = G + (g * s.n + i) * BLOCK;
             c.add(s.level[g], Block<T>::load(place));
             c.store(place);
+            s.reach[i * s.groups + g] += c.dot(c);
+            for (const long first = g ? s.group_end[g - 1] : 0; j > s.row_ptr[i] && s.col[j - 1] >= first; --j)
+                s.slope_of[j - 1] += c.dot(Block<T>::load(s.pack + s.col[j - 1] * BLOCK));
         }
     });
 }
@@ -154,93 +185,87 @@ template <class T> Block<T> gather(const Step<T>& s, Block<T> sum, const T* from
 }
 
 template <class T> void adam(const Step<T>& s, T* __restrict w, T* __restrict m, T* __restrict v, const Block<T>& gradient, long len) {
-    T g[BLOCK];
-    gradient.store(g);
-    const T keep1 = s.beta1, take1 = 1 - s.beta1, keep2 = s.beta2, take2 = 1 - s.beta2, by = 1 / s.root2, rate = s.rate, eps = s.eps;
+    T from[BLOCK];
+    gradient.store(from);
+    const T clip = s.clip, keep1 = s.beta1, take1 = 1 - s.beta1, keep2 = s.beta2, take2 = 1 - s.beta2, by = 1 / s.root2, rate = s.rate, eps = s.eps;
     for (long k = 0; k < len; ++k) {
-        m[k] = keep1 * m[k] + take1 * g[k];
-        v[k] = keep2 * v[k] + take2 * g[k] * g[k];
+        const T g = clip * from[k];
+        m[k] = keep1 * m[k] + take1 * g;
+        v[k] = keep2 * v[k] + take2 * g * g;
         w[k] -= rate * m[k] / (std::sqrt(v[k]) * by + eps);
     }
 }
 
-// First pass: errors, slopes and the lengths of the decoder's gradients, none of which is kept.
+// First pass: errors and slopes.
 template <class T> void measure(const Step<T>& s) {
-    const long blocks = (s.d + BLOCK - 1) / BLOCK;
-    for (long b = 0; b < blocks; ++b) {
-        const long at = b * BLOCK, len = std::min(BLOCK, s.d - at);
+    for (long b = 0, at = 0; at < s.d; ++b, at += BLOCK) {
         decode(s, b);
-        parallel(s.threads, s.width + 1, 64, [&](long f) {
-            if (f == s.width) {                                    // the bias is in every level
-                Block<T> sum = Block<T>::zero();
-                for (long i = 0; i < s.n; ++i) sum.add(1, Block<T>::load(s.G + (b * s.groups * s.n + i) * BLOCK));
-                sum.store(s.b_dec + at, len);
-                return;
-            }
-            const T* G = gathered(s, b, f);
-            const Block<T> w = Block<T>::load(s.pack + f * BLOCK);
-            Block<T> sum = start(s, s.extra_dec, f, at, len);
-            for (long j = s.col_ptr[f]; j < s.col_ptr[f + 1]; ++j) {
-                const Block<T> here = Block<T>::load(G + s.row[j] * BLOCK);
-                s.slope[j] += here.dot(w);
-                sum.add(s.strength[j], here);
-            }
-            s.along[f] += sum.dot(w);
-            s.square[f] += sum.dot(sum);
-        });
+        Block<T> sum = Block<T>::zero();                           // the bias is in every level
+        for (long i = 0; i < s.n; ++i) sum.add(1, Block<T>::load(s.G + (b * s.groups * s.n + i) * BLOCK));
+        sum.store(s.b_dec + at, std::min(BLOCK, s.d - at));
     }
 }
 
-// By the triangle inequality no encoder gradient is longer than its tokens, each as long as it is, all in one direction.
-template <class T> void bound_encoder(const Step<T>& s) {
+// By the triangle inequality no gradient is longer than its tokens' parts, each as long as it is, all in one direction.
+template <class T> void bound(const Step<T>& s) {
     parallel(s.threads, s.width, 256, [&](long f) {
-        s.square[f] -= s.along[f] * s.along[f];                    // of the decoder's gradient only what turns the row
-        double most = 0;
+        const long g = std::upper_bound(s.group_end, s.group_end + s.groups, f) - s.group_end;
+        double along = 0, dec = 0, enc = 0, bias = 0;
         for (long j = s.col_ptr[f]; j < s.col_ptr[f + 1]; ++j) {
-            s.b_enc[f] += s.slope[j];
-            most += double(std::abs(s.slope[j])) * s.length[s.row[j]];
+            const double slope = s.slope[j] = s.slope_of[s.number[j]], strength = s.strength[j];
+            bias += slope;
+            along += slope * strength;
+            dec += std::abs(strength) * std::sqrt(s.reach[s.row[j] * s.groups + g]);
+            enc += std::abs(slope) * s.length[s.row[j]];
         }
-        double extra = 0;
-        if (s.extra && s.extra[f] >= 0)
-            for (long k = 0; k < s.d; ++k) extra += double(s.extra_enc[s.extra[f] * s.d + k]) * s.extra_enc[s.extra[f] * s.d + k];
-        s.most[f] = (most + std::sqrt(extra)) * (most + std::sqrt(extra));
+        if (s.extra && s.extra[f] >= 0) {
+            const T *by_dec = s.extra_dec + s.extra[f] * s.d, *by_enc = s.extra_enc + s.extra[f] * s.d, *w = s.W_dec + f * s.d;
+            double square_dec = 0, square_enc = 0;
+            for (long k = 0; k < s.d; ++k) {
+                along += double(by_dec[k]) * w[k];
+                square_dec += double(by_dec[k]) * by_dec[k];
+                square_enc += double(by_enc[k]) * by_enc[k];
+            }
+            dec += std::sqrt(square_dec);
+            enc += std::sqrt(square_enc);
+        }
+        s.b_enc[f] = T(bias);
+        s.along[f] = along;
+        s.most[f] = dec * dec + enc * enc;
     });
 }
 
 // The lengths themselves, for where the bound leaves it open whether gradients must be clipped.
-template <class T> void measure_encoder(const Step<T>& s) {
+template <class T> void lengths(const Step<T>& s) {
     for (long b = 0, at = 0; at < s.d; ++b, at += BLOCK)
         parallel(s.threads, s.width, 64, [&](long f) {
-            Block<T> sum = start(s, s.extra_enc, f, at, std::min(BLOCK, s.d - at));
-            sum = gather(s, sum, s.x + b * s.n * BLOCK, s.slope, f);
-            s.square[f] += sum.dot(sum);
+            const long len = std::min(BLOCK, s.d - at);
+            const Block<T> dec = gather(s, start(s, s.extra_dec, f, at, len), gathered(s, b, f), s.strength, f);
+            const Block<T> enc = gather(s, start(s, s.extra_enc, f, at, len), s.x + b * s.n * BLOCK, s.slope, f);
+            if (b == 0) s.square[f] = -s.along[f] * s.along[f];    // of the decoder's only what turns the row
+            s.square[f] += double(dec.dot(dec)) + double(enc.dot(enc));
         });
 }
 
-// Second pass: every gradient again, block by block, and at once into the weights (or, for tests, out).
+// Second pass: every gradient again, block by block, and at once into the weights (or, for tests, out). One weight after the other:
+// what is gathered for both at once is more than a core's own cache.
 template <class T> void apply(const Step<T>& s) {
-    const long blocks = (s.d + BLOCK - 1) / BLOCK;
-    for (long b = 0; b < blocks; ++b) {
-        const long at = b * BLOCK, len = std::min(BLOCK, s.d - at);
-        warm(s, s.G + b * s.groups * s.n * BLOCK, s.groups * s.n);
-        warm(s, s.x + b * s.n * BLOCK, s.n);
-        parallel(s.threads, s.width, 64, [&](long f) {
-            const long here = f * s.d + at;
-            fetch<T>(s, {s.W_dec, s.m_dec, s.v_dec, s.W_enc, s.m_enc, s.v_enc}, f + 1, at);
-            Block<T> dec = gather(s, start(s, s.extra_dec, f, at, len), gathered(s, b, f), s.strength, f);
-            Block<T> enc = gather(s, start(s, s.extra_enc, f, at, len), s.x + b * s.n * BLOCK, s.slope, f);
-            if (s.grad_dec) {
-                dec.store(s.grad_dec + here, len);
-                enc.store(s.grad_enc + here, len);
-                return;
-            }
-            dec.add(-T(s.along[f]), Block<T>::load(s.W_dec + here, len));
-            Block<T> clipped = Block<T>::zero();
-            clipped.add(s.clip, dec);
-            adam(s, s.W_dec + here, s.m_dec + here, s.v_dec + here, clipped, len);
-            clipped = Block<T>::zero();
-            clipped.add(s.clip, enc);
-            adam(s, s.W_enc + here, s.m_enc + here, s.v_enc + here, clipped, len);
+    for (long b = 0, at = 0; at < s.d; ++b, at += BLOCK) {
+        const long len = std::min(BLOCK, s.d - at);
+        parallel(s.threads, s.width, 256, [&](long f) {
+            const long here = f * s.d + at, moments = (b * s.width + f) * BLOCK;
+            fetch(s, s.W_enc, f + 6, at);
+            const Block<T> g = gather(s, start(s, s.extra_enc, f, at, len), s.x + b * s.n * BLOCK, s.slope, f);
+            if (s.grad_enc) g.store(s.grad_enc + here, len);
+            else adam(s, s.W_enc + here, s.m_enc + moments, s.v_enc + moments, g, len);
+        });
+        parallel(s.threads, s.width, 256, [&](long f) {
+            const long here = f * s.d + at, moments = (b * s.width + f) * BLOCK;
+            fetch(s, s.W_dec, f + 6, at);
+            Block<T> g = gather(s, start(s, s.extra_dec, f, at, len), gathered(s, b, f), s.strength, f);
+            if (s.grad_dec) return g.store(s.grad_dec + here, len);
+            g.add(-T(s.along[f]), Block<T>::load(s.W_dec + here, len));
+            adam(s, s.W_dec + here, s.m_dec + moments, s.v_dec + moments, g, len);
             const Block<T> w = Block<T>::load(s.W_dec + here, len);
             s.norm[f] += w.dot(w);
         });
@@ -256,7 +281,7 @@ template <class T> void apply(const Step<T>& s) {
 template <class T> void values(const Step<T>& s, const T* b_enc, T* out) {
     for (long b = 0, at = 0; at < s.d; ++b, at += BLOCK)
         parallel(s.threads, s.width, 64, [&](long f) {
-            fetch(s, {s.W_enc}, f + 1, at);
+            fetch(s, s.W_enc, f + 6, at);
             const Block<T> w = Block<T>::load(s.W_enc + f * s.d + at, std::min(BLOCK, s.d - at));
             for (long j = s.col_ptr[f]; j < s.col_ptr[f + 1]; ++j)
                 out[j] = (b ? out[j] : b_enc[f]) + w.dot(Block<T>::load(s.x + (b * s.n + s.row[j]) * BLOCK));
@@ -383,8 +408,9 @@ void saerad_transpose(long rows, long width, const long* row_ptr, const int* col
 
 #define BOTH(name, type)                                                                                       \
     void saerad_values_##name(const Step<type>* s, const type* b_enc, type* out) { values(*s, b_enc, out); }   \
-    void saerad_measure_##name(const Step<type>* s) { measure(*s); bound_encoder(*s); }                        \
-    void saerad_lengths_##name(const Step<type>* s) { measure_encoder(*s); }                                   \
+    void saerad_measure_##name(const Step<type>* s) { measure(*s); }                                           \
+    void saerad_bound_##name(const Step<type>* s) { bound(*s); }                                               \
+    void saerad_lengths_##name(const Step<type>* s) { lengths(*s); }                                           \
     void saerad_apply_##name(const Step<type>* s) { apply(*s); }
 BOTH(f32, float)
 BOTH(f64, double)
