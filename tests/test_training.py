@@ -16,6 +16,7 @@ from saerad.core import UserError, rng
 from saerad.sae import MatryoshkaSAE, SAEConfig
 from saerad.training import (
     Job,
+    Log,
     Trainer,
     TrainingConfig,
     ahead,
@@ -344,6 +345,19 @@ def test_the_next_batch_is_read_ahead_and_errors_arrive():
     assert next(reader) == 1 and made[:2] == [0, 1]
     assert next(reader) == 2
     with pytest.raises(RuntimeError, match="the disk"): next(reader)
+
+
+def test_tensorboard_gets_every_metric_where_it_is_installed(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for first, last in ((0, 3), (2, 4)):                             # killed after step 3 with a checkpoint of step 2
+        with Log(tmp_path, first) as log:
+            for step in range(first + 1, last + 1): log.write({"step": step, "fvu": 1 / step, "l0": 4.0})
+    board = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert sorted(board.Tags()["scalars"]) == ["fvu", "l0"]
+    assert [(e.step, round(e.value, 4)) for e in board.Scalars("fvu")] == [(1, 1.0), (2, 0.5), (3, 0.3333), (4, 0.25)]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in lines] == [1, 2, 3, 4]
 
 
 # --- a step
