@@ -73,6 +73,7 @@ def _at(tensor: Tensor | None) -> ctypes.c_void_p:
 
 def _long(value: int) -> ctypes.c_long: return ctypes.c_long(int(value))
 
+# %% ../nbs/06a_kernels.ipynb #e045d6cc
 def quantised(rows: Float[Tensor, "n d"]) -> tuple[Int[Tensor, "n d"], Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Float32 rows as 8-bit integers, the unit of each row, and each row's squared length."""
     small, unit, square = torch.empty(rows.shape, dtype=torch.int8), torch.empty(len(rows)), torch.empty(len(rows))
@@ -108,6 +109,7 @@ def as_float(bits: int) -> float:
     """The number that a bfloat16 pattern stands for."""
     return torch.tensor(bits, dtype=torch.int16).view(torch.bfloat16).item()
 
+# %% ../nbs/06a_kernels.ipynb #a4eb8091
 def as_bits(value: float) -> int:
     """The pattern of the largest bfloat16 number that is not above a positive `value`; 0 for others."""
     return int(torch.tensor(value).view(torch.int32)) >> 16 if value > 0 else 0
@@ -178,6 +180,7 @@ def block_shape(n: int, d: int) -> tuple[int, int, int]:
     size = native().saerad_block()
     return -(-d // size), n, size
 
+# %% ../nbs/06a_kernels.ipynb #b12bf4f5
 def blocks(x: Float[Tensor, "n d"], out: Float[Tensor, "blocks n 128"] | None = None) -> Float[Tensor, "blocks n 128"]:
     """The columns of `x` in blocks, the last one filled up with zeros."""
     if out is None: out = x.new_empty(block_shape(*x.shape))
@@ -186,6 +189,7 @@ def blocks(x: Float[Tensor, "n d"], out: Float[Tensor, "blocks n 128"] | None = 
         block[:, columns.shape[1]:] = 0
     return out
 
+# %% ../nbs/06a_kernels.ipynb #c98423c6
 def in_rows(x: Float[Tensor, "blocks n 128"], d: int) -> Float[Tensor, "n d"]:
     """What `blocks` was given: vectors of width `d`, one a row."""
     return x.transpose(0, 1).flatten(1)[:, :d].contiguous()

@@ -101,6 +101,7 @@ def _kept(pre: Tensor, on: Tensor, ranks: Ranks = Ranks()) -> Kept:
     value = pre.reshape(-1)[at]
     return Kept(at // pre.shape[1], at % pre.shape[1], value, ranks.smallest(value))
 
+# %% ../nbs/06_training.ipynb #91ed5e81
 def _kth_largest(values: Tensor, k: int) -> float:
     flat = values.numpy().ravel()
     return float(np.partition(flat, len(flat) - k)[len(flat) - k])
@@ -137,6 +138,7 @@ def coded_rows(sae: MatryoshkaSAE, kept: Kept, n: int) -> Tensor:
 # %% ../nbs/06_training.ipynb #6bbea085
 warnings.filterwarnings("ignore", "Sparse CSR tensor support")      # a notice about torch, not about the user's run
 
+# %% ../nbs/06_training.ipynb #6a6266e0
 def _csr(row: Tensor, col: Tensor, value: Tensor, shape: tuple[int, int]) -> Tensor:
     ends = torch.zeros(shape[0] + 1, dtype=torch.int64, device=row.device)
     ends[1:] = torch.bincount(row, minlength=shape[0]).cumsum(0)
@@ -286,6 +288,7 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
 
+# %% ../nbs/06_training.ipynb #06f5c2ab
 def has_int8() -> bool:
     """Whether this processor has units for products of 8-bit integers."""
     return any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("vnni", "avx512_vnni", "amx_tile"))
@@ -314,6 +317,7 @@ def normalised(self: Trainer, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     if self.engine != "native": return x / sae.scale
     return torch.div(x, sae.scale, out=self.room("batch", x.shape))
 
+# %% ../nbs/06_training.ipynb #ee9c3bd5
 @patch
 def room(self: Trainer, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """An array with anything in it, the same one in every step: where arrays are large, fresh memory costs as much as what is done in it."""
@@ -333,6 +337,7 @@ def advance(self: Trainer, x: Float[Tensor, "n d"]) -> dict[str, float]:
     self.count(taken.kept, tokens)
     return self.metrics(x, taken, len(dead), tokens)
 
+# %% ../nbs/06_training.ipynb #95b7cf12
 @dataclass
 class Taken:
     """What a step leaves to be counted and logged."""
@@ -623,6 +628,7 @@ class Job:
 # %% ../nbs/06_training.ipynb #6669f59b
 T = TypeVar("T")
 
+# %% ../nbs/06_training.ipynb #bdfabd87
 def ahead(items: Iterator[T]) -> Iterator[T]:
     """The same items, the next one of which is made in another thread while one is being used."""
     with ThreadPoolExecutor(1) as reader:
