@@ -36,16 +36,21 @@ STYLE = """
 .md-typeset pre.output { border-left: .2rem solid var(--md-default-fg-color--lightest); padding: .4rem .8rem;
   overflow-x: auto; font-size: .75em; line-height: 1.45 }
 .md-typeset .shown { overflow-x: auto }
-.md-typeset .shown table { display: table; font-size: .65rem; border-collapse: collapse }
-.md-typeset .shown th, .md-typeset .shown td { padding: .15rem .5rem; text-align: right }
+.md-typeset .shown table { display: table; font-size: .65rem; border: 0; border-collapse: collapse }
+.md-typeset .shown :is(th, td) { padding: .15rem .5rem; text-align: right; border: 0; border-bottom: .05rem solid var(--md-default-fg-color--lightest) }
+.md-typeset .shown thead tr:last-child th { border-bottom-color: var(--md-default-fg-color--light) }
 .md-typeset div.math { overflow-x: auto; margin: 1em 0 }
-.md-typeset math { font-size: 1.05em }
+.md-typeset math { font-size: 1.05em; font-family: "Latin Modern Math", "STIX Two Math", "Cambria Math", "DejaVu Math TeX Gyre", math }
 .md-typeset pre > code { font-size: .76em }
 .md-typeset .source { float: right; font-size: .6rem; margin-top: -2.6em }
+.md-typeset td:first-child code { white-space: nowrap }
+.md-grid { max-width: 72rem }
+.md-typeset :is(p, ul, ol, blockquote, h1) { max-width: 40rem }
+.md-typeset p:has(img) { max-width: none }
 @media (min-width: 76.25em) { .md-sidebar { width: 10.4rem } }
 @media (max-width: 44.9em) {
-  .md-typeset p:has(> img:only-child) { overflow-x: auto }
-  .md-typeset p > img:only-child { max-width: 640px }
+  .md-typeset .source { float: none; display: block; margin: -.6em 0 .6em }
+  .md-typeset table:not([class]) :is(th, td) { min-width: 0; padding: .4em .5em }
 }
 """
 
@@ -91,7 +96,7 @@ class Book:
     def formula(self, tex: str, display: bool) -> str:
         """A mark that survives Markdown; `finish` puts MathML in its place."""
         from latex2mathml.converter import convert
-        made = convert(tex, display="block" if display else "inline")
+        made = convert(tex, display="block" if display else "inline").replace("<mo>&#x02016;", '<mo stretchy="false">&#x02016;')
         self.formulas.append(f'<div class="math">{made}</div>' if display else made)
         return f"FORMULA{len(self.formulas) - 1:05d}X"
 
@@ -114,7 +119,7 @@ def relinked(text: str, folder: str, book: Book, home: str) -> str:
             if url.startswith(prefix): return f"{m[1]}({up}{url[len(prefix):]})"
         found = re.match(r".*/blob/[^/]+/saerad/(\w+)\.py#L(\d+)", url)
         if found: return f"{m[1]}({up}source/{found[1]}.html#__codelineno-0-{found[2]})"
-        if urlsplit(url).scheme or url.startswith("#") or m[1].startswith("!"): return m[0]
+        if urlsplit(url).scheme or url.startswith("#"): return m[0]
         path, _, anchor = url.partition("#")
         where = posixpath.normpath(posixpath.join("nbs", folder, path))
         if where.startswith("nbs/") and (ROOT / where).with_suffix(".ipynb").is_file():   # nbdev has already made some of them .html
@@ -147,7 +152,7 @@ def shown(cell: nbformat.NotebookNode, stem: str, number: int, folder: Path, abo
             name = f"{stem}-{number}-{j}.{ {'image/svg+xml': 'svg', 'image/png': 'png', 'image/jpeg': 'jpg'}[picture] }"
             raw = data[picture]
             (folder / name).write_bytes(raw.encode() if picture.endswith("xml") else base64.b64decode(raw))
-            yield f"![{about or 'what the cell above shows'}]({name})"
+            yield f"[![{about or 'what the cell above shows'}]({name})]({name})"        # a phone shows it small; alone it can be made larger
         elif "text/markdown" in data: yield data["text/markdown"]
         elif "text/html" in data: yield f'<div class="shown">{one_block(data["text/html"])}</div>'
         else:
@@ -311,9 +316,9 @@ def from_disk(site: Path) -> None:
 
 
 def formula_at(m: re.Match, page: Path, book: Book) -> str:
-    """The MathML of a mark; a search index has no place for it."""
+    """The MathML of a mark; in the search index the symbols alone."""
     made = book.formulas[int(m[2])]
-    if page.suffix != ".html": return " "
+    if page.suffix != ".html": return json.dumps(re.sub(r"<[^>]*>", "", made), ensure_ascii=False)[1:-1]
     return made if made.startswith("<div") else f"{m[1] or ''}{made}{'</p>' * bool(m[1])}"
 
 
@@ -323,6 +328,7 @@ class Links(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.targets: list[str] = []
+        self.loaded: list[str] = []        # of the targets, what a browser asks for by itself
         self.anchors: set[str] = set()
         self.text: list[str] = []
         self.inside: list[str] = []
@@ -332,6 +338,7 @@ class Links(HTMLParser):
         self.anchors |= {given[a] for a in ("id", "name") if given.get(a)}
         told = tag == "link" and given.get("rel") in ("canonical", "preconnect")     # to machines, not followed
         self.targets += [given[a] for a in ("href", "src") if given.get(a) and not told]
+        self.loaded += [given[a] for a in ("href", "src") if given.get(a) and not told and (tag == "link" or a == "src")]
         if tag in ("pre", "code", "script", "style", "nav", "math"): self.inside.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -357,6 +364,7 @@ def check(site: Path, book: Book | None = None) -> list[str]:
     for name, page in pages.items():
         if name == "404.html" or name.startswith("files/"): continue
         for url in page.targets: problems += dead(url, name, pages, site)
+        problems += [f"{name} loads {url}, which is not in the folder" for url in page.loaded if urlsplit(url).netloc]
         text = "\n".join(page.text)
         problems += [f"{name} shows {what}: {found[0][:60]!r}" for what, pattern in RAW.items() if (found := re.search(pattern, text))]
     if book is not None:

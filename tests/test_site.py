@@ -1,0 +1,142 @@
+"""The site, built without Quarto from a small copy of the book: it works from a folder opened from disk, and its own check finds what is broken."""
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAPTERS = ("index", "05_sae", "06_training", "guides/start_student")     # a front page, pictures and formulas, two modules, a page in a folder
+MODULES = ("__init__", "_modidx", "core", "store", "sae", "ranks", "kernels", "training")     # what the two chapters import
+
+
+def module(path):
+    """A script's functions, under a name of its own."""
+    spec = importlib.util.spec_from_file_location(f"site_of_{path.parent.parent.name}", path)
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = made           # dataclasses look their module up
+    spec.loader.exec_module(made)
+    return made
+
+
+def without_the_rest(text):
+    """Markdown whose links to chapters that were left out are their words alone."""
+    def kept(m): return m[0] if m[2].removesuffix(".ipynb").removeprefix("../") in CHAPTERS or not m[2].endswith(".ipynb") else m[1]
+    return re.sub(r"\[([^\]]*)\]\(([^)\s#]+)[^)\s]*\)", kept, text)
+
+
+def imports_the_rest(source):
+    """Whether a cell imports a module that was left out."""
+    return not set(re.findall(r"(?m)^from saerad\.(\w+) import", source)) <= set(MODULES)
+
+
+def copied(to):
+    """The book with a few of its chapters and their modules."""
+    for name in (".ci/site.py", "settings.ini", "setup.py", *(f"nbs/{c}.ipynb" for c in CHAPTERS)):
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, to / name)
+    (to / "saerad").mkdir()
+    for name in ("assets", *(f"{m}.py" for m in MODULES)): (to / "saerad" / name).symlink_to(ROOT / "saerad" / name)
+    for chapter in CHAPTERS:
+        nb = nbformat.read(to / f"nbs/{chapter}.ipynb", 4)
+        for cell in nb.cells:
+            if cell.cell_type == "markdown": cell.source = without_the_rest(cell.source)
+        nb.cells = [c for c in nb.cells if c.cell_type != "code" or not imports_the_rest(c.source)]
+        nbformat.write(nb, to / f"nbs/{chapter}.ipynb")
+    for name in ("configs", "benchmarks", "figures", "LICENSE", "README.md"):
+        if (ROOT / name).exists(): (to / name).symlink_to(ROOT / name)
+    return to
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site's folder, the builder that made it, and what it knows of the book."""
+    pytest.importorskip("zensical", reason="the site's generator is not installed")
+    pytest.importorskip("latex2mathml", reason="the site's formulas are not installed")
+    top = copied(tmp_path_factory.mktemp("book"))
+    builder = module(top / ".ci/site.py")
+    subprocess.run([sys.executable, "-c", builder.PROCESS], cwd=top, check=True, env={**os.environ, "PYTHONPATH": str(top)})
+    book = builder.build(top / "_proc", top / "_site")
+    return SimpleNamespace(folder=top / "_site", builder=builder, book=book)
+
+
+def test_the_site_has_no_fault(site):
+    """Links, anchors, pictures, raw markup; and a page for every name that the copied chapters export."""
+    assert site.builder.check(site.folder) == []
+    mine = [key for key in site.book.said if key.split(":")[0] in ("sae", "training")]
+    assert len(mine) > 20 and set(mine) <= set(site.book.names)
+    assert all((site.folder / site.book.names[key].partition("#")[0]).is_file() for key in mine)
+
+
+PLANTED = {"a link to a page that is not there": ('<a href="05_nothing.html">x</a>', "05_nothing.html, which is not there"),
+           "a link to a place that is not on the page": ('<a href="05_sae.html#nowhere">x</a>', "no such place"),
+           "a picture that is missing": ('<img src="gone.png" alt="">', "gone.png, which is not there"),
+           "a script from elsewhere": ('<script src="https://example.org/x.js"></script>', "loads https://example.org/x.js"),
+           "a raw link": ("<p>see [this](that.ipynb)</p>", "shows an unrendered link"),
+           "a raw formula's mark": ("<p>FORMULA00001X</p>", "shows"), "raw emphasis": ("<p>it is **bold** here</p>", "shows unrendered emphasis")}
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_the_check_finds(what, site, tmp_path):
+    markup, said = PLANTED[what]
+    for name in ("index.html", "05_sae.html"): shutil.copy(site.folder / name, tmp_path / name)
+    before = set(site.builder.check(tmp_path))
+    page = (tmp_path / "index.html").read_text()
+    (tmp_path / "index.html").write_text(page.replace("</article>", f"{markup}</article>", 1))
+    [problem] = set(site.builder.check(tmp_path)) - before
+    assert problem.startswith("index.html") and said in problem
+
+
+def test_a_name_without_a_page_is_found(site):
+    less = SimpleNamespace(said={"sae:Nothing": ("", 1)}, names={})
+    assert site.builder.check(site.folder, less) == ["sae:Nothing has no page of its own"]
+
+
+def test_the_search_answers_in_a_folder_opened_from_disk(site, browser):
+    page = browser.page()
+    page.goto((site.folder / "index.html").as_uri())
+    page.click(".md-search__button")
+    page.keyboard.type("Matryoshka")
+    hit = page.locator("a[href*='05_sae.html']").filter(has_text="Matryoshka").last
+    hit.click()
+    page.wait_for_url(re.compile(r"05_sae\.html"))
+    assert "The sparse autoencoder" in page.inner_text("h1")
+
+
+def test_formulas_are_drawn_and_pictures_are_there(site, browser):
+    page = browser.page()
+    page.goto((site.folder / "06_training.html").as_uri())
+    formulas = page.locator("article math").all()
+    assert len(formulas) > 4 and all(f.bounding_box()["width"] > 0 for f in formulas)
+    assert page.locator("div.math math[display=block] mfrac").count() >= 2 and "$" not in page.inner_text("article p >> nth=0")
+    wide = page.evaluate("[...document.querySelectorAll('article img')].map(i => i.complete ? i.naturalWidth : -1)")
+    alone = page.evaluate("[...document.querySelectorAll('article img')].filter(i => !i.alt.trim()).length")
+    assert wide and min(wide) > 50 and alone == 0
+
+
+def test_links_lead_from_page_to_page_and_into_the_reference(site, browser):
+    page = browser.page()
+    page.goto((site.folder / "index.html").as_uri())
+    page.locator("article a[href='guides/start_student.html']").first.click()
+    page.wait_for_url(re.compile(r"guides/start_student\.html"))
+    page.go_back()
+    page.goto((site.folder / "names.html").as_uri())
+    page.locator("article a", has_text=re.compile("^SAEConfig$")).click()
+    page.wait_for_url(re.compile(r"05_sae\.html#SAEConfig"))
+    assert page.locator("#SAEConfig").count() == 1 and "group_fractions" in page.inner_text("article")
+    page.locator(".source a").first.click()
+    page.wait_for_url(re.compile(r"source/sae\.html#"))
+    assert "saerad/sae.py" in page.inner_text("h1")
+
+
+def test_a_page_of_the_site_fits_a_phone(site, browser):
+    page = browser.page(width=390)
+    for name in ("index", "05_sae", "06_training", "names"):
+        page.goto((site.folder / f"{name}.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
