@@ -20,22 +20,13 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from pydantic import Field
 from sklearn.metrics import cohen_kappa_score
 
 from .core import Section, UserError, rng
 from .endpoint import Endpoint, EndpointConfig, Ledger, Message, check_destination
-from saerad.findings import (
-    ATTRIBUTE_WORDS,
-    SEVERITIES,
-    Finding,
-    Reading,
-    describe_finding,
-    mentions,
-    phrases,
-    read_findings,
-    sentences,
-)
+from .findings import ATTRIBUTE_WORDS, SEVERITIES, Finding, Reading, describe_finding, mentions, phrases, read_findings, sentences
 from .studies import Source
 
 # %% ../nbs/09c_judges.ipynb #6721f3ee
@@ -79,15 +70,6 @@ class Target:
         values = [f"{a} {v}".strip() for a, v in sorted(self.words)]
         return "less: " * self.less + "; ".join([*sorted(k.replace("_", " ") for k in self.kinds), *values])
 
-    @property
-    def subject(self) -> frozenset:
-        """What it is about, whatever the attributes: the kinds, or the attributes where there are none."""
-        return self.kinds or self.words
-
-    def values(self, attribute: str) -> frozenset[str]:
-        """Values of one attribute that are named."""
-        return frozenset(v for a, v in self.words if a == attribute)
-
 # %% ../nbs/09c_judges.ipynb #76f1f53a
 _QUOTED_PAIR = re.compile(r'((?:"[^"]*"(?:, )?)+) (before|after) "([^"]*)"')
 
@@ -116,6 +98,18 @@ def target_of(explanation: str) -> Target:
     said = frozenset((attribute, value) for attribute, value, words in _WORDS if words.search(text))
     kinds = frozenset(loose | {kind for _, _, kind in named})
     return Target(kinds, said, bool(kinds or said) and bool(_DENIAL.search(text)))
+
+# %% ../nbs/09c_judges.ipynb #b9a4bf05
+@patch(as_prop=True)
+def subject(self: Target) -> frozenset:
+    """What it is about, whatever the attributes: the kinds, or the attributes where there are none."""
+    return self.kinds or self.words
+
+# %% ../nbs/09c_judges.ipynb #795a4068
+@patch
+def values(self: Target, attribute: str) -> frozenset[str]:
+    """Values of one attribute that are named."""
+    return frozenset(v for a, v in self.words if a == attribute)
 
 # %% ../nbs/09c_judges.ipynb #f7a96812
 ATTRIBUTE_NAMES = ("side", "zone", "severity", "change", "certainty")
