@@ -205,8 +205,12 @@ def site() -> int:
     """The book as a site in _site/: by Quarto where it is installed, else by site.py."""
     if not shutil.which("quarto"): return subprocess.run([sys.executable, Path(__file__).with_name("site.py")], cwd=ROOT).returncode
     subprocess.run([BIN / "nbdev_docs"], cwd=ROOT, check=True)
+    (ROOT / "README.md").write_text(readme())       # nbdev_docs has written one of its own
     shutil.rmtree(ROOT / "_site", ignore_errors=True)
     shutil.copytree(ROOT / "_docs", ROOT / "_site")
+    shutil.copytree(ROOT / "figures", ROOT / "_site/figures")
+    front = ROOT / "_site/index.html"
+    front.write_text(front.read_text().replace('"../figures/', '"figures/'))       # the site is a folder that can be taken elsewhere
     return 0
 
 

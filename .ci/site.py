@@ -37,7 +37,7 @@ STYLE = """
   overflow-x: auto; font-size: .75em; line-height: 1.45 }
 .md-typeset .shown { overflow-x: auto }
 .md-typeset .shown table { display: table; font-size: .65rem; border: 0; border-collapse: collapse }
-.md-typeset .shown :is(th, td) { padding: .15rem .5rem; text-align: right; border: 0; border-bottom: .05rem solid var(--md-default-fg-color--lightest) }
+.md-typeset .shown :is(th, td) { padding: .15rem .5rem; text-align: right; border: solid var(--md-default-fg-color--lightest); border-width: 0 0 1px }
 .md-typeset .shown thead tr:last-child th { border-bottom-color: var(--md-default-fg-color--light) }
 .md-typeset div.math { overflow-x: auto; margin: 1em 0 }
 .md-typeset math { font-size: 1.05em; font-family: "Latin Modern Math", "STIX Two Math", "Cambria Math", "DejaVu Math TeX Gyre", math }

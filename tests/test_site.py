@@ -36,20 +36,20 @@ def imports_the_rest(source):
     return not set(re.findall(r"(?m)^from saerad\.(\w+) import", source)) <= set(MODULES)
 
 
-def copied(to):
+def copied(to, chapters=CHAPTERS):
     """The book with a few of its chapters and their modules."""
-    for name in (".ci/site.py", "settings.ini", "setup.py", *(f"nbs/{c}.ipynb" for c in CHAPTERS)):
+    for name in (".ci/site.py", ".ci/notebooks.py", "settings.ini", "setup.py", "README.md", *(f"nbs/{c}.ipynb" for c in chapters)):
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, to / name)
     (to / "saerad").mkdir()
     for name in ("assets", *(f"{m}.py" for m in MODULES)): (to / "saerad" / name).symlink_to(ROOT / "saerad" / name)
-    for chapter in CHAPTERS:
+    for chapter in chapters:
         nb = nbformat.read(to / f"nbs/{chapter}.ipynb", 4)
         for cell in nb.cells:
             if cell.cell_type == "markdown": cell.source = without_the_rest(cell.source)
         nb.cells = [c for c in nb.cells if c.cell_type != "code" or not imports_the_rest(c.source)]
         nbformat.write(nb, to / f"nbs/{chapter}.ipynb")
-    for name in ("configs", "benchmarks", "figures", "LICENSE", "README.md"):
+    for name in ("configs", "benchmarks", "figures", "LICENSE"):
         if (ROOT / name).exists(): (to / name).symlink_to(ROOT / name)
     return to
 
@@ -72,6 +72,26 @@ def test_the_site_has_no_fault(site):
     mine = [key for key in site.book.said if key.split(":")[0] in ("sae", "training")]
     assert len(mine) > 20 and set(mine) <= set(site.book.names)
     assert all((site.folder / site.book.names[key].partition("#")[0]).is_file() for key in mine)
+
+
+QUARTO = """#!/bin/sh
+mkdir -p _docs
+case "$*" in *README.md*) echo "Another README" > _docs/README.md;; *) echo '<img src="../figures/film.png">' > _docs/index.html;; esac
+"""
+
+
+def test_where_quarto_is_installed_nbdev_asks_it_and_the_readme_stays_ours(tmp_path):
+    """Quarto itself is not here: a script stands in for it, so this says what is asked of it and not what it makes of that."""
+    top = copied(tmp_path, ("index", "guides/start_student"))
+    (top / "bin").mkdir()
+    (top / "bin/quarto").write_text(QUARTO)
+    (top / "bin/quarto").chmod(0o755)
+    (top / "README.md").unlink()                    # as old as can be, so that nbdev writes one
+    env = {**os.environ, "PYTHONPATH": str(top), "PATH": f"{top / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run([sys.executable, top / ".ci/notebooks.py", "site"], cwd=top, check=True, env=env)
+    assert (top / "README.md").read_text().startswith("<!-- generated from nbs/index.ipynb")
+    assert (top / "_site/index.html").read_text() == '<img src="figures/film.png">\n' and (top / "_site/figures/film.png").is_file()
+    assert (top / "_proc/index.ipynb").is_file() and (top / "_proc/guides/start_student.ipynb").is_file()
 
 
 PLANTED = {"a link to a page that is not there": ('<a href="05_nothing.html">x</a>', "05_nothing.html, which is not there"),
