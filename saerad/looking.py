@@ -75,6 +75,7 @@ def picture_variants(subject: Subject, studies: Sequence[Study], reports: bool =
     own = laid(studies)
     return {"own": own, "another's": laid(with_other_picture(studies)), "none": [replace(p, pixels=torch.zeros_like(p.pixels)) for p in own]}
 
+# %% ../nbs/07b_looking.ipynb #601d82bf
 def prior_variants(study: Study, other: Study) -> dict[str, Study]:
     """The study with its prior, with the prior's film or report or both from `other`, and without a prior."""
     prior = study.prior
@@ -89,6 +90,7 @@ def on_words(prompt: Prompt, study: Study, concept: str) -> Bool[np.ndarray, " t
     hit = [any(a < end and b > start for start, end in spans) for a, b in zip(prompt.start, prompt.end, strict=True)]
     return (prompt.section == "findings") & np.array(hit)
 
+# %% ../nbs/07b_looking.ipynb #70f0a98c
 def word_activations(subject: Subject, sae: MatryoshkaSAE, layer: int, prompts: Sequence[Prompt], studies: Sequence[Study],
                      features: dict[str, int], batch: int = 16) -> pd.DataFrame:
     """For each study whose report speaks of a concept (key of `features`): mean activation of its feature on those tokens, normalised units."""

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'Protocol', 'protocol_names', 'read_protocol', 'prompt_path', 'prompt_text', 'filled_in', 'protocol_files',
-           'marked', 'plain', 'fullest', 'explain_prompt', 'shown_active', 'detect_prompt', 'fuzz_items', 'fuzz_prompt']
+           'marked', 'fullest', 'plain', 'shown_active', 'explain_prompt', 'detect_prompt', 'fuzz_items', 'fuzz_prompt']
 
 # %% ../nbs/08d_protocols.ipynb #dde7c570
 import re
@@ -52,12 +52,14 @@ def protocol_names() -> list[str]:
     """Protocols that come with the package."""
     return sorted(p.stem for p in (ASSETS / "protocols").glob("*.yaml"))
 
+# %% ../nbs/08d_protocols.ipynb #13b43451
 def read_protocol(name: str) -> Protocol:
     """A protocol by its name or by the path of a YAML file; raises `UserError` for one that is none."""
     path = ASSETS / "protocols" / f"{name}.yaml" if name in protocol_names() else Path(name)
     if not path.is_file(): raise UserError(f"interpretation.protocol is {name!r}; it must be one of {', '.join(protocol_names())}, or a YAML file.")
     return _parsed(path, path.read_bytes())    # what the file says now, and not what it said when it was first read
 
+# %% ../nbs/08d_protocols.ipynb #60bd7a2a
 @cache
 def _parsed(path: Path, data: bytes) -> Protocol:
     "The protocol that a file's bytes say, its prompts checked."
@@ -81,12 +83,14 @@ def prompt_text(name: str, beside: Path = ASSETS) -> str:
     """A prompt by its name."""
     return prompt_path(name, beside).read_text().strip()
 
+# %% ../nbs/08d_protocols.ipynb #1a9f3e98
 def filled_in(name: str, beside: Path, **values: object) -> str:
     """A prompt with its {words} filled in; raises `UserError` for a word that is not among `values`."""
     try: return prompt_text(name, beside).format(**values)
     except (KeyError, IndexError, ValueError) as e:
         raise UserError(f"the prompt {prompt_path(name, beside)} has braces around something else than {', '.join(values)}; double them.") from e
 
+# %% ../nbs/08d_protocols.ipynb #40f482d0
 def protocol_files(name: str) -> list[Path]:
     """The files of a protocol that are not the package's: its YAML and the prompts beside it."""
     if name in protocol_names(): return []
@@ -106,10 +110,13 @@ def marked(example: Example, top: float, protocol: Protocol) -> str:
     listed = ", ".join(f'("{t.strip()}", {n})' for t, n in zip(example.tokens, levels, strict=True) if n)
     return f"{tidy}\n   activations: {listed}"
 
-def plain(context: Context, protocol: Protocol) -> str:
-    """A context without any mark."""
-    return _heading(context, protocol) + "".join(context.tokens).strip()
+# %% ../nbs/08d_protocols.ipynb #9339eaae
+def fullest(phrases: Sequence[str]) -> list[str]:
+    """Those phrases whose words are not all in another one."""
+    words = [set(p.split()) for p in phrases]
+    return [p for p, w in zip(phrases, words, strict=True) if not any(w < other for other in words)]
 
+# %% ../nbs/08d_protocols.ipynb #6220cc06
 def _heading(context: Context, protocol: Protocol) -> str:
     "Where a context is from and what is known of its study, as far as the protocol tells it."
     if not (protocol.tell_section or protocol.tell_study): return ""
@@ -118,12 +125,18 @@ def _heading(context: Context, protocol: Protocol) -> str:
     if protocol.tell_study and context.stated: parts.append(", ".join(fullest(context.stated)))
     return f"[{'; '.join(parts)}] "
 
-def fullest(phrases: Sequence[str]) -> list[str]:
-    """Those phrases whose words are not all in another one."""
-    words = [set(p.split()) for p in phrases]
-    return [p for p, w in zip(phrases, words, strict=True) if not any(w < other for other in words)]
+# %% ../nbs/08d_protocols.ipynb #87fcc589
+def plain(context: Context, protocol: Protocol) -> str:
+    """A context without any mark."""
+    return _heading(context, protocol) + "".join(context.tokens).strip()
 
 # %% ../nbs/08d_protocols.ipynb #aee99823
+def shown_active(active: Sequence[Example], protocol: Protocol) -> list[Example]:
+    """The active contexts that explain, the strongest first."""
+    if protocol.order == "top" or len(active) <= protocol.active: return list(active[:protocol.active])
+    return [active[i * (len(active) - 1) // max(protocol.active - 1, 1)] for i in range(protocol.active)]
+
+# %% ../nbs/08d_protocols.ipynb #81f0cef9
 def explain_prompt(contexts: FeatureContexts, protocol: Protocol) -> list[Message]:
     """Messages that ask for an explanation."""
     top = max(max(e.activations) for e in contexts.active)
@@ -134,17 +147,10 @@ def explain_prompt(contexts: FeatureContexts, protocol: Protocol) -> list[Messag
     return [{"role": "system", "content": filled_in(protocol.explain_prompt, protocol._folder, scale=protocol.scale)},
             {"role": "user", "content": "\n".join(lines[:-1])}]
 
-def shown_active(active: Sequence[Example], protocol: Protocol) -> list[Example]:
-    """The active contexts that explain, the strongest first."""
-    if protocol.order == "top" or len(active) <= protocol.active: return list(active[:protocol.active])
-    return [active[i * (len(active) - 1) // max(protocol.active - 1, 1)] for i in range(protocol.active)]
-
+# %% ../nbs/08d_protocols.ipynb #81824155
 def _numbered(lines: Sequence[str]) -> list[str]: return [f"{i}. {line}" for i, line in enumerate(lines, 1)]
 
-def detect_prompt(explanation: str, contexts: Sequence[Context], protocol: Protocol) -> list[Message]:
-    """Messages that ask in which of some contexts a feature of this description is active."""
-    return _examination(protocol.detect_prompt, explanation, [plain(c, protocol) for c in contexts], protocol)
-
+# %% ../nbs/08d_protocols.ipynb #584f5933
 def _examination(prompt: str, explanation: str, lines: Sequence[str], protocol: Protocol) -> list[Message]:
     "Messages that ask for a 0 or a 1 for each of some lines."
     example = str([(i + 1) % 2 for i in range(len(lines))])
@@ -152,6 +158,11 @@ def _examination(prompt: str, explanation: str, lines: Sequence[str], protocol: 
     user = [*listed, "", told] if protocol.contexts_first else [told, "", *listed]
     return [{"role": "system", "content": filled_in(prompt, protocol._folder, count=len(lines), example=example)},
             {"role": "user", "content": "\n".join(user)}]
+
+# %% ../nbs/08d_protocols.ipynb #b42ab921
+def detect_prompt(explanation: str, contexts: Sequence[Context], protocol: Protocol) -> list[Message]:
+    """Messages that ask in which of some contexts a feature of this description is active."""
+    return _examination(protocol.detect_prompt, explanation, [plain(c, protocol) for c in contexts], protocol)
 
 # %% ../nbs/08d_protocols.ipynb #fc1fc7b7
 def fuzz_items(contexts: FeatureContexts, most: int, draw: np.random.Generator) -> tuple[list[tuple[Context, tuple[int, ...]]], list[bool]]:
@@ -165,6 +176,7 @@ def fuzz_items(contexts: FeatureContexts, most: int, draw: np.random.Generator) 
         truth.append(bool(n % 2))
     return items, truth
 
+# %% ../nbs/08d_protocols.ipynb #c9d59f52
 def fuzz_prompt(explanation: str, items: Sequence[tuple[Context, tuple[int, ...]]], protocol: Protocol) -> list[Message]:
     """Messages that ask in which of some contexts the marks are where a feature of this description is active."""
     lines = ["".join(f"<<{t}>>" if i in marks else t for i, t in enumerate(c.tokens)).replace(">><<", "").strip() for c, marks in items]

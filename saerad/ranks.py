@@ -42,10 +42,11 @@ class Ranks:
         if size > 1: join_processes()
         yield cls(rank, size, shard and size > 1, device)
 
-    @property
-    def first(self) -> bool:
-        """Whether this process writes what is written once."""
-        return self.rank == 0
+# %% ../nbs/06b_ranks.ipynb #d8a2c645
+@patch(as_prop=True)
+def first(self: Ranks) -> bool:
+    """Whether this process writes what is written once."""
+    return self.rank == 0
 
 # %% ../nbs/06b_ranks.ipynb #28fbd64a
 def _sum(ranks: Ranks, t: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -79,6 +80,7 @@ def all(self: Ranks, here: bool) -> bool:
     """Whether it is true in every process."""
     return bool(_sum(self, torch.tensor(int(here)), dist.ReduceOp.MIN))
 
+# %% ../nbs/06b_ranks.ipynb #2401d902
 @patch
 def barrier(self: Ranks) -> None:
     """Wait for the others."""
@@ -119,15 +121,18 @@ def strongest(self: Ranks, z: Float[Tensor, "n dead"], k: int) -> Float[Tensor, 
     counts[self.rank] = z.shape[1]
     if self.shard: counts = _sum(self, counts)
     if int(counts.sum()) <= k: return z.new_zeros(len(z), 1)
-    if self.shard:
-        most = min(k, int(counts.max()))
-        best = z.new_zeros(len(z), most)
-        own = z.topk(min(most, z.shape[1]), dim=1).values
-        best[:, :own.shape[1]] = own
-        gathered = [torch.empty_like(best) for _ in range(self.size)]
-        dist.all_gather(gathered, best)
-        z = torch.cat(gathered, dim=1)
+    if self.shard: z = _candidates(self, z, min(k, int(counts.max())))
     return z.topk(k, dim=1).values[:, -1:]
+
+# %% ../nbs/06b_ranks.ipynb #76c1e999
+def _candidates(ranks: Ranks, z: Float[Tensor, "n dead"], most: int) -> Float[Tensor, "n candidates"]:
+    "For each token the `most` largest entries of every process."
+    best = z.new_zeros(len(z), most)
+    own = z.topk(min(most, z.shape[1]), dim=1).values
+    best[:, :own.shape[1]] = own
+    gathered = [torch.empty_like(best) for _ in range(ranks.size)]
+    dist.all_gather(gathered, best)
+    return torch.cat(gathered, dim=1)
 
 # %% ../nbs/06b_ranks.ipynb #00090148
 def _rows(ranks: Ranks, sizes: Sequence[int], rank: int) -> Tensor:
@@ -147,6 +152,16 @@ def part(self: Ranks, sae: MatryoshkaSAE) -> MatryoshkaSAE:
     return mine.to(self.device)
 
 # %% ../nbs/06b_ranks.ipynb #4f6a9ed8
+def _joined(ranks: Ranks, t: Float[Tensor, "part ..."], sizes: Sequence[int]) -> Float[Tensor, "whole ..."] | None:
+    "The rows of all processes in the order of the whole dictionary, in the first process; None in the others."
+    parts = [torch.empty_like(t) for _ in range(ranks.size)] if ranks.first else None
+    dist.gather(t, parts)
+    if not ranks.first: return None
+    joined = t.new_empty(sum(sizes), *t.shape[1:], device="cpu")
+    for rank, one in enumerate(parts): joined[_rows(ranks, sizes, rank)] = one.cpu()
+    return joined
+
+# %% ../nbs/06b_ranks.ipynb #5c2b48ce
 @patch
 @torch.no_grad()
 def whole(self: Ranks, sae: MatryoshkaSAE) -> MatryoshkaSAE:
@@ -154,13 +169,8 @@ def whole(self: Ranks, sae: MatryoshkaSAE) -> MatryoshkaSAE:
     if not self.shard: return sae.cpu()
     sizes, state = [n * self.size for n in sae.group_sizes], dict(sae.state_dict())
     for name in ("W_enc", "W_dec", "b_enc"):
-        t = (state[name].T if name == "W_enc" else state[name]).contiguous()
-        parts = [torch.empty_like(t) for _ in range(self.size)] if self.first else None
-        dist.gather(t, parts)
-        if not self.first: continue
-        joined = t.new_empty(sum(sizes), *t.shape[1:], device="cpu")
-        for rank, one in enumerate(parts): joined[_rows(self, sizes, rank)] = one.cpu()
-        state[name] = joined.T.contiguous() if name == "W_enc" else joined
+        joined = _joined(self, (state[name].T if name == "W_enc" else state[name]).contiguous(), sizes)
+        if self.first: state[name] = joined.T.contiguous() if name == "W_enc" else joined
     if not self.first: return sae.cpu()
     full = MatryoshkaSAE(sae.d, sizes, sae.k, sae.level_weights, selection=sae.selection, drawn=False)
     full.load_state_dict(state)
