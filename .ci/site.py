@@ -35,6 +35,7 @@ PROCESS = "from nbdev import quarto; quarto._ensure_quarto = lambda: None; quart
 STYLE = """
 .md-typeset pre.output { border-left: .2rem solid var(--md-default-fg-color--lightest); padding: .4rem .8rem;
   overflow-x: auto; font-size: .75em; line-height: 1.45 }
+.md-typeset pre.wrap { white-space: pre-wrap; overflow-wrap: anywhere }
 .md-typeset .shown { overflow-x: auto }
 .md-typeset .shown table { display: table; font-size: .65rem; border: 0; border-collapse: collapse }
 .md-typeset .shown :is(th, td) { padding: .15rem .5rem; text-align: right; border: solid var(--md-default-fg-color--lightest); border-width: 0 0 1px }
@@ -157,7 +158,8 @@ def shown(cell: nbformat.NotebookNode, stem: str, number: int, folder: Path, abo
         elif "text/html" in data: yield f'<div class="shown">{one_block(data["text/html"])}</div>'
         else:
             text = out.get("text", "") or data.get("text/plain", "")
-            if text.strip(): yield f'<pre class="output">{as_text(text)}</pre>'
+            columns = re.search(r"\S {3,}\S", text)            # a table in plain text must keep its lines, a sentence need not
+            if text.strip(): yield f'<pre class="output{"" if columns else " wrap"}">{as_text(text)}</pre>'
 
 
 def one_block(markup: str) -> str:
@@ -186,6 +188,7 @@ def documented(text: str, name: str, book: Book, page: str, module: str) -> str:
     line = book.said.get(f"{module}:{name}", ("", 1))[1]
     source = f'<span class="source">[source]({"../" * page.count("/")}source/{module}.html#__codelineno-0-{line})</span>'
     text = re.sub(r'\[source\]\([^)]*\)\{[^}]*\}\n*', "", text.removeprefix("---\n\n"))
+    text = re.sub(r"<(?:\w+\.)*(\w+) object at 0x[0-9a-f]+>", r"\1()", text).replace(f"{ROOT}/", "")      # defaults, as one would write them
     fields = fields_of(module, name)
     if fields: text = re.sub(r"(?s)```python\s+def [^`]*\*\*data[^`]*```\s*", "", text, count=1)      # pydantic's own signature says less
     return re.sub(r"(?m)^(#{2,4}) \S+$", rf'<a id="{name}"></a>\n\n\1 {name}\n\n{source}', text, count=1) + fields
@@ -331,6 +334,7 @@ class Links(HTMLParser):
         self.loaded: list[str] = []        # of the targets, what a browser asks for by itself
         self.anchors: set[str] = set()
         self.text: list[str] = []
+        self.code: list[str] = []
         self.inside: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -345,9 +349,10 @@ class Links(HTMLParser):
         if self.inside and self.inside[-1] == tag: self.inside.pop()
 
     def handle_data(self, data: str) -> None:
-        if not self.inside: self.text.append(data)
+        (self.code if self.inside else self.text).append(data)
 
 
+UNSTABLE = {"an address in memory": " object at 0x", "a folder of this machine": f"{ROOT}/"}
 RAW = {"an unrendered fence": r"```", "an unrendered table": r"\|\s*-{3,}\s*\|", "an unrendered formula": r"\$\$|FORMULA\d{5}",
        "an unrendered link": r"\]\([\w./#]+\)", "Quarto's own markup": r"\{=html\}|^:::|\{target=",
        "an unrendered heading": r"(?m)^#{2,4} \w", "unrendered emphasis": r"(?<!\w)\*\*\w[^*\n]*\*\*"}
@@ -366,6 +371,7 @@ def check(site: Path, book: Book | None = None) -> list[str]:
         for url in page.targets: problems += dead(url, name, pages, site)
         problems += [f"{name} loads {url}, which is not in the folder" for url in page.loaded if urlsplit(url).netloc]
         text = "\n".join(page.text)
+        problems += [f"{name} shows {what}" for what, mark in UNSTABLE.items() if not name.startswith("source/") and mark in "\n".join(page.code)]
         problems += [f"{name} shows {what}: {found[0][:60]!r}" for what, pattern in RAW.items() if (found := re.search(pattern, text))]
     if book is not None:
         problems += [f"{key} has no page of its own" for key in book.said if key not in book.names]

@@ -31,7 +31,7 @@ from pydantic import Field
 
 from .core import Section, UserError, progress, write_beside
 from .exemplars import Exemplars
-from .figures import OUTCOMES, PLOTS, RunTables
+from .figures import OUTCOMES, PLOTS, RunTables, alpha_unit
 from .sae import MatryoshkaSAE
 from .steering import target_of
 from .studies import PictureError, StudiesConfig, Study, open_source
@@ -62,19 +62,20 @@ class AtlasConfig(Section):
 
 # %% ../nbs/12_atlas.ipynb #038adea4
 COLUMNS = [
-    {"name": "feature", "title": "feature", "whole": True, "narrow": True, "width": 84, "about": "number in the dictionary"},
+    {"name": "feature", "title": "feature", "whole": True, "narrow": True, "width": 80, "about": "number in the dictionary"},
     {"name": "description", "title": "description", "text": True, "narrow": True, "about": "what the interpreter says it fires on"},
-    {"name": "f1", "title": "F1", "narrow": True, "width": 66, "about": "detection of the feature from its description, on held-out patients"},
-    {"name": "shuffled_f1", "title": "control F1", "width": 80, "about": "the same with the description of another feature"},
-    {"name": "precision", "title": "precision", "width": 90, "about": "share of its yeses that are right"},
-    {"name": "recall", "title": "recall", "width": 72, "about": "share of the feature's contexts that it finds"},
-    {"name": "density", "title": "fires on", "percent": True, "width": 84, "about": "share of tokens"},
-    {"name": "mainly", "title": "mainly in", "text": True, "width": 106, "about": "section where most of its firings are"},
-    {"name": "view", "title": "view", "text": True, "width": 78, "about": "view whose image tokens it fires on most"},
-    {"name": "finding", "title": "finding", "text": True, "width": 120, "about": "findings that its description names"},
-    {"name": "level", "title": "level", "whole": True, "width": 66, "about": "group of the dictionary, 0 is the first"},
-    {"name": "steerability", "title": "steer- ability", "width": 78, "about": "share of its steered reports that changed on target and nowhere else"},
-    {"name": "status", "title": "status", "text": True, "width": 104, "about": "whether it could be examined"}]
+    {"name": "f1", "title": "F1", "narrow": True, "width": 58, "about": "detection of the feature from its description, on held-out patients"},
+    {"name": "shuffled_f1", "title": "control F1", "width": 72, "about": "the same with the description of another feature"},
+    {"name": "precision", "title": "precision", "width": 94, "about": "share of its yeses that are right"},
+    {"name": "recall", "title": "recall", "width": 64, "about": "share of the feature's contexts that it finds"},
+    {"name": "density", "title": "fires on", "percent": True, "width": 78, "about": "share of tokens"},
+    {"name": "mainly", "title": "mainly in", "text": True, "width": 96, "about": "section where most of its firings are"},
+    {"name": "view", "title": "view", "text": True, "width": 68, "about": "view whose image tokens it fires on most"},
+    {"name": "finding", "title": "finding", "text": True, "width": 114, "about": "findings that its description names"},
+    {"name": "level", "title": "level", "whole": True, "width": 58, "about": "group of the dictionary, 0 is the first"},
+    {"name": "steerability", "title": "steer- ability", "width": 72, "about": "share of its steered reports that changed on target and nowhere else"},
+    {"name": "status", "title": "status", "text": True, "width": 82, "about": "whether it could be examined"},
+    {"name": "alike", "title": "described alike", "whole": True, "hidden": True, "about": "first of the features whose descriptions say the same"}]
 
 # %% ../nbs/12_atlas.ipynb #ed9cf8ee
 def feature_table(run: RunTables) -> pd.DataFrame:
@@ -87,7 +88,7 @@ def feature_table(run: RunTables) -> pd.DataFrame:
     scores = run.table("interpretations/interpretations.parquet")
     if scores is None: scores = pd.DataFrame({"feature": features.feature, "explanation": None})
     joined = features.merge(scores.rename(columns={"explanation": "description"}), on="feature", how="left", suffixes=("", "_scored"))
-    joined["finding"] = [_finding(text) for text in joined.description]
+    joined["finding"], joined["alike"] = [_finding(text) for text in joined.description], _alike(joined)
     joined = joined.merge(_steerability(run), on="feature", how="left")
     return joined.reindex(columns=list(dict.fromkeys([*joined.columns, *(c["name"] for c in COLUMNS)])))
 
@@ -114,6 +115,13 @@ def _finding(description: str | None) -> str | None:
     "Findings that a description names."
     if not isinstance(description, str) or not description: return None
     return "; ".join(sorted(kind.replace("_", " ") for kind in target_of(description).kinds)) or None
+
+# %% ../nbs/12_atlas.ipynb #b9ca1e27
+def _alike(table: pd.DataFrame) -> pd.Series:
+    "The first of the features that are described like this one, None where no other is."
+    if "group" not in table: return pd.Series(None, index=table.index, dtype=object)
+    grouped = table[table.group >= 0].groupby("group").feature
+    return grouped.transform("min").where(grouped.transform("size") > 1).reindex(table.index)
 
 # %% ../nbs/12_atlas.ipynb #3f130f35
 def _steerability(run: RunTables) -> pd.DataFrame:
@@ -236,7 +244,7 @@ def _boxes_in_words(row: Mapping[str, Any], films: Films) -> list[dict[str, Any]
     boxes = films.boxes(row["study"], row["view"])
     for box in boxes:
         inside, area = share_inside(box, row["rows"], row["columns"], row["patches"], row["activations"])
-        box["text"] = f"{box.pop('finding')}: {inside:.0%} of the activation on {area:.0%} of the film"
+        box["text"] = f"{box.pop('finding')}: {100 * inside:.0f} % of the activation on {100 * area:.0f} % of the film"
     return [{k: round(v, 2) if isinstance(v, float) else v for k, v in box.items()} for box in boxes]
 
 # %% ../nbs/12_atlas.ipynb #f45984cc
@@ -306,7 +314,7 @@ def _pages(run: RunTables, table: pd.DataFrame, cfg: AtlasConfig, films: Films) 
     steered = {} if judged is None else dict(iter(judged.groupby("feature")))
     portraits, concepts = _by_feature(run.table("portraits/portraits.parquet")), _by_feature(_tracked(run))
     seen = _by_feature(run.table("portraits/films.parquet")) if films.folder is not None else {}
-    same = {"films_about": _films_about(run), "unit": _unit(run)}     # read once: the config is a file
+    same = {"films_about": _films_about(run), "unit": alpha_unit(run)}     # read once: the config is a file
     exemplars = Exemplars(run.folder / "exemplars") if run.has("exemplars/exemplars.parquet") and not cfg.publish else None
     for first in progress(range(0, len(table), CHUNK), "atlas"):
         picked = pick_contexts(exemplars.between(first, first + CHUNK), cfg).to_pylist() if exemplars else []
@@ -338,7 +346,7 @@ def _page(row: Mapping[str, Any], groups: list[dict], portrait: Mapping[str, Any
 def _about(row: Mapping[str, Any]) -> str:
     "How a feature was examined and how often it fires, in words."
     if _plain(row["density"]) is None: return "Nobody has looked yet at what it fires on."
-    fires = f"Fires on {row['density']:.3%} of tokens, at most {row['max']:.2f} (in units of the stored scale)."
+    fires = f"Fires on {100 * row['density']:.3g} % of tokens, at most {row['max']:.2f} (in units of the stored scale)."
     if _plain(row.get("f1")) is None: return fires
     return (f"{fires} Described and examined by: {row['interpreter']}, {int(row['scored_contexts'])} contexts of held-out patients, "
             f"silent ones drawn: {row['negatives']}.")
@@ -379,11 +387,6 @@ def _films_about(run: RunTables) -> str:
     boxes = "; dashed: where the phantom drew a finding" if str(run.config.get("studies", {}).get("source", "")).startswith("phantom") else ""
     return ("Films of held-out studies on which the feature is strongest, no patient twice. Orange: its activation by patch, each film on its own "
             f"scale{boxes}.{known}")
-
-# %% ../nbs/12_atlas.ipynb #4cd5360a
-def _unit(run: RunTables) -> str:
-    unit = run.config.get("steering", {}).get("unit", "")
-    return {"raw": "α, raw units of the residual stream", "scale": "α, share of a typical residual's length"}.get(unit, "α")
 
 # %% ../nbs/12_atlas.ipynb #03ebb6a6
 NOTICES = {
@@ -445,12 +448,12 @@ def headlines(summary: Mapping[str, Any], interpreter: str = "") -> list[tuple[s
     """(claim, caveat) sentences from `summary.json`; a number that is not there makes no sentence."""
     baseline = "The interpreter is the lexical baseline, which knows words and no medicine. " if interpreter == "lexical" else ""
     sae, read, steer, truth = (summary.get(k) or {} for k in ("sae", "interpretation", "steering", "truth"))
-    found = [_say("The dictionary has {features} features for {width} dimensions; a token uses {l0:.1f} of them, and {fvu:.1%} of the "
+    found = [_say("The dictionary has {features:,} features for {width} dimensions; a token uses {l0:.1f} of them, and {fvu:.1%} of the "
                   "variance stays unexplained.",
                   "A randomly initialised model can be reconstructed well too: this is necessary and proves little.", sae),
              _say("With the reconstruction in the stream's place {loss_recovered:.1%} of the loss is recovered, against zeros; {dead:.1%} of "
                   "the features are dead.", "Zeros are a soft floor; the figure also shows the mean.", sae),
-             _say("{scored} of {features} features have an examined description; {f1_above_075} reach an F1 above 0.75, {f1_below_05} stay "
+             _say("{scored:,} of {features:,} features have an examined description; {f1_above_075} reach an F1 above 0.75, {f1_below_05} stay "
                   "below 0.5; the median is {median_f1:.2f}.", "Silent contexts were drawn: {negatives}; others would give another F1.", read),
              _say("With the description of another feature the median F1 is {shuffled_median_f1:.2f}.",
                   baseline + "On balanced contexts, always saying yes reaches 0.67.", read),
@@ -467,7 +470,7 @@ def headlines(summary: Mapping[str, Any], interpreter: str = "") -> list[tuple[s
 def _say(claim: str, caveat: str, numbers: Mapping[str, Any]) -> tuple[str, str] | None:
     "Both sentences with their numbers, or None where one of them is missing."
     known = {k: v for k, v in numbers.items() if v is not None}
-    try: return claim.format(**known), caveat.format(**known)
+    try: return tuple(re.sub(r"(?<=\d)%", " %", said.format(**known)) for said in (claim, caveat))
     except KeyError: return None
 
 # %% ../nbs/12_atlas.ipynb #aaf43037

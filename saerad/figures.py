@@ -11,10 +11,10 @@ __all__ = ['WORDS', 'OUTCOMES', 'NEGATIVES', 'FINDINGS', 'PLACES', 'BLUE', 'ORAN
            'draw_overview', 'collect_training', 'draw_training', 'collect_fidelity', 'draw_fidelity', 'collect_sweep',
            'draw_sweep', 'collect_density', 'draw_density', 'collect_sections', 'draw_sections', 'collect_f1',
            'draw_f1', 'draw_precision_recall', 'collect_negatives', 'draw_negatives', 'collect_frequency',
-           'draw_frequency', 'collect_levels', 'draw_levels', 'collect_steering', 'draw_steering', 'collect_signs',
-           'draw_signs', 'collect_doses', 'draw_doses', 'collect_effects', 'draw_effects', 'collect_predicted',
-           'draw_predicted', 'collect_concepts', 'draw_concepts', 'phantom_studies', 'collect_film', 'draw_film',
-           'Drawn', 'draw_figures']
+           'draw_frequency', 'collect_levels', 'draw_levels', 'alpha_unit', 'collect_steering', 'draw_steering',
+           'collect_signs', 'draw_signs', 'collect_doses', 'draw_doses', 'collect_effects', 'draw_effects',
+           'collect_predicted', 'draw_predicted', 'collect_concepts', 'draw_concepts', 'phantom_studies',
+           'collect_film', 'draw_film', 'Drawn', 'draw_figures']
 
 # %% ../nbs/11_figures.ipynb #8601b980
 import json
@@ -112,7 +112,8 @@ def _invent_scores(table: pd.DataFrame, draw: np.random.Generator) -> pd.DataFra
                          "by_source": [[{"source": k, "contexts": 50, "mistaken": 0.1, "f1": float(f * w)} for k, w in NEGATIVES.items()] if o
                                        else [] for f, o in zip(2 * precision * recall / (precision + recall), ok, strict=True)],
                          "parse_failures": 0, "negatives": "random", "status": np.where(ok, "scored", "unscored"),
-                         "explanation": np.where(ok, [f'fires on the word "{w}"' for w in words], ""), "reason": np.where(ok, "", table.status)})
+                         "explanation": np.where(ok, [f'fires on the word "{w}"' for w in words], ""), "reason": np.where(ok, "", table.status),
+                         "group": np.where(ok, [words.index(w) for w in words], -1)})
 
 # %% ../nbs/11_figures.ipynb #d37f2f6d
 def _invent_exemplars(scores: pd.DataFrame, draw: np.random.Generator, each: int = 6) -> list[dict]:
@@ -285,7 +286,7 @@ def draw_overview(numbers: pd.DataFrame, ax: Axes) -> None:
         x = i * (width + gap)
         ax.add_patch(FancyBboxPatch((x, 0), width, 0.9, boxstyle="round,pad=0.02,rounding_size=0.06", facecolor="#F4F1E8", edgecolor="black",
                                     linewidth=0.7))
-        ax.text(x + width / 2, 0.7, row.stage, ha="center", va="center", fontsize=7, fontweight="bold")
+        ax.text(x + width / 2, 0.7, row.stage, ha="center", va="center", fontsize=6.5, fontweight="bold")
         ax.text(x + width / 2, 0.43, row.first, ha="center", va="center", fontsize=6.5)
         ax.text(x + width / 2, 0.18, row.second, ha="center", va="center", fontsize=6.5)
         if i: ax.annotate("", (x - 0.03, 0.45), (x - gap + 0.03, 0.45), arrowprops={"arrowstyle": "-|>", "color": "black", "linewidth": 0.8})
@@ -380,11 +381,11 @@ def draw_density(numbers: pd.DataFrame, ax: Axes, dead: Axes) -> None:
     shades = dict(zip(levels, sns.color_palette("cividis", len(levels)), strict=True))
     sns.histplot(live, x="density", hue="level", hue_order=levels, multiple="stack", log_scale=True, bins=24, palette=shades, alpha=1, linewidth=0.2,
                  ax=ax)
-    ax.set(xlabel="share of tokens on which a feature fires", ylabel="features", title=f"{len(live)} live features")
+    ax.set(xlabel="share of tokens on which a feature fires", ylabel="features", title=f"{len(live):,} live features")
     share = (numbers.density == 0).groupby(numbers.level).mean().reindex(levels)
     dead.bar([str(level) for level in levels], share, color=[shades[level] for level in levels], edgecolor="black", linewidth=0.3)
     dead.set(xlabel="level", ylabel="share that never fired", ylim=(0, max(1.15 * share.max(), 0.01)),
-             title=f"{len(numbers) - len(live)} that never fired")
+             title=f"{len(numbers) - len(live):,} that never fired")
     if not share.any(): dead.text(0.5, 0.5, "every feature fired", transform=dead.transAxes, ha="center", color="0.35")
 
 # %% ../nbs/11_figures.ipynb #e3762292
@@ -449,7 +450,7 @@ def draw_precision_recall(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.plot([0, 1], [0, 1], color=GREY, linewidth=0.7, linestyle=":")
     ax.scatter(numbers.precision, numbers.recall, s=9, color=BLUE, alpha=0.6, linewidth=0)
     wide = float((numbers.recall > numbers.precision).mean())
-    ax.set(xlabel="precision", ylabel="recall", xlim=(0, 1.02), ylim=(0, 1.02), title=f"{wide:.0%} say yes too often")
+    ax.set(xlabel="precision", ylabel="recall", xlim=(0, 1.02), ylim=(0, 1.02), title=f"{100 * wide:.0f} % say yes too often")
 
 # %% ../nbs/11_figures.ipynb #59116c9a
 plot_precision_recall = PLOTS["precision_recall"] = Plot(collect_f1, draw_precision_recall, ("interpretations/interpretations.parquet",),
@@ -515,7 +516,7 @@ def collect_levels(run: RunTables) -> pd.DataFrame:
 
 # %% ../nbs/11_figures.ipynb #9b2b76ab
 def draw_levels(numbers: pd.DataFrame, ax: Axes) -> None:
-    """F1 of each level as points and quartiles, the median of the control as a grey line."""
+    """F1 of each level as points and quartiles, the median of the control as a dashed line."""
     levels, sizes = sorted(numbers.level.unique()), numbers.attrs.get("sizes")
     groups = [numbers[numbers.level == level] for level in levels]
     ax.boxplot([g.f1 for g in groups], positions=range(len(levels)), widths=0.6, showfliers=False, medianprops={"color": "black"},
@@ -523,23 +524,33 @@ def draw_levels(numbers: pd.DataFrame, ax: Axes) -> None:
     for i, g in enumerate(groups):
         spread = (np.argsort(np.argsort(g.feature.to_numpy())) + 0.5) / len(g) - 0.5      # by number, and the same every time
         ax.scatter(i + 0.4 * spread, g.f1, s=5, color=BLUE, alpha=0.5, linewidth=0)
-        if g.shuffled_f1.notna().any(): ax.plot([i - 0.38, i + 0.38], [g.shuffled_f1.median()] * 2, color=RUST, linestyle="--", linewidth=1)
+        if g.shuffled_f1.notna().any(): ax.plot([i - 0.38, i + 0.38], [g.shuffled_f1.median()] * 2, color=RUST, linestyle="--", linewidth=1,
+                                                label=None if ax.get_legend_handles_labels()[1] else "another feature's description")
     names = [f"{level}\n({sizes[level]} wide)" if sizes and level < len(sizes) else str(level) for level in levels]
     ax.set_xticks(range(len(levels)), names)
     order = f"group order: {numbers.attrs['order']}" if numbers.attrs.get("order") else ""
     ax.set(xlabel="level", ylabel="F1", ylim=(0, 1.02), title=order)
+    if ax.get_legend_handles_labels()[1]: ax.legend(loc="lower left")
 
 # %% ../nbs/11_figures.ipynb #05976dfa
 plot_f1_levels = PLOTS["f1_levels"] = Plot(collect_levels, draw_levels, ("interpretations/interpretations.parquet", "exemplars/features.parquet"),
                           "F1 of the descriptions by level of the dictionary, first group on the left; dashed: the median with another "
                           "feature's description.", height=2.8)
 
+# %% ../nbs/11_figures.ipynb #08ec53d3
+def alpha_unit(run: RunTables) -> str:
+    """α and its unit, as the run's config has it; α alone where it says none."""
+    unit = run.config.get("steering", {}).get("unit", "")
+    return {"raw": "α, raw units of the residual stream", "scale": "α, share of a typical residual's length"}.get(unit, "α")
+
 # %% ../nbs/11_figures.ipynb #8baa6a8c
 def collect_steering(run: RunTables) -> pd.DataFrame:
     """Share and number of reports with each outcome, by α, for features and for each control."""
     table = _judged(run)
     counts = table.groupby(["control", "pushed", "alpha", "outcome"]).size().unstack(fill_value=0).reindex(columns=list(OUTCOMES), fill_value=0)
-    return counts.div(counts.sum(axis=1), axis=0).assign(reports=counts.sum(axis=1)).reset_index()
+    numbers = counts.div(counts.sum(axis=1), axis=0).assign(reports=counts.sum(axis=1)).reset_index()
+    numbers.attrs = {"unit": alpha_unit(run)}
+    return numbers
 
 def _judged(run: RunTables) -> pd.DataFrame:
     "Judgements with degenerate reports as an outcome of their own, and what was `pushed`."
@@ -558,7 +569,8 @@ def draw_steering(numbers: pd.DataFrame, ax: Axes) -> None:
     for outcome, colour in OUTCOME_COLOURS.items():
         ax.barh(names, numbers[outcome], left=left, color=colour, edgecolor="black", linewidth=0.3, label=outcome.replace("_", " "))
         left += numbers[outcome].to_numpy()
-    ax.set(xlabel="share of reports", xlim=(0, 1))
+    unit = numbers.attrs.get("unit", "α")
+    ax.set(xlabel="share of reports" if unit == "α" else f"share of reports ({unit})", xlim=(0, 1))
     ax.tick_params(axis="y", labelsize=min(7, 60 / max(len(numbers), 1)))
     ax.invert_yaxis()
     ax.legend(loc="lower center", bbox_to_anchor=(0.4, 1), ncol=5, columnspacing=1, handlelength=1)
@@ -608,7 +620,9 @@ def collect_doses(run: RunTables) -> pd.DataFrame | None:
         for what in ("changed", "on target", "degenerate"):
             low, high = _interval(some[what].groupby(patient[some.index]).agg(["sum", "size"]).to_numpy())
             rows.append((pushed, alpha, what, float(some[what].mean()), low, high, len(some)))
-    return pd.DataFrame(rows, columns=["pushed", "alpha", "what", "share", "low", "high", "reports"])
+    numbers = pd.DataFrame(rows, columns=["pushed", "alpha", "what", "share", "low", "high", "reports"])
+    numbers.attrs = {"unit": alpha_unit(run)}
+    return numbers
 
 def _interval(by_patient: np.ndarray, draws: int = 1000) -> tuple[float, float]:
     "95 % bootstrap interval of a share over patients, from (hits, reports) of each."
@@ -632,7 +646,7 @@ def draw_doses(numbers: pd.DataFrame, ours: Axes, control: Axes) -> None:
                 ax.fill_between(side.alpha, side.low, side.high, color=colour, alpha=0.15, linewidth=0)
                 if len(side) == 1: ax.vlines(side.alpha, side.low, side.high, color=colour, linewidth=0.8)
         ax.axvline(0, color=GREY, linewidth=0.6)
-        ax.set(xlabel="α", ylim=(-0.02, 1.02),
+        ax.set(xlabel=numbers.attrs.get("unit", "α"), ylim=(-0.02, 1.02),
                title="features" if pushed == "feature" else "random directions" if len(some) else "no random directions")
     ours.set_ylabel("share of reports")
     ours.legend(loc="upper left", bbox_to_anchor=(0, 1))
@@ -695,8 +709,8 @@ def draw_predicted(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.plot([0, top], [0, top], color=GREY, linewidth=0.7, linestyle=":")
     if "low" in numbers: ax.vlines(numbers.predicted, numbers.low, numbers.high, color=GREY, linewidth=0.6)
     ax.scatter(numbers.predicted, numbers.measured, s=12, color=BLUE, alpha=0.8, linewidth=0, clip_on=False, zorder=3)
-    low = min(0.0, 1.05 * numbers.predicted.min())
-    ax.set(xlabel="predicted steerability", ylabel="measured", xlim=(low, top), ylim=(-0.02 * top, top),
+    low = min(0.0, numbers.predicted.min() - 0.05 * top)
+    ax.set(xlabel="predicted steerability", ylabel="measured steerability", xlim=(low, top), ylim=(-0.02 * top, top),
            title=_spearman(numbers.predicted, numbers.measured))
 
 # %% ../nbs/11_figures.ipynb #05f70c25
@@ -722,7 +736,8 @@ def draw_concepts(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.text(0.02, 0.03, "lowest: " + ", ".join(f"{c} {a:.2f}" for c, a in zip(lowest.concept, lowest.auroc_test, strict=True)),
             transform=ax.transAxes, fontsize=6, color="0.25")
     low = min(0.5, numbers.auroc_test.min())
-    ax.set(xlabel="concept, by rank", ylabel="AUROC on test patients", ylim=(low - 0.1, 1.01), title=f"{numbers.tracked.mean():.0%} at 0.95 or above")
+    ax.set(xlabel="concept, by rank", ylabel="AUROC on test patients", ylim=(low - 0.1, 1.01),
+           title=f"{100 * numbers.tracked.mean():.0f} % at 0.95 or above")
     ax.legend(loc="lower left", bbox_to_anchor=(0, 0.1))
 
 # %% ../nbs/11_figures.ipynb #2f02edff

@@ -144,6 +144,23 @@ def test_a_page_holds_the_feature_that_it_names(built):
     assert len(page["histogram"]["edges"]) == len(page["histogram"]["counts"]) + 1 and page["histogram"]["counts"][0] > 0
 
 
+def test_the_table_says_which_descriptions_say_the_same(built):
+    run, _ = built
+    [table] = data(run / "atlas/data/table.js")
+    scores = read_table(run / "interpretations/interpretations.parquet").to_pandas().set_index("feature")
+    names = [c["name"] for c in table["columns"]]
+    alike = {r[0]: r[names.index("alike")] for r in table["rows"]}
+    for first, rows in scores[scores.group >= 0].groupby("group"):
+        assert {alike[f] for f in rows.index} == ({min(rows.index)} if len(rows) > 1 else {None}), first
+    assert {alike[f] for f in scores.index[scores.group < 0]} == {None}
+
+
+def test_a_table_without_groups_of_descriptions_shows_none(copy):
+    path = copy / "interpretations/interpretations.parquet"
+    write_table(path, read_table(path).drop_columns("group"))
+    assert feature_table(RunTables(copy)).alike.isna().all()
+
+
 def test_contexts_come_by_tenth_strongest_first_and_image_tokens_stay_out():
     rows = [{"feature": f, "role": "score_active", "section": "findings" if i else "image", "tokens": ["a", "b"], "activations": [0.0, float(d + i)],
              "peak": 1, "decile": d} for f in (3, 4) for d in (1, 10, 5) for i in range(4)]
@@ -341,6 +358,30 @@ def test_a_feature_page_shows_it_all_and_runs_no_markup(built, browser):
     assert page.title() not in (f"Feature {best}", f"Feature {turned}")
     page.goto((run / "report.html").as_uri())
     assert "broken" not in page.title()
+
+
+def test_features_described_alike_are_named_and_can_be_seen_side_by_side(built, browser):
+    run, _ = built
+    table = feature_table(RunTables(run)).set_index("feature")
+    together = table.index[table.alike == table.alike.value_counts().index[0]].tolist()
+    one, others = together[1], [f for f in together if f != together[1]]
+    page = browser.page()
+    page.goto((run / "atlas/index.html").as_uri() + f"#search=zebra&feature={one}")
+    page.wait_for_selector("#feature .alike")
+    named = [int(a) for a in page.locator("#feature .alike a").all_inner_texts()[:-1]]
+    assert named == others[:12] and (f"and {len(others) - 12} more" in page.inner_text("#feature .alike")) == (len(others) > 12)
+    page.click("#feature .alike a >> nth=-1")
+    page.wait_for_selector("#list:not([hidden])")
+    assert page.inner_text("#count") == f"{len(together)} of 160 features" and page.input_value("#search") == ""
+    assert page.locator("#alike option:checked").inner_text() == f"like feature {together[0]}"
+    kept = {}
+    for value in ("once", "others", "alone"):
+        page.select_option("#alike", value)
+        kept[value] = int(page.inner_text("#count").split()[0])
+    grouped, undescribed = table.alike.notna(), ~table.description.fillna("").astype(bool)
+    assert kept == {"others": grouped.sum(), "alone": (~grouped & ~undescribed).sum(), "once": (~grouped).sum() + table.alike.nunique()}
+    page.click("#clear")
+    assert page.inner_text("#count") == "160 of 160 features" and "alike" not in page.url
 
 
 def test_whatever_the_tab_key_reaches_can_be_seen_to_have_the_focus(built, browser):

@@ -98,6 +98,7 @@ PLANTED = {"a link to a page that is not there": ('<a href="05_nothing.html">x</
            "a link to a place that is not on the page": ('<a href="05_sae.html#nowhere">x</a>', "no such place"),
            "a picture that is missing": ('<img src="gone.png" alt="">', "gone.png, which is not there"),
            "a script from elsewhere": ('<script src="https://example.org/x.js"></script>', "loads https://example.org/x.js"),
+           "an address in memory": ("<pre>f(x=&lt;Ranks object at 0x7efec5&gt;)</pre>", "shows an address in memory"),
            "a raw link": ("<p>see [this](that.ipynb)</p>", "shows an unrendered link"),
            "a raw formula's mark": ("<p>FORMULA00001X</p>", "shows"), "raw emphasis": ("<p>it is **bold** here</p>", "shows unrendered emphasis")}
 

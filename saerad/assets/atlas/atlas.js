@@ -5,6 +5,7 @@ const $ = id => document.getElementById(id);
 const INK = "#1d1d1b", BLUE = "#0072B2", RUST = "#A03C14", SOFT = "#62625c";
 const OUTCOMES = { unchanged: "#E9E4DA", on_target_only: "#2A9D78", mixed: "#E69F00", off_target_only: "#A03C14", degenerate: "#2B2B2B" };
 const RANGES = ["f1", "density", "steerability"], CHOICES = ["level", "mainly", "view", "finding", "status"];
+const ALIKE = { once: "each description once", others: "only with others like it", alone: "only like no other" };
 
 const there = children => children.flat(Infinity).filter(child => child != null && child !== false);
 
@@ -49,8 +50,11 @@ saerad.start = table => {
     return row;
   });
   saerad.byFeature = new Map(saerad.rows.map(row => [row.feature, row]));
+  saerad.alike = new Map();
+  for (const row of saerad.rows) if (row.alike != null) (saerad.alike.get(row.alike) ?? saerad.alike.set(row.alike, []).get(row.alike)).push(row.feature);
   saerad.state = read();
   for (const name of CHOICES) options(name);
+  likenesses();
   build();
   controls();
   document.addEventListener("DOMContentLoaded", route);   // the plotting library is read after the table is there
@@ -67,6 +71,19 @@ function options(name) {
   $(name).closest("label").hidden = !values.length;
 }
 
+function likenesses() {                        // filters by what is described alike; by one description only where the address names its feature
+  const one = saerad.alike.has(Number(saerad.state.alike)) ? [saerad.state.alike, `like feature ${saerad.state.alike}`] : [];
+  const said = [["", "any"], ...Object.entries(ALIKE), ...(one.length ? [one] : [])];
+  $("alike").replaceChildren(...said.map(([value, text]) => el("option", { value }, text)));
+  $("alike").closest("label").hidden = !saerad.alike.size;
+}
+
+function alike(row, wanted) {
+  if (wanted === "once") return row.alike == null || row.alike === row.feature;
+  if (wanted === "others" || wanted === "alone") return (row.alike == null) === (wanted === "alone") && Boolean(row.description);
+  return row.alike === Number(wanted);
+}
+
 function build() {
   const { Tabulator, ...modules } = vendoredTable;
   Tabulator.registerModule(Object.values(modules));
@@ -74,9 +91,9 @@ function build() {
   saerad.grid = new Tabulator($("table"), {
     data: saerad.rows, index: "feature", height: narrow ? "62vh" : "66vh", layout: narrow ? "fitData" : "fitColumns", headerSortElement: "<span></span>",
     placeholder: "No feature fits. Clear a filter.", columnHeaderSortMulti: false, rowHeight: 50, initialSort: sorted(), renderVerticalBuffer: 300,
-    columns: saerad.columns.map(column => ({
+    columns: saerad.columns.filter(column => !column.hidden).map(column => ({
       field: column.name, title: column.title, visible: !narrow || Boolean(column.narrow),
-      width: narrow && column.name === "description" ? 205 : column.width, widthGrow: column.name === "description" ? 4 : undefined, minWidth: column.width || 58,
+      width: narrow && column.name === "description" ? 216 : column.width, widthGrow: column.name === "description" ? 4 : undefined, minWidth: column.width || 58,
       hozAlign: column.text ? "left" : "right", headerHozAlign: column.text ? "left" : "right", resizable: !narrow && "header",
       headerSortStartingDir: column.text ? "asc" : "desc", titleFormatter: () => el("button", { type: "button", title: column.about }, column.title),
       sorter: column.text ? "string" : "number", sorterParams: { alignEmptyValues: "bottom" },
@@ -113,22 +130,25 @@ function filter() {
   const chosen = CHOICES.filter(name => state[name]).map(name => [name, state[name]]);
   saerad.grid.setFilter(row => words.every(word => row.searched.includes(word))
     && limits.every(([name, low, high, unit]) => row[name] != null && row[name] * unit >= low && row[name] * unit <= high)
-    && chosen.every(([name, value]) => String(row[name] ?? "").split("; ").includes(value)));
-  $("clear").hidden = !(words.length || limits.length || chosen.length);
+    && chosen.every(([name, value]) => String(row[name] ?? "").split("; ").includes(value)) && (!state.alike || alike(row, state.alike)));
+  $("clear").hidden = !(words.length || limits.length || chosen.length || state.alike);
   links();
 }
 
 const number = (text, otherwise) => text == null || text === "" || isNaN(text) ? otherwise : Number(text);
 
 function controls() {
-  const ids = ["search", ...RANGES.flatMap(name => [`${name}-from`, `${name}-to`]), ...CHOICES];
+  const ids = ["search", ...RANGES.flatMap(name => [`${name}-from`, `${name}-to`]), ...CHOICES, "alike"];
   for (const id of ids) $(id).addEventListener("input", () => set({ [id]: $(id).value }));
   $("clear").addEventListener("click", () => { set(Object.fromEntries(ids.map(id => [id, ""]))); fill(ids); $("search").focus(); });
   saerad.fill = () => fill(ids);
   $("more").open = ids.slice(1).some(id => saerad.state[id]) || !window.matchMedia("(max-width: 48rem)").matches;
 }
 
-function fill(ids) { for (const id of ids) if ($(id).value !== (saerad.state[id] ?? "")) $(id).value = saerad.state[id] ?? ""; }
+function fill(ids) {
+  likenesses();
+  for (const id of ids) if ($(id).value !== (saerad.state[id] ?? "")) $(id).value = saerad.state[id] ?? "";
+}
 
 function keys(event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
@@ -205,6 +225,7 @@ function feature(row, data) {
     el("nav", { "aria-label": "Features" }, home(), step("previous", "‹ previous", at > 0 ? all[at - 1] : null), step("next", "next ›", at >= 0 ? all[at + 1] : null), share),
     el("h1", {}, `Feature ${row.feature}`),
     el("p", { class: "description" }, row.description || (data.reason || row.status !== "ok" ? `No description: ${data.reason || plain(row.status ?? "not examined")}.` : "It was not described yet.")),
+    described_alike(row),
     data.tags.length ? el("ul", { class: "tags", "aria-label": "Properties" }, data.tags.map(tag => el("li", {}, tag))) : null,
     row.f1 == null ? null : el("ul", { class: "scores", "aria-label": "Scores" }, score("F1", row.f1, data.interval), score("precision", row.precision), score("recall", row.recall),
       data.near_f1 == null ? null : score("F1 against near misses", data.near_f1), score("F1 with another feature's description", row.shuffled_f1, "control", true), score("F1 of always saying yes", data.always_yes_f1, "control", true)),
@@ -216,6 +237,14 @@ function feature(row, data) {
       data.steered.map(pair), data.doses.length && !data.steered.length ? left("Steered reports") : null)]));
   $("feature").focus({ preventScroll: true });
   window.scrollTo(0, 0);
+}
+
+function described_alike(row, most = 12) {      // the others whose descriptions say the same
+  const others = (saerad.alike.get(row.alike) ?? []).filter(other => other !== row.feature);
+  if (!others.length) return null;
+  const named = others.slice(0, most).flatMap((other, i) => [i ? ", " : "", feature_link(other)]), rest = others.length - most;
+  const all = { ...Object.fromEntries(Object.keys(saerad.state).map(name => [name, ""])), alike: row.alike };
+  return el("p", { class: "where alike" }, "Described alike: ", named, rest > 0 ? ` and ${rest} more` : null, " · ", el("a", { href: address(all) }, "see them side by side"));
 }
 
 const card = (title, body) => el("section", { class: "card" }, el("h3", {}, title), body);
