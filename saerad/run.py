@@ -10,68 +10,35 @@ __all__ = ['STAGES', 'PACKAGE', 'SUMMARY', 'SHARED', 'app', 'ConfigPath', 'Setti
            'do_interpret', 'do_steer', 'do_portray', 'do_figures', 'do_atlas', 'summarise', 'check', 'check_studies',
            'model_folder', 'model_settings', 'model_shape', 'check_room', 'check_endpoint', 'run_config', 'assist',
            'do_stage', 'versions', 'peak_memory', 'write_config', 'model_hash', 'start', 'run_command', 'atlas_command',
-           'interpret_command', 'estimate_of', 'studies', 'sweep_command', 'sweep', 'doctor', 'convert', 'review_pack',
-           'review_score', 'mini_train', 'bench', 'bench_table', 'main', 'told', 'excuse']
+           'interpret_command', 'estimate_of', 'studies', 'sweep_command', 'sweep', 'doctor', 'convert', 'export',
+           'review_pack', 'review_score', 'mini_train', 'bench', 'bench_table', 'main', 'told', 'excuse']
 
 # %% ../nbs/13_run.ipynb #aa42374e
 import difflib
-import errno
-import fcntl
 import json
-import platform
-import resource
-import shutil
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
-from urllib.parse import urlsplit
+from typing import Any
 
-import typer
 import yaml
-from huggingface_hub import hf_hub_download
-from huggingface_hub.utils import logging as hub_logging
 from pydantic import BaseModel, ValidationError
-from transformers.utils.logging import set_verbosity_error
 
 import saerad
 from .atlas import AtlasConfig
-from .core import Section, UserError, content_hash, file_hash, read_json, read_table, write_beside, write_json
-from .endpoint import check_destination, host_of
+from .core import Section, UserError, content_hash, file_hash
 from .evaluation import EvaluationConfig
-from .exemplars import Exemplars, ExemplarsConfig
-from .extraction import ExtractionConfig, hookpoints, meet, stored_studies, world
+from .exemplars import ExemplarsConfig
+from .extraction import ExtractionConfig
 from .figures import FiguresConfig
-from .grammar import CONCEPTS
-from saerad.interpretation import (
-    InterpretationConfig,
-    check_needs,
-    description_names_truth,
-    estimate,
-    interpretation_summary,
-    named_files,
-    planned,
-    tell_estimate,
-)
+from .interpretation import InterpretationConfig, named_files
 from .mini import DecoderConfig
-from .online import Online
 from .portraits import PortraitsConfig
-from .protocols import read_protocol
-from .sae import MatryoshkaSAE, SAEConfig
-from .steering import SteeringConfig, steering_summary
-from .store import Store
-from .studies import SPLITS, Source, StudiesConfig, describe, open_source
-from .subjects import Subject, SubjectConfig, find_checkpoint, hash_checkpoint, open_subject
-from .sweep import SweepConfig, combinations
+from .sae import SAEConfig
+from .steering import SteeringConfig
+from .studies import StudiesConfig
+from .subjects import SubjectConfig
+from .sweep import SweepConfig
 from .training import TrainingConfig
 
 # %% ../nbs/13_run.ipynb #d3bc58e5
@@ -214,6 +181,21 @@ def plan(config: Config, studies: str, model: str) -> dict[str, str]:
         keys[s.name] = content_hash(s.name, inputs)
     return keys
 
+# %% ../nbs/13_run.ipynb #0d5e52f5
+import fcntl
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+
+from .core import read_json, read_table
+from .online import Online
+from .sae import MatryoshkaSAE
+from .store import Store
+from .studies import Source, open_source
+from .subjects import Subject, open_subject
+
 # %% ../nbs/13_run.ipynb #fa4f974e
 class Run:
     """A run's folder and its config; opens what stages read when they first ask for it."""
@@ -342,12 +324,18 @@ def do_atlas(run: Run) -> None:
     from saerad.atlas import build_atlas
     build_atlas(run.out, run.config.atlas)
 
+# %% ../nbs/13_run.ipynb #175c34ad
+from .grammar import CONCEPTS
+from .interpretation import description_names_truth, interpretation_summary
+from .steering import steering_summary
+from .studies import SPLITS
+
 # %% ../nbs/13_run.ipynb #9c7ad12c
 SUMMARY = {
     "studies": ("studies", "patients", "tokens_train", "tokens_validation", "tokens_test"),
     "sae": ("width", "features", "k", "group_sizes", "group_order", "l0", "fvu", "loss_recovered", "dead"),
     "interpretation": ("features", "scored", "f1_above_075", "f1_below_05", "median_f1", "shuffled_median_f1", "negatives", "parse_failures",
-                       "frequency_f1_spearman"),
+                       "frequency_f1_spearman", "near_median_f1", "deployment_median_precision", "repeated", "refusals", "unscored"),
     "steering": ("features", "alphas", "reports", "unchanged", "on_target_only", "mixed", "off_target_only", "degenerate", "sign_spearman"),
     "truth": ("concepts", "concepts_recovered", "description_names_truth", "report_finding_f1")}
 
@@ -392,6 +380,17 @@ def _of_interpretation(run: Run) -> dict[str, Any]:
 def _of_steering(run: Run) -> dict[str, Any]:
     path = run / "steering/judgements.parquet"
     return steering_summary(read_table(path)) if path.exists() else {}
+
+# %% ../nbs/13_run.ipynb #f63dce9b
+import socket
+from urllib.parse import urlsplit
+
+from huggingface_hub import hf_hub_download
+
+from .endpoint import check_destination, host_of, key_of
+from .extraction import hookpoints, stored_studies
+from .interpretation import check_settings
+from .subjects import find_checkpoint
 
 # %% ../nbs/13_run.ipynb #e6a2ec3c
 def check(run: Run) -> None:
@@ -456,16 +455,29 @@ def check_room(run: Run, d: int) -> None:
 
 # %% ../nbs/13_run.ipynb #4db868a0
 def check_endpoint(run: Run) -> None:
-    """The interpreter's endpoint answers and may see the text."""
+    """The interpreter's files are there; its endpoint answers, may see the text, and has a key."""
     cfg = run.config.interpretation
-    read_protocol(cfg.protocol)
+    check_settings(cfg)
     if cfg.interpreter == "lexical": return
     check_destination(cfg, run.source.may_leave)
     if (run / "interpretations/ledger.sqlite").exists(): return  # answers that are there already need no endpoint
+    key_of(cfg)
     url = urlsplit(cfg.base_url)
     try: socket.create_connection((host_of(cfg.base_url), url.port or (443 if url.scheme == "https" else 80)), timeout=10).close()
     except OSError as e:
         raise UserError(f"interpretation.base_url {cfg.base_url} does not answer ({e.strerror or e}); start that server, or name another.") from e
+
+# %% ../nbs/13_run.ipynb #d60972a8
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+
+from .core import write_beside, write_json
+from .extraction import meet, world
+from .subjects import hash_checkpoint
 
 # %% ../nbs/13_run.ipynb #18ab1ed1
 def run_config(config: Config, out: Path | str | None = None, first: str | None = None, last: str = "atlas",
@@ -545,6 +557,21 @@ def model_hash(config: Config) -> str:
     if config.subject.model == "trained": return "trained in the run"
     folder, settings = model_folder(config), config.subject.model_dump(exclude={"decoder", "device", "model"})
     return content_hash(settings, hash_checkpoint(folder, config.subject.dtype) if folder else model_settings(config))
+
+# %% ../nbs/13_run.ipynb #f10e2614
+import errno
+import subprocess
+import traceback
+from typing import Annotated
+
+import typer
+from huggingface_hub.utils import logging as hub_logging
+from transformers.utils.logging import set_verbosity_error
+
+from .exemplars import Exemplars
+from .interpretation import check_needs, estimate, planned, tell_estimate
+from .studies import describe
+from .sweep import combinations
 
 # %% ../nbs/13_run.ipynb #c3cc7c9b
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True,
@@ -666,6 +693,18 @@ def convert(src: str, dst: str, to: Annotated[str, typer.Option("--to", help="sa
     """Write a sparse autoencoder in another project's format; source and target may be hf:OWNER/NAME."""
     from saerad.convert import convert as write
     print(write(src, dst, to, force, store and Store.open(store)))
+
+# %% ../nbs/13_run.ipynb #58c7b4e1
+@app.command()
+def export(run: Annotated[Path, typer.Argument(help="folder of a run")], out: Annotated[Path, typer.Argument(help="folder for the cache")],
+           to: Annotated[str, typer.Option("--to", help="whose format: delphi")] = "delphi",
+           hookpoint: Annotated[str, typer.Option(help="name of the folder in it, which delphi takes for the layer's")] = "hookpoint",
+           splits: Annotated[int, typer.Option(min=1, help="files")] = 16,
+           length: Annotated[int, typer.Option(min=1, help="tokens in a row of the cache")] = 256) -> None:
+    """Write every firing of every feature of a run in another project's format."""
+    from saerad.delphi import export_delphi
+    if to != "delphi": raise UserError(f"--to {to} is not a format; the only one is delphi.")
+    print(export_delphi(Store.open(run / "activations"), MatryoshkaSAE.load(run / "sae"), out, hookpoint, splits, length))
 
 # %% ../nbs/13_run.ipynb #aa573717
 review = typer.Typer(no_args_is_help=True, help="Have people judge features.")

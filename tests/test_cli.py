@@ -34,7 +34,7 @@ def is_one_sentence(err):
 def test_help_names_every_command(saerad):
     code, out, _ = saerad("--help")
     assert code == 0
-    commands = "run extract train evaluate exemplars interpret steer figures atlas studies doctor convert review mini bench"
+    commands = "run extract train evaluate exemplars interpret steer figures atlas studies doctor convert export review mini bench"
     for name in commands.split(): assert name in out
 
 
@@ -59,6 +59,10 @@ def test_check_does_nothing(saerad, tmp_path):
     (["studies.source=dicom:here"], ["dicom"]),
     (["subject.model=someone/a-model-that-is-not-there"], ["someone/a-model-that-is-not-there"]),
     (["interpretation.interpreter=openai", "interpretation.base_url=http://127.0.0.1:9/v1"], ["127.0.0.1:9"]),
+    (["interpretation.interpreter=openai", "interpretation.base_url=https://api.example.org/v1", "interpretation.api_key_env=NOT_SET_HERE"],
+     ["NOT_SET_HERE", "api.example.org"]),
+    (["interpretation.descriptions=nowhere/theirs.csv"], ["nowhere/theirs.csv", "interpretation.descriptions"]),
+    (["interpretation.budget=1"], ["interpretation.budget", "price_in"]),
     (["--from", "nothing"], ["nothing", "extract"]),
 ])
 @pytest.mark.parametrize("check", [False, True])
@@ -69,6 +73,14 @@ def test_bad_input_is_told_before_anything_is_written(saerad, tmp_path, monkeypa
     assert code == 2 and is_one_sentence(err), err
     assert all(word in err for word in words), err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_can_be_replayed_needs_no_key(saerad, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    (tmp_path / "interpretations").mkdir()
+    (tmp_path / "interpretations/ledger.sqlite").touch()
+    code, _, err = saerad("run", CONFIGS / "phantom.yaml", *SMALL, "interpretation.interpreter=openai", "--out", tmp_path, "--check")
+    assert code == 0, err
 
 
 @pytest.mark.parametrize("name", ["paper", "corrected"])
@@ -192,6 +204,12 @@ def test_doctor_and_convert_refuse_what_is_no_sae(saerad, tmp_path):
         code, _, err = saerad(*arguments)
         assert code == 2 and is_one_sentence(err)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments, word", [(["--to", "neuronpedia"], "neuronpedia"), ([], "nowhere")])
+def test_export_refuses_what_is_no_run_or_no_format(saerad, tmp_path, arguments, word):
+    code, _, err = saerad("export", tmp_path / "nowhere", tmp_path / "out", *arguments)
+    assert code == 2 and is_one_sentence(err) and word in err and not (tmp_path / "out").exists()
 
 
 def test_bench_names_its_benchmarks(saerad):

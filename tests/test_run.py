@@ -155,6 +155,19 @@ def test_a_run_leaves_what_the_plan_says(done):
     assert all(seconds is not None for seconds in summary["seconds"].values())
     shares = [summary["steering"][name] for name in ("unchanged", "on_target_only", "mixed", "off_target_only", "degenerate")]
     assert sum(shares) == pytest.approx(1)
+    said = summary["interpretation"]
+    assert said["refusals"] == 0 and said["scored"] + sum(said["unscored"].values()) == said["features"]
+
+
+def test_a_run_is_exported_for_delphi(done, tmp_path, capsys):
+    out, _ = done
+    command = ["export", str(out), str(tmp_path / "cache"), "--hookpoint", "layers.2", "--splits", "4"]
+    for code, word in ((0, str(tmp_path / "cache/layers.2")), (2, "is not empty")):
+        with pytest.raises(SystemExit) as ended: running.main(command)
+        said = capsys.readouterr()
+        assert ended.value.code == code and word in (said.err if code else said.out)
+    files = sorted((tmp_path / "cache/layers.2").glob("*.safetensors"))
+    assert files and sum(len(safetensors.torch.load_file(f)["activations"]) for f in files) > 0
 
 
 def test_the_config_in_the_run_is_the_config(done, config):
