@@ -62,6 +62,7 @@ def _check_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
                         "with sae.group_order.")
     return tuple(fractions)
 
+# %% ../nbs/05_sae.ipynb #d004b58c
 def _check_weights(weights: Sequence[float] | None, levels: int) -> None:
     if weights is None: return
     if len(weights) != levels:
@@ -78,14 +79,18 @@ def group_sizes(self: SAEConfig, d: int) -> tuple[int, ...]:
     Raises `UserError` when `k` is above the dictionary or a group would be empty.
     """
     width = self.expansion * d
-    if self.k > width:
-        raise UserError(f"sae.k is {self.k} but the dictionary has {width} features, {self.expansion} × {d}; "
-                        "lower sae.k or raise sae.expansion.")
+    _check_k(self, width, d)
     sizes = [int(f * width) for f in self.group_fractions[:-1]]
     sizes.append(width - sum(sizes))
     if min(sizes) < 1:
         raise UserError(f"sae.group_fractions leaves a group of the {width} features empty; use fewer groups.")
     return tuple(sizes[::-1] if self.group_order == "reversed" else sizes)
+
+# %% ../nbs/05_sae.ipynb #bcf23c44
+def _check_k(cfg: SAEConfig, width: int, d: int) -> None:
+    if cfg.k <= width: return
+    raise UserError(f"sae.k is {cfg.k} but the dictionary has {width} features, {cfg.expansion} × {d}; "
+                    "lower sae.k or raise sae.expansion.")
 
 # %% ../nbs/05_sae.ipynb #f35a3f76
 class MatryoshkaSAE(nn.Module):
@@ -102,18 +107,25 @@ class MatryoshkaSAE(nn.Module):
         self.d, self.group_sizes, self.k, self.width = d, tuple(map(int, group_sizes)), k, sum(group_sizes)
         weights = np.asarray(level_weights or [1.0] * len(self.group_sizes), dtype=float)
         self.level_weights = tuple((weights / weights.sum()).tolist())     # in the order of the levels
-        rows = torch.empty(self.width, d)                                  # not `drawn`: weights follow from a file
-        if drawn: rows.normal_(generator=torch_rng(seed, "sae", "start")).div_(rows.norm(dim=1, keepdim=True))
-        self.W_dec = nn.Parameter(rows)
-        self.W_enc = nn.Parameter(self.W_dec.detach().T.contiguous())
-        self.b_enc, self.b_dec = nn.Parameter(torch.zeros(self.width)), nn.Parameter(torch.zeros(d))
+        self._start(seed, drawn)
         self.register_buffer("threshold", torch.tensor(-1.0))                 # below 0: not set yet
         self.register_buffer("scale", torch.tensor(1.0))
 
-    @classmethod
-    def from_config(cls, d: int, cfg: SAEConfig, seed: int = 0) -> "MatryoshkaSAE":
-        """An untrained SAE for a residual stream of width `d`."""
-        return cls(d, cfg.group_sizes(d), cfg.k, cfg.level_weights, seed, cfg.selection)
+# %% ../nbs/05_sae.ipynb #faca9fea
+@patch
+def _start(self: MatryoshkaSAE, seed: int, drawn: bool) -> None:
+    "The weights to begin with; without `drawn` they are left open."
+    rows = torch.empty(self.width, self.d)
+    if drawn: rows.normal_(generator=torch_rng(seed, "sae", "start")).div_(rows.norm(dim=1, keepdim=True))
+    self.W_dec = nn.Parameter(rows)
+    self.W_enc = nn.Parameter(self.W_dec.detach().T.contiguous())
+    self.b_enc, self.b_dec = nn.Parameter(torch.zeros(self.width)), nn.Parameter(torch.zeros(self.d))
+
+# %% ../nbs/05_sae.ipynb #ca029e0e
+@patch(cls_method=True)
+def from_config(cls: MatryoshkaSAE, d: int, cfg: SAEConfig, seed: int = 0) -> MatryoshkaSAE:
+    """An untrained SAE for a residual stream of width `d`."""
+    return cls(d, cfg.group_sizes(d), cfg.k, cfg.level_weights, seed, cfg.selection)
 
 # %% ../nbs/05_sae.ipynb #5fced065
 @patch(as_prop=True)
@@ -121,11 +133,13 @@ def prefixes(self: MatryoshkaSAE) -> tuple[int, ...]:
     """Number of features that each level may use; the last is all of them."""
     return tuple(accumulate(self.group_sizes))
 
+# %% ../nbs/05_sae.ipynb #1f4af377
 @patch
 def level(self: MatryoshkaSAE, feature: int) -> int:
     """Index of the group that holds `feature`; 0 is the innermost doll."""
     return int(np.searchsorted(self.prefixes, feature, side="right"))
 
+# %% ../nbs/05_sae.ipynb #1d8392f8
 @patch(as_prop=True)
 def group_order(self: MatryoshkaSAE) -> str:
     """`ascending`, `reversed`, `single` (one group) or `mixed`, read off the sizes of the groups."""
@@ -134,6 +148,7 @@ def group_order(self: MatryoshkaSAE) -> str:
     if sizes == sorted(sizes): return "ascending"
     return "reversed" if sizes[::-1] == sorted(sizes) else "mixed"
 
+# %% ../nbs/05_sae.ipynb #30215525
 @patch(as_prop=True)
 def kind(self: MatryoshkaSAE) -> str:
     """`batch_topk` or `topk`, with `matryoshka_` before it when there are several groups."""
@@ -145,6 +160,7 @@ def preactivations(self: MatryoshkaSAE, x: Float[Tensor, "n d"]) -> Float[Tensor
     """What the features read from *normalised* vectors, before any selection."""
     return torch.addmm(self.b_enc - self.b_dec @ self.W_enc, x, self.W_enc)
 
+# %% ../nbs/05_sae.ipynb #4a40ca5e
 @patch
 @torch.no_grad()
 def encode(self: MatryoshkaSAE, x: Float[Tensor, "n d"]) -> Float[Tensor, "n width"]:
@@ -165,6 +181,7 @@ def decode(self: MatryoshkaSAE, z: Float[Tensor, "n width"],
     """Raw residual vectors from features in normalised units, of the first `prefix` features (default: all)."""
     return (z[:, :prefix] @ self.W_dec[:prefix] + self.b_dec) * self.scale
 
+# %% ../nbs/05_sae.ipynb #4ba472cf
 @patch
 def forward(self: MatryoshkaSAE, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """The reconstruction of raw residual vectors, in raw residual units."""
@@ -180,6 +197,7 @@ def encode_rows(sae: MatryoshkaSAE, store: Store, rows: Int[np.ndarray, " n"],
              for i in progress(range(0, len(rows), batch), "encoding")]
     return sparse.vstack([empty, *parts], format="csr")
 
+# %% ../nbs/05_sae.ipynb #f80278a4
 def _sparse_rows(z: np.ndarray) -> sparse.csr_matrix:
     "A dense block as a sparse one; a flat search is several times faster than scipy's own."
     at = np.flatnonzero(z)
@@ -187,6 +205,7 @@ def _sparse_rows(z: np.ndarray) -> sparse.csr_matrix:
     ends = np.searchsorted(row, np.arange(len(z) + 1))
     return sparse.csr_matrix((z.ravel()[at], col.astype(np.int32), ends), shape=z.shape)
 
+# %% ../nbs/05_sae.ipynb #79928430
 def check_width(sae: MatryoshkaSAE, d: int) -> None:
     """Raises `UserError` when the SAE was made for another width than `d`."""
     if sae.d == d: return
@@ -201,6 +220,7 @@ def tensors(self: MatryoshkaSAE) -> dict[str, Tensor]:
     """The six tensors that are the SAE, detached, on the CPU."""
     return {name: getattr(self, name).detach().cpu().contiguous() for name in TENSORS}
 
+# %% ../nbs/05_sae.ipynb #e2c3dbcd
 @patch
 def save(self: MatryoshkaSAE, folder: Path | str) -> None:
     """Write `sae.safetensors` and `config.json` into `folder`; equal SAEs give equal bytes."""
@@ -214,18 +234,20 @@ def save(self: MatryoshkaSAE, folder: Path | str) -> None:
 # %% ../nbs/05_sae.ipynb #ba78019a
 def check_tensors(where: str, tensors: dict[str, Tensor], d: int, width: int) -> None:
     """Raises `UserError` when `tensors` are not all of an SAE of this shape, or its threshold was never set."""
-    shapes = {"W_enc": (d, width), "b_enc": (width,), "W_dec": (width, d), "b_dec": (d,)}
-    shapes |= {"threshold": (), "scale": ()}
+    shapes = {"W_enc": (d, width), "b_enc": (width,), "W_dec": (width, d), "b_dec": (d,), "threshold": (), "scale": ()}
     if missing := [n for n in shapes if n not in tensors]:
         raise UserError(f"{where} has no tensor {missing[0]}; it is not a whole SAE, so copy or train it again.")
     if extra := sorted(set(tensors) - set(shapes)):
         raise UserError(f"{where} holds an unknown tensor {extra[0]}; it was not written by saerad.")
-    for name, shape in shapes.items():
-        if tuple(tensors[name].shape) != shape:
-            raise UserError(f"{where}: {name} has shape {tuple(tensors[name].shape)} where {shape} was expected; "
-                            "use the config.json that belongs to it.")
+    for name, shape in shapes.items(): _check_shape(where, name, tuple(tensors[name].shape), shape)
     if not tensors["threshold"] >= 0:
         raise UserError(f"{where}: the threshold was never set; finish its training before using it.")
+
+# %% ../nbs/05_sae.ipynb #29fdf666
+def _check_shape(where: str, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found == expected: return
+    raise UserError(f"{where}: {name} has shape {found} where {expected} was expected; "
+                    "use the config.json that belongs to it.")
 
 # %% ../nbs/05_sae.ipynb #72aa9a6c
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -235,6 +257,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except SafetensorError as e:
         raise UserError(f"{path} is not a whole safetensors file ({e}); copy it again.") from e
 
+# %% ../nbs/05_sae.ipynb #51ab103b
 @patch(cls_method=True)
 def load(cls: MatryoshkaSAE, folder: Path | str) -> MatryoshkaSAE:
     """Read an SAE that `save` wrote; raises `UserError` for anything missing, misshapen or unset."""
