@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ExtractionConfig', 'kept_tokens', 'token_table', 'hooked_rows', 'residuals', 'batches_by_length', 'Laid', 'laid_out',
-           'windows_of', 'with_own_reports', 'to_host', 'one_behind', 'passes', 'hookpoints', 'rows_of', 'read_windows',
+           'windows_of', 'with_own_reports', 'to_host', 'one_behind', 'hookpoints', 'passes', 'read_windows', 'rows_of',
            'alone_at', 'folder_of', 'store_key', 'finished', 'world', 'stored_studies', 'parts_of', 'meet', 'extract']
 
 # %% ../nbs/03_extraction.ipynb #76fd2ad4
@@ -46,15 +46,20 @@ class ExtractionConfig(Section):
     train_studies: int | None = Field(None, ge=1)       # of the training split, so many go into the store; None: all
 
 # %% ../nbs/03_extraction.ipynb #724bde10
+def _image_tokens(prompt: Prompt, how: str) -> Int[np.ndarray, "kept"]:
+    "Places of the image tokens that stay."
+    image = np.flatnonzero(prompt.section == "image")
+    if how == "none": return image[:0]
+    if how == "all": return image
+    if how.startswith("sample:"): return rng(0, "image tokens", prompt.study).permutation(image)[:int(how[7:])]
+    ends = image[np.append(prompt.view[1:], "")[image] != prompt.view[image]]     # of each view
+    return ends if how == "last_of_view" else ends[-1:]
+
+# %% ../nbs/03_extraction.ipynb #42bdc86e
 def kept_tokens(prompt: Prompt, cfg: ExtractionConfig) -> Bool[np.ndarray, "tokens"]:
     """The paper's token filter (arXiv 2507.12950): True where a token's activation is stored."""
-    image = prompt.section == "image"
-    ends = np.flatnonzero(image & (np.append(prompt.view[1:], "") != prompt.view))    # of each view
-    how, _, number = cfg.image_tokens.partition(":")
-    chosen = {"none": ends[:0], "last": ends[-1:], "last_of_view": ends, "all": np.flatnonzero(image)}
-    if how == "sample": chosen[how] = rng(0, "image tokens", prompt.study).permutation(np.flatnonzero(image))[:int(number)]
-    keep = ~image & ((prompt.section != "boilerplate") | cfg.boilerplate)
-    keep[chosen[how]] = True
+    keep = (prompt.section != "image") & ((prompt.section != "boilerplate") | cfg.boilerplate)
+    keep[_image_tokens(prompt, cfg.image_tokens)] = True
     return keep
 
 # %% ../nbs/03_extraction.ipynb #09418bef
@@ -65,6 +70,11 @@ def token_table(study: Study, prompt: Prompt, texts: Sequence[str], keep: Bool[n
     origin = {k: getattr(prompt, k)[at].tolist() for k in ("section", "view", "row", "col", "start", "end")}
     of_token = {"token_id": prompt.ids[at].tolist(), "text": [texts[i] for i in at], "position": at.tolist()}
     return pa.table(of_study | origin | of_token, schema=TOKEN_SCHEMA)
+
+# %% ../nbs/03_extraction.ipynb #85a9f900
+def _places(keeps: Sequence[np.ndarray], width: int) -> Int[Tensor, "rows"]:
+    "Numbers of the kept tokens in a batch that was padded to `width` and flattened."
+    return torch.from_numpy(np.concatenate([i * width + np.flatnonzero(k) for i, k in enumerate(keeps)]))
 
 # %% ../nbs/03_extraction.ipynb #5526adf0
 @torch.no_grad()
@@ -79,10 +89,6 @@ def hooked_rows(subject: Subject, prompts: Sequence[Prompt], layers: Sequence[in
         for i, hook in hooks.items(): found[i] = hook.output.flatten(0, 1)[at]
         tracer.stop()
     return found
-
-def _places(keeps: Sequence[np.ndarray], width: int) -> Int[Tensor, "rows"]:
-    "Numbers of the kept tokens in a batch that was padded to `width` and flattened."
-    return torch.from_numpy(np.concatenate([i * width + np.flatnonzero(k) for i, k in enumerate(keeps)]))
 
 # %% ../nbs/03_extraction.ipynb #ab74a26c
 def residuals(subject: Subject, prompts: Sequence[Prompt], layer: int) -> list[Float[Tensor, "tokens d"]]:
@@ -107,14 +113,15 @@ class Laid:
     problem: str = ""
     rows: dict[int, Tensor] = field(default_factory=dict)    # by layer, once the model has read it
 
-def laid_out(subject: Subject, study: Study, report: str | None, cfg: ExtractionConfig) -> Laid:
-    """A study's prompt with `report`, and what is kept of it; `report` None: up to where the model writes."""
-    try: prompt = subject.prompt(study, report)
-    except UserError as e: return Laid(study, problem=str(e))
-    if report is None: return Laid(study, prompt)
-    keep = kept_tokens(prompt, cfg)
-    return Laid(study, prompt, keep, token_table(study, prompt, _texts(subject, prompt), keep))
+# %% ../nbs/03_extraction.ipynb #2d52bce4
+@dataclass
+class _Ids:
+    ids: Tensor
 
+@lru_cache(4)
+def _known_texts(subject: Subject) -> dict[int, str]: return {}
+
+# %% ../nbs/03_extraction.ipynb #f09bef65
 def _texts(subject: Subject, prompt: Prompt) -> list[str]:
     "Like `subject.texts`, which asks the tokenizer about every word again."
     known = _known_texts(subject)
@@ -122,12 +129,14 @@ def _texts(subject: Subject, prompt: Prompt) -> list[str]:
     if new: known |= zip(new, subject.texts(_Ids(torch.tensor(new))), strict=True)
     return [known[i] for i in prompt.ids.tolist()]
 
-@dataclass
-class _Ids:
-    ids: Tensor
-
-@lru_cache(4)
-def _known_texts(subject: Subject) -> dict[int, str]: return {}
+# %% ../nbs/03_extraction.ipynb #9719bec4
+def laid_out(subject: Subject, study: Study, report: str | None, cfg: ExtractionConfig) -> Laid:
+    """A study's prompt with `report`, and what is kept of it; `report` None: up to where the model writes."""
+    try: prompt = subject.prompt(study, report)
+    except UserError as e: return Laid(study, problem=str(e))
+    if report is None: return Laid(study, prompt)
+    keep = kept_tokens(prompt, cfg)
+    return Laid(study, prompt, keep, token_table(study, prompt, _texts(subject, prompt), keep))
 
 # %% ../nbs/03_extraction.ipynb #774a2798
 def windows_of(subject: Subject, studies: Sequence[Study], cfg: ExtractionConfig) -> Iterator[list[Laid]]:
@@ -137,6 +146,7 @@ def windows_of(subject: Subject, studies: Sequence[Study], cfg: ExtractionConfig
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "films") as threads:
         for i in range(0, len(studies), window): yield list(threads.map(lay, studies[i:i + window]))
 
+# %% ../nbs/03_extraction.ipynb #8c535f55
 def with_own_reports(subject: Subject, window: Sequence[Laid], cfg: ExtractionConfig) -> list[Laid]:
     """The same studies laid out again with the reports that the model writes."""
     able = [laid for laid in window if laid.prompt is not None]
@@ -161,6 +171,7 @@ def to_host(x: Tensor) -> Callable[[], Tensor]:
         return host
     return landed
 
+# %% ../nbs/03_extraction.ipynb #c6216f75
 def one_behind(items: Iterator[Any]) -> Iterator[Any]:
     """The same items, each handed out only after the next one has been made."""
     before = []
@@ -168,6 +179,13 @@ def one_behind(items: Iterator[Any]) -> Iterator[Any]:
         yield from before
         before = [item]
     yield from before
+
+# %% ../nbs/03_extraction.ipynb #91b3c93d
+def hookpoints(cfg: ExtractionConfig) -> list[int]:
+    """The layers that are recorded, the main one first."""
+    return list(dict.fromkeys([cfg.layer, *cfg.more_layers]))
+
+def _stored(x: Tensor, cfg: ExtractionConfig) -> Tensor: return x.bfloat16() if cfg.dtype == "bfloat16" else x.float()
 
 # %% ../nbs/03_extraction.ipynb #88fbb6fa
 def passes(subject: Subject, windows: Iterator[list[Laid]], cfg: ExtractionConfig,
@@ -182,20 +200,13 @@ def passes(subject: Subject, windows: Iterator[list[Laid]], cfg: ExtractionConfi
             found = hooked_rows(subject, [b.prompt for b in batch], layers, [b.keep for b in batch]) if batch else {}
             yield window if batch is batches[-1] else [], batch, {i: to_host(_stored(x, cfg)) for i, x in found.items()}
 
-def _stored(x: Tensor, cfg: ExtractionConfig) -> Tensor: return x.bfloat16() if cfg.dtype == "bfloat16" else x.float()
-
-def hookpoints(cfg: ExtractionConfig) -> list[int]:
-    """The layers that are recorded, the main one first."""
-    return list(dict.fromkeys([cfg.layer, *cfg.more_layers]))
-
 # %% ../nbs/03_extraction.ipynb #9878daff
-def rows_of(subject: Subject, studies: Sequence[Study], cfg: ExtractionConfig) -> Iterator[Laid]:
-    """Every study in order, with its kept rows by layer (on the host, in raw residual units) and their tokens, or with its problem.
+def _finite(x: Tensor, study: Study, layer: int) -> Tensor:
+    if torch.isfinite(x).all(): return x
+    raise UserError(f"Study {study.study} gives activations after layer {layer} that are not finite numbers; "
+                    "try another dtype for the subject model, or leave the study out.")
 
-    Raises `UserError` that names study and layer where the model's activations are not finite.
-    """
-    return read_windows(subject, windows_of(subject, studies, cfg), cfg)
-
+# %% ../nbs/03_extraction.ipynb #5d660ffe
 def read_windows(subject: Subject, windows: Iterator[list[Laid]], cfg: ExtractionConfig) -> Iterator[Laid]:
     """The same for studies that have been laid out."""
     for window, batch, landing in one_behind(passes(subject, windows, cfg)):
@@ -204,10 +215,13 @@ def read_windows(subject: Subject, windows: Iterator[list[Laid]], cfg: Extractio
             for laid, rows in zip(batch, landed().split(sizes), strict=True): laid.rows[layer] = _finite(rows, laid.study, layer)
         yield from window
 
-def _finite(x: Tensor, study: Study, layer: int) -> Tensor:
-    if torch.isfinite(x).all(): return x
-    raise UserError(f"Study {study.study} gives activations after layer {layer} that are not finite numbers; "
-                    "try another dtype for the subject model, or leave the study out.")
+# %% ../nbs/03_extraction.ipynb #7a516732
+def rows_of(subject: Subject, studies: Sequence[Study], cfg: ExtractionConfig) -> Iterator[Laid]:
+    """Every study in order, with its kept rows by layer (on the host, in raw residual units) and their tokens, or with its problem.
+
+    Raises `UserError` that names study and layer where the model's activations are not finite.
+    """
+    return read_windows(subject, windows_of(subject, studies, cfg), cfg)
 
 # %% ../nbs/03_extraction.ipynb #abeb53da
 def alone_at(cfg: ExtractionConfig, layer: int) -> ExtractionConfig:
@@ -218,11 +232,13 @@ def folder_of(out: Path | str, cfg: ExtractionConfig, layer: int) -> Path:
     """Where a hookpoint's store lies: `out` for the main one, `out/layer-10` and so on for the others."""
     return Path(out) if layer == cfg.layer else Path(out) / f"layer-{layer:02d}"
 
+# %% ../nbs/03_extraction.ipynb #ca90b7fe
 def store_key(source: Source, subject: Subject, cfg: ExtractionConfig) -> str:
     """Fingerprint of everything that the content of a hookpoint's store depends on."""
     longest = subject.max_report_tokens if cfg.reports == "generated" else None
     return content_hash({"format": 2, "source": source.hash(), "subject": subject.hash, "settings": cfg, "longest": longest})
 
+# %% ../nbs/03_extraction.ipynb #21c97516
 def finished(out: Path | str, key: str) -> Store | None:
     """The store in `out` if it is whole and has this key."""
     if not (Path(out) / "store.json").exists(): return None
@@ -234,21 +250,24 @@ def finished(out: Path | str, key: str) -> Store | None:
         return None
     return store if store.meta["key"] == key else None
 
-# %% ../nbs/03_extraction.ipynb #3efea532
+# %% ../nbs/03_extraction.ipynb #08e9ef20
 def world() -> tuple[int, int]:
     """Rank of this process and number of ranks, as torchrun says; 0 of 1 for a process on its own."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
+# %% ../nbs/03_extraction.ipynb #853d4c8b
 def stored_studies(source: Source, cfg: ExtractionConfig) -> list[Study]:
     """The studies that go into the store, in the order of writing."""
     first = {"train": cfg.train_studies}
     return [study for split in SPLITS for study in source.split(split)[:first.get(split)]]
 
+# %% ../nbs/03_extraction.ipynb #3efea532
 def parts_of(studies: int, cfg: ExtractionConfig, rank: int = 0, ranks: int = 1) -> list[tuple[int, int, int]]:
     """The parts of a rank: number, first study, study behind the last."""
     size = cfg.studies_per_part
     return [(p, p * size, min((p + 1) * size, studies)) for p in range(rank, -(-studies // size), ranks)]
 
+# %% ../nbs/03_extraction.ipynb #64005191
 def meet(go: bool = True) -> bool:
     """Wait until all ranks of this torchrun are here, where there are several; gives what the first rank says."""
     if world()[1] == 1 or "MASTER_ADDR" not in os.environ: return go
@@ -257,6 +276,27 @@ def meet(go: bool = True) -> bool:
     dist.broadcast_object_list(said, src=0)
     dist.barrier()
     return said[0]
+
+# %% ../nbs/03_extraction.ipynb #05e6d547
+def _writer(source: Source, subject: Subject, cfg: ExtractionConfig, out: Path, key: str, part: int, parts: int, first: int) -> StoreWriter:
+    made_from = {"source": source.spec, "source_hash": source.hash(), "may_leave": source.may_leave,
+                 "subject": subject.name, "subject_hash": subject.hash, "layer": cfg.layer, "settings": cfg.model_dump(mode="json")}
+    return StoreWriter(out, key, subject.d_model, cfg.dtype, cfg.rows_per_shard, made_from, part, parts, first)
+
+# %% ../nbs/03_extraction.ipynb #26947dad
+def _write_part(subject: Subject, studies: Sequence[Study], begin: int, end: int, cfg: ExtractionConfig,
+                writers: dict[int, StoreWriter], desc: str) -> None:
+    "Send the studies of a part through the model, from where the writer that is furthest behind has to go on."
+    behind, window = min(w.next_study for w in writers.values()), 4 * cfg.batch_size
+    first = behind - (behind - begin) % window        # the same windows as before, so that the bytes are the same
+    rows = rows_of(subject, studies[first:end], cfg) if behind < end else iter(())
+    for i, laid in enumerate(progress(rows, desc, total=end - first), start=first):
+        for layer, writer in writers.items():
+            if i < writer.next_study: continue
+            if laid.problem: writer.skip(laid.study.study, laid.problem)
+            else: writer.add(laid.rows[layer], laid.tokens)
+        laid.rows.clear()
+    for writer in writers.values(): writer.finish()
 
 # %% ../nbs/03_extraction.ipynb #7ab56e8f
 def extract(source: Source, subject: Subject, cfg: ExtractionConfig, out: Path | str) -> Store | None:
@@ -280,23 +320,3 @@ def extract(source: Source, subject: Subject, cfg: ExtractionConfig, out: Path |
             _write_part(subject, studies, begin, end, cfg, writers, f"extraction, part {p + 1} of {len(parts)}")
     meet()
     return Store.open(out) if (Path(out) / "store.json").exists() else None
-
-def _writer(source: Source, subject: Subject, cfg: ExtractionConfig, out: Path, key: str, part: int, parts: int, first: int) -> StoreWriter:
-    made_from = {"source": source.spec, "source_hash": source.hash(), "may_leave": source.may_leave,
-                 "subject": subject.name, "subject_hash": subject.hash, "layer": cfg.layer, "settings": cfg.model_dump(mode="json")}
-    return StoreWriter(out, key, subject.d_model, cfg.dtype, cfg.rows_per_shard, made_from, part, parts, first)
-
-# %% ../nbs/03_extraction.ipynb #26947dad
-def _write_part(subject: Subject, studies: Sequence[Study], begin: int, end: int, cfg: ExtractionConfig,
-                writers: dict[int, StoreWriter], desc: str) -> None:
-    "Send the studies of a part through the model, from where the writer that is furthest behind has to go on."
-    behind, window = min(w.next_study for w in writers.values()), 4 * cfg.batch_size
-    first = behind - (behind - begin) % window        # the same windows as before, so that the bytes are the same
-    rows = rows_of(subject, studies[first:end], cfg) if behind < end else iter(())
-    for i, laid in enumerate(progress(rows, desc, total=end - first), start=first):
-        for layer, writer in writers.items():
-            if i < writer.next_study: continue
-            if laid.problem: writer.skip(laid.study.study, laid.problem)
-            else: writer.add(laid.rows[layer], laid.tokens)
-        laid.rows.clear()
-    for writer in writers.values(): writer.finish()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal  # noqa: F401 - inherited fields are annotated with it, and the site reads annotations here
 
 import torch
+from fastcore.basics import patch
 from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
@@ -61,16 +62,18 @@ class Maira2Model(LlavaModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
-    def get_image_features(self, pixel_values: Float[Tensor, "images channels height width"],
-                           vision_feature_layer: int | None = None, vision_feature_select_strategy: str | None = None,
-                           **_: object) -> BaseModelOutputWithPooling:
-        """Projected patches of each image (`pooler_output`, a list of [patches, width]), read from the feature maps."""
-        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
-        patches = self.vision_tower(pixel_values).feature_maps[layer]
-        if strategy == "default": patches = patches[:, 1:]  # position 0 is the CLS token
-        return BaseModelOutputWithPooling(last_hidden_state=patches,
-                                          pooler_output=list(self.multi_modal_projector(patches)))
+# %% ../nbs/02b_maira2.ipynb #6edb50d4
+@patch
+def get_image_features(self: Maira2Model, pixel_values: Float[Tensor, "images channels height width"],
+                       vision_feature_layer: int | None = None, vision_feature_select_strategy: str | None = None,
+                       **_: object) -> BaseModelOutputWithPooling:
+    """Projected patches of each image (`pooler_output`, a list of [patches, width]), read from the feature maps."""
+    layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+    strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+    patches = self.vision_tower(pixel_values).feature_maps[layer]
+    if strategy == "default": patches = patches[:, 1:]  # position 0 is the CLS token
+    return BaseModelOutputWithPooling(last_hidden_state=patches,
+                                      pooler_output=list(self.multi_modal_projector(patches)))
 
 # %% ../nbs/02b_maira2.ipynb #7ff37e2a
 class Maira2ForConditionalGeneration(LlavaForConditionalGeneration):
@@ -89,6 +92,7 @@ OLD_PREFIXES = {"language_model.model.": "model.language_model.", "language_mode
 OLD_PARTS = {".attention.attention.query.": ".attention.q_proj.", ".attention.attention.key.": ".attention.k_proj.",
              ".attention.attention.value.": ".attention.v_proj.", ".attention.output.dense.": ".attention.o_proj."}
 
+# %% ../nbs/02b_maira2.ipynb #14905ba9
 def new_name(name: str) -> str:
     """A stored weight's name in the network of transformers 5; a name that is in that layout already stays as it is."""
     for old, new in OLD_PARTS.items(): name = name.replace(old, new)
@@ -104,32 +108,35 @@ def shards_of(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 # %% ../nbs/02b_maira2.ipynb #ea076821
-def load_strictly(model: nn.Module, folder: Path) -> None:
-    """Fill `model` from a checkpoint in either layout; raises `UserError` that names a missing, surplus or misshapen tensor."""
-    wanted = model.state_dict(keep_vars=True)
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
-    found: dict[str, tuple[Path, str]] = {}
-    for shard in shards_of(folder):
-        with _opened(shard) as file: found |= {new_name(name): (shard, name) for name in file.keys()}
-    missing, surplus = sorted(wanted.keys() - found.keys() - tied), sorted(found.keys() - wanted.keys())
-    if missing: raise UserError(f"{folder} has no tensor {missing[0]} ({len(missing)} missing in all); the checkpoint is not complete.")
-    if surplus: raise UserError(f"{folder} holds {surplus[0]}, which the model has no place for ({len(surplus)} such tensors in all).")
-    for shard in shards_of(folder):
-        with _opened(shard) as file:
-            for name in file.keys(): _fill(wanted[new_name(name)], file.get_tensor(name), f"{name} of {shard}")
-
-# %% ../nbs/02b_maira2.ipynb #973a7ecd
 def _opened(shard: Path) -> safe_open:
     "A safetensors file, open; a damaged one is the user's to mend."
     try: return safe_open(shard, framework="pt")
     except SafetensorError as e: raise UserError(f"{shard} is not a whole safetensors file ({e}); fetch it again.") from e
 
+# %% ../nbs/02b_maira2.ipynb #7a74083f
+def _compare(wanted: set[str], found: set[str], tied: set[str], folder: Path) -> None:
+    missing, surplus = sorted(wanted - found - tied), sorted(found - wanted)
+    if missing: raise UserError(f"{folder} has no tensor {missing[0]} ({len(missing)} missing in all); the checkpoint is not complete.")
+    if surplus: raise UserError(f"{folder} holds {surplus[0]}, which the model has no place for ({len(surplus)} such tensors in all).")
+
+# %% ../nbs/02b_maira2.ipynb #973a7ecd
 @torch.no_grad()
 def _fill(place: Tensor, value: Tensor, name: str) -> None:
     "Copy a stored tensor into the model, casting it to the model's precision."
     if place.shape != value.shape:
         raise UserError(f"{name} has shape {tuple(value.shape)} where the config asks for {tuple(place.shape)}.")
     place.copy_(value)
+
+# %% ../nbs/02b_maira2.ipynb #9a2bd5db
+def load_strictly(model: nn.Module, folder: Path) -> None:
+    """Fill `model` from a checkpoint in either layout; raises `UserError` that names a missing, surplus or misshapen tensor."""
+    wanted, names = model.state_dict(keep_vars=True), set()
+    for shard in shards_of(folder):
+        with _opened(shard) as file: names |= {new_name(name) for name in file.keys()}
+    _compare(set(wanted), names, set(getattr(model, "all_tied_weights_keys", {})), folder)
+    for shard in shards_of(folder):
+        with _opened(shard) as file:
+            for name in file.keys(): _fill(wanted[new_name(name)], file.get_tensor(name), f"{name} of {shard}")
 
 # %% ../nbs/02b_maira2.ipynb #955d51e1
 def load_maira2(folder: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Maira2ForConditionalGeneration:

@@ -24,30 +24,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from fastcore.basics import patch
-from huggingface_hub import snapshot_download
 from jaxtyping import Float, Int
 from nnsight import TransformersModel
 from nnsight.intervention.envoy import Envoy
 from PIL import Image
 from pydantic import Field
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers import models as token_models
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    ProcessorMixin,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-from transformers.utils import logging as transformers_logging
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 
 from .core import Section, UserError, content_hash, file_hash, progress, read_json, torch_rng
 from .maira2 import Maira2Config, Maira2ForConditionalGeneration, load_maira2
@@ -73,7 +57,24 @@ def piece_of_tokens(text: str, offsets: Sequence[tuple[int, int]], starts: Seque
         return span[0] + (len(word) - len(word.lstrip()) if word.strip() else 0)
     return np.array([bisect_right(starts, first(span)) - 1 for span in offsets], dtype=np.int64)
 
-# %% ../nbs/02_subjects.ipynb #0be57dce
+# %% ../nbs/02_subjects.ipynb #3b5137fb
+def _own_spans(spans: np.ndarray, starts: np.ndarray, owner: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "First character and end of each token in its section's text; -1 for those that are not `own`."
+    start = np.where(own, np.maximum(spans[:, 0], starts[owner]) - starts[owner], -1)
+    end = np.where(own, np.minimum(spans[:, 1], starts[owner + 1]) - starts[owner], -1)
+    return start.astype(np.int32), end.astype(np.int32)
+
+# %% ../nbs/02_subjects.ipynb #94d5ad76
+def _patch_places(owner: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Row and column of image tokens, row by row from the top left; one row when the count is no square."
+    row, col = np.full(len(owner), -1, np.int16), np.full(len(owner), -1, np.int16)
+    for piece in np.unique(owner[image]):
+        where = np.flatnonzero(owner == piece)
+        side = round(len(where) ** 0.5)
+        row[where], col[where] = np.divmod(np.arange(len(where)), side if side**2 == len(where) else len(where))
+    return row, col
+
+# %% ../nbs/02_subjects.ipynb #91f5594a
 def trace_origins(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool = False,
                   ) -> dict[str, np.ndarray]:
     """Tokenise the joined pieces; for each token its id, section, view, patch row and column, and character span."""
@@ -85,22 +86,10 @@ def trace_origins(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, a
     spans = np.array(encoding["offset_mapping"], dtype=np.int32).reshape(-1, 2)
     section, view = (np.array([getattr(p, key) for p in pieces], dtype="U12")[owner] for key in ("section", "view"))
     section[spans[:, 0] == spans[:, 1]] = "boilerplate"  # what a tokenizer adds by itself covers no text
-    own = ~np.isin(section, ("image", "boilerplate"))
-    start = np.where(own, np.maximum(spans[:, 0], starts[owner]) - starts[owner], -1)
-    end = np.where(own, np.minimum(spans[:, 1], starts[owner + 1]) - starts[owner], -1)
+    start, end = _own_spans(spans, starts, owner, ~np.isin(section, ("image", "boilerplate")))
     row, col = _patch_places(owner, section == "image")
-    return {"ids": np.array(encoding["input_ids"], dtype=np.int64), "section": section, "view": view, "row": row, "col": col,
-            "start": start.astype(np.int32), "end": end.astype(np.int32)}
-
-# %% ../nbs/02_subjects.ipynb #94d5ad76
-def _patch_places(owner: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Row and column of image tokens, row by row from the top left; one row when the count is no square."
-    row, col = np.full(len(owner), -1, np.int16), np.full(len(owner), -1, np.int16)
-    for piece in np.unique(owner[image]):
-        where = np.flatnonzero(owner == piece)
-        side = round(len(where) ** 0.5)
-        row[where], col[where] = np.divmod(np.arange(len(where)), side if side**2 == len(where) else len(where))
-    return row, col
+    ids = np.array(encoding["input_ids"], dtype=np.int64)
+    return {"ids": ids, "section": section, "view": view, "row": row, "col": col, "start": start, "end": end}
 
 # %% ../nbs/02_subjects.ipynb #cad96332
 @dataclass(frozen=True, eq=False)
@@ -127,13 +116,17 @@ def prepare_picture(picture: np.ndarray, size: int, channels: int = 3) -> Float[
     """MAIRA-2's preparation of a grey picture [height, width]: stretch to 0-255, shortest edge to `size`, centre crop, normalise."""
     grey = picture.astype(np.float64) - picture.min()
     grey = (grey / max(grey.max(), 1e-12) * 255).astype(np.uint8)
-    image = Image.fromarray(grey)
+    grey = np.asarray(_square(Image.fromarray(grey), size), dtype=np.float32)
+    return ((torch.from_numpy(grey.copy()) / 255 - MEAN) / STD).expand(channels, -1, -1)
+
+# %% ../nbs/02_subjects.ipynb #3d90922e
+def _square(image: Image.Image, size: int) -> Image.Image:
+    "The shorter edge brought to `size`, and the middle of the longer one."
     if min(image.size) != size:
         scale = size / min(image.size)
         image = image.resize([max(size, int(edge * scale)) for edge in image.size], Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
-    grey = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32)
-    return ((torch.from_numpy(grey.copy()) / 255 - MEAN) / STD).expand(channels, -1, -1)
+    return image.crop((left, top, left + size, top + size))
 
 # %% ../nbs/02_subjects.ipynb #e14a522e
 def pictures_of(study: Study) -> dict[str, np.ndarray]:
@@ -157,6 +150,10 @@ def plain_pieces(sections: Mapping[str, str], views: Iterable[str], patches: int
     return pieces
 
 # %% ../nbs/02_subjects.ipynb #cbeea8f2
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as token_models
+
+# %% ../nbs/02_subjects.ipynb #09572701
 SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "image_token": "<image>"}
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
@@ -205,26 +202,29 @@ class Subject:
         if self.tokenizer.pad_token is None: self.tokenizer.pad_token = self.tokenizer.eos_token
         if not self.hash: self.hash = _hash_of_memory(self.model, self.tokenizer)
 
-    @property
-    def device(self) -> torch.device: return self.model.device
-    @property
-    def d_model(self) -> int: return self.model.config.get_text_config().hidden_size
-    @property
-    def n_layers(self) -> int: return self.model.config.get_text_config().num_hidden_layers
-
     @cached_property
     def lm(self) -> TransformersModel:
         """The model as nnsight sees it: trace it with a batch from `collate`."""
         with quiet(): return TransformersModel(self.model, tokenizer=self.tokenizer, task="text-generation")
 
-    def prompt(self, study: Study, report: str | None = None) -> Prompt:
-        """The study as this model reads it; `report` None: up to where the model writes, else teacher-forced with its end."""
-        return self.lay_out(study, report)
-
 # %% ../nbs/02_subjects.ipynb #3c757eb1
 def _hash_of_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     weights = {name: content_hash(value) for name, value in model.state_dict().items()}
     return content_hash(weights, model.config.to_diff_dict(), tokenizer.get_vocab())
+
+# %% ../nbs/02_subjects.ipynb #867e4e61
+@patch(as_prop=True)
+def device(self: Subject) -> torch.device: return self.model.device
+@patch(as_prop=True)
+def d_model(self: Subject) -> int: return self.model.config.get_text_config().hidden_size
+@patch(as_prop=True)
+def n_layers(self: Subject) -> int: return self.model.config.get_text_config().num_hidden_layers
+
+# %% ../nbs/02_subjects.ipynb #b9f2d41e
+@patch
+def prompt(self: Subject, study: Study, report: str | None = None) -> Prompt:
+    """The study as this model reads it; `report` None: up to where the model writes, else teacher-forced with its end."""
+    return self.lay_out(study, report)
 
 # %% ../nbs/02_subjects.ipynb #c73f0c75
 def plain_subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, **known: Any) -> Subject:
@@ -247,6 +247,7 @@ def _need_frontal(study: Study, pictures: Mapping[str, np.ndarray], name: str) -
     if "frontal" not in pictures:
         raise UserError(f"study {study.study} has no frontal view and {name} needs one; leave it out or use a text-only model.")
 
+# %% ../nbs/02_subjects.ipynb #7ede6c3b
 def _refuse_specials(study: Study, origins: Mapping[str, np.ndarray], tokenizer: PreTrainedTokenizerBase) -> None:
     "A text that spells out a special token would move images or end the prompt early."
     names = ("bos_token", "eos_token", "pad_token", "image_token")
@@ -256,7 +257,7 @@ def _refuse_specials(study: Study, origins: Mapping[str, np.ndarray], tokenizer:
         raise UserError(f"the {origins['section'][bad[0]]} of study {study.study} contains the model's special token "
                         f"{tokenizer.convert_ids_to_tokens(int(origins['ids'][bad[0]]))}; take it out of the text.")
 
-# %% ../nbs/02_subjects.ipynb #165bb6f3
+# %% ../nbs/02_subjects.ipynb #56d0ef95
 _SENTENCES = ("There is a small left pleural effusion.", "The lungs are clear.", "No pneumothorax.", "Mild cardiomegaly.",
               "Endotracheal tube in place.", "AP portable view of the chest.", "Shortness of breath.")
 
@@ -265,20 +266,23 @@ def random_mini(seed: int = 0) -> Subject:
     tokenizer = train_tokenizer(_SENTENCES * 20)
     return plain_subject(new_mini(tokenizer, seed), tokenizer, f"random mini {seed}")
 
+# %% ../nbs/02_subjects.ipynb #e4568f2b
+def _padded(rows: Sequence[Tensor], width: int, value: int, side: str) -> Tensor:
+    "Rows of unequal length brought to one width with `value`."
+    gaps = [(0, width - len(r)) if side == "right" else (width - len(r), 0) for r in rows]
+    return torch.stack([nn.functional.pad(r, gap, value=value) for r, gap in zip(rows, gaps, strict=True)])
+
 # %% ../nbs/02_subjects.ipynb #02170b3c
 @patch
 def collate(self: Subject, prompts: Sequence[Prompt], side: str = "right") -> dict[str, Tensor]:
     """Pad prompts on one `side` into a batch on the subject's device; pixels are stacked in the order of the prompts."""
     width = max(map(len, prompts))
-    def padded(rows: Iterable[Tensor], value: int) -> Tensor:
-        gaps = [(0, width - len(r)) if side == "right" else (width - len(r), 0) for r in rows]
-        return torch.stack([nn.functional.pad(r, gap, value=value) for r, gap in zip(rows, gaps, strict=True)])
-    mask = padded([torch.ones(len(p), dtype=torch.long) for p in prompts], 0)
-    batch = {"input_ids": padded([p.ids for p in prompts], self.tokenizer.pad_token_id), "attention_mask": mask}
+    mask = _padded([torch.ones(len(p), dtype=torch.long) for p in prompts], width, 0, side)
+    batch = {"input_ids": _padded([p.ids for p in prompts], width, self.tokenizer.pad_token_id, side), "attention_mask": mask}
     if not prompts[0].extra: batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     for name in prompts[0].extra:  # one value a token is padded like the tokens; anything else goes by image
         own = [p.extra[name] for p in prompts if name in p.extra]
-        batch[name] = padded(own, 0) if own[0].shape == prompts[0].ids.shape else torch.cat(own)
+        batch[name] = _padded(own, width, 0, side) if own[0].shape == prompts[0].ids.shape else torch.cat(own)
     pixels = [p.pixels for p in prompts if p.pixels is not None]
     if pixels: batch["pixel_values"] = torch.cat(pixels).to(self.model.dtype)
     return {key: value.to(self.device) for key, value in batch.items()}
@@ -294,6 +298,9 @@ def texts(self: Subject, prompt: Prompt) -> list[str]:
     return [known[i] for i in ids]
 
 # %% ../nbs/02_subjects.ipynb #94032ac9
+from transformers.utils import logging as transformers_logging
+
+# %% ../nbs/02_subjects.ipynb #1ec13863
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers from talking: its remarks about wrapped models are no news to a user."""
@@ -360,18 +367,23 @@ def generate_ids(self: Subject, batch: Mapping[str, Tensor], max_new_tokens: int
     ends = self.model.generation_config.eos_token_id
     how = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=self.tokenizer.pad_token_id,
                            eos_token_id=self.tokenizer.eos_token_id if ends is None else ends)
-    width = batch["input_ids"].shape[1]
-    if add is None: return self.model.generate(**batch, generation_config=how)[:, width:]
-    push, hook = add[:, None].to(self.device, self.model.dtype), self.layer(layer)
-    with warnings.catch_warnings():  # nnsight remarks on reports that end before the last step that was asked for
+    ids = self.model.generate(**batch, generation_config=how) if add is None else self._push(batch, how, layer, add)
+    return ids[:, batch["input_ids"].shape[1]:]
+
+# %% ../nbs/02_subjects.ipynb #12636822
+@patch
+def _push(self: Subject, batch: Mapping[str, Tensor], how: GenerationConfig, layer: int, add: Float[Tensor, "rows d"]) -> Int[Tensor, "rows width"]:
+    "Prompt and new tokens, written while `add` is added behind a layer at every position and step."
+    push, hook, steps = add[:, None].to(self.device, self.model.dtype), self.layer(layer), how.max_new_tokens
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*was never reached")
         with self.lm.generate(generation_config=how) as tracer:
             with tracer.invoke(dict(batch)):
-                for _ in tracer.iter[:max_new_tokens]:
+                for _ in tracer.iter[:steps]:
                     hook.output += push
             with tracer.invoke():
                 ids = tracer.result.save()
-    return ids[:, width:]
+    return ids
 
 # %% ../nbs/02_subjects.ipynb #d6a6bcae
 MARKS = {name: chr(0xE000 + i) for i, name in enumerate(TOKEN_SECTIONS[2:])}  # private characters that no template writes
@@ -397,6 +409,12 @@ def chat(sections: Iterable[str], views: Iterable[str], report: bool) -> list[di
     answer = {"role": "assistant", "content": [{"type": "text", "text": MARKS["findings"]}]}
     return [{"role": "user", "content": parts}, *[answer] * report]
 
+# %% ../nbs/02_subjects.ipynb #ff443c71
+def _runs_between(ids: np.ndarray, holder: int) -> list[np.ndarray]:
+    "Places of the tokens before, between and behind the tokens `holder`."
+    runs = np.split(np.arange(len(ids)), np.flatnonzero(ids == holder))
+    return [runs[0], *(run[1:] for run in runs[1:])]
+
 # %% ../nbs/02_subjects.ipynb #3f4f501a
 def follow_images(origins: Mapping[str, np.ndarray], ids: np.ndarray, image_id: int, holders: Sequence[int], views: Sequence[str],
                   ) -> dict[str, np.ndarray] | None:
@@ -404,9 +422,7 @@ def follow_images(origins: Mapping[str, np.ndarray], ids: np.ndarray, image_id: 
     mine = origins["ids"]
     holder = next((h for h in holders if (mine == h).sum() == len(views)), None)
     if holder is None: return None
-    runs = np.split(np.arange(len(mine)), np.flatnonzero(mine == holder))
-    runs = [runs[0], *(run[1:] for run in runs[1:])]
-    source, view_of, at = np.full(len(ids), -1), np.full(len(ids), -1), 0
+    source, view_of, at, runs = np.full(len(ids), -1), np.full(len(ids), -1), 0, _runs_between(mine, holder)
     for i, run in enumerate(runs):
         if i:  # a block lasts until the text behind it begins, or to the place where the last text must begin
             begin, at = at, _begin_of(mine[run], ids, at, image_id, last=i == len(runs) - 1)
@@ -465,39 +481,46 @@ def render_maira2(processor: ProcessorMixin, sections: Mapping[str, str], pictur
 # %% ../nbs/02_subjects.ipynb #933ef04e
 Render = Callable[[Any, Mapping[str, str], Mapping[str, np.ndarray]], tuple[str, list[Image.Image]]]
 
+def _texts_of(study: Study, report: str | None, prior: bool) -> dict[str, str]:
+    "The texts that a template is asked to place: the study's sections, perhaps the report before, perhaps the report."
+    sections = {k: v for k, v in study.sections.items() if k in HEADINGS}
+    if prior and study.prior_report: sections["prior_report"] = study.prior_report
+    if report is not None: sections["findings"] = report
+    return sections
+
+# %% ../nbs/02_subjects.ipynb #9866045a
 def processor_subject(model: PreTrainedModel, processor: ProcessorMixin, name: str, render: Render = render_chat, **known: Any) -> Subject:
     """A model that sees, laid out by the checkpoint's own processor; raises `UserError` when its tokens cannot be followed."""
-    tokenizer = processor.tokenizer
-    tokens = [t for t in (processor.image_token, getattr(processor, "boi_token", None)) if t]
+    holders = [t for t in (processor.image_token, getattr(processor, "boi_token", None)) if t]
     def lay_out(study: Study, report: str | None) -> Prompt:
         pictures = pictures_of(study)
         _need_frontal(study, pictures, name)
-        sections = {k: v for k, v in study.sections.items() if k in HEADINGS}
-        if "prior" in pictures and study.prior_report: sections["prior_report"] = study.prior_report
-        if report is not None: sections["findings"] = report
+        sections = _texts_of(study, report, "prior" in pictures)
         rendered, images = render(processor, sections, pictures)
         pieces = unseal(rendered, sections)
-        text = "".join(p.text for p in pieces)
-        inputs = read_with_processor(processor, text, images)
-        first = tokenizer.bos_token
-        origins = trace_origins(pieces, tokenizer, add_special_tokens=not (first and text.startswith(first)))
-        _refuse_specials(study, origins, tokenizer)
-        origins = follow_images(origins, inputs["input_ids"][0].numpy(), model.config.image_token_id,
-                                tokenizer.convert_tokens_to_ids(tokens), list(pictures))
+        inputs = read_with_processor(processor, "".join(p.text for p in pieces), images)
+        origins = _followed(study, pieces, processor.tokenizer, inputs["input_ids"][0].numpy(), model.config.image_token_id, holders, list(pictures))
         if origins is None:
             raise UserError(f"the processor of {name} rewrites study {study.study} in a way that saerad cannot follow token by token.")
         extra = {k: v[0] if v.shape == inputs["input_ids"].shape else v for k, v in inputs.items()
                  if k not in ("input_ids", "attention_mask", "pixel_values")}
         return Prompt(study.study, torch.from_numpy(origins.pop("ids")), inputs["pixel_values"], tuple(pictures), extra=extra, **origins)
-    return Subject(name, model, tokenizer, lay_out, **known)
+    return Subject(name, model, processor.tokenizer, lay_out, **known)
+
+# %% ../nbs/02_subjects.ipynb #a1384e02
+def _followed(study: Study, pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, image_id: int, holders: Sequence[str],
+              views: Sequence[str]) -> dict[str, np.ndarray] | None:
+    "The origins of a processor's `ids`; None where they do not fit the pieces that it was given."
+    first, text = tokenizer.bos_token, "".join(p.text for p in pieces)
+    origins = trace_origins(pieces, tokenizer, add_special_tokens=not (first and text.startswith(first)))
+    _refuse_specials(study, origins, tokenizer)
+    return follow_images(origins, ids, image_id, tokenizer.convert_tokens_to_ids(holders), views)
 
 # %% ../nbs/02_subjects.ipynb #37a04ad0
 def chat_subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, **known: Any) -> Subject:
     """A text-only model with a chat template of its own."""
     def lay_out(study: Study, report: str | None) -> Prompt:
-        sections = {k: v for k, v in study.sections.items() if k in HEADINGS}
-        if study.prior_report: sections["prior_report"] = study.prior_report
-        if report is not None: sections["findings"] = report
+        sections = _texts_of(study, report, prior=True)
         origins = trace_origins(unseal(render_chat(tokenizer, sections, {})[0], sections), tokenizer)
         _refuse_specials(study, origins, tokenizer)
         return Prompt(study.study, torch.from_numpy(origins.pop("ids")), None, (), **origins)
@@ -513,16 +536,26 @@ class SubjectConfig(Section):
     device: str = Field("auto", description='"auto": the first GPU where there is one')
     max_report_tokens: int = Field(160, ge=1, description="longest report that is generated")
 
-# %% ../nbs/02_subjects.ipynb #7de2b08a
-def find_checkpoint(cfg: SubjectConfig) -> Path:
-    """Folder of the checkpoint, fetched from the hub where it is not here; raises `UserError` when it cannot be had."""
-    folder = Path(__file__).parent / "assets" / "mini" if cfg.model == "mini" else Path(cfg.model).expanduser()
-    if (folder / "config.json").exists(): return folder
+# %% ../nbs/02_subjects.ipynb #4f6de2e3
+def _refuse_names(cfg: SubjectConfig, folder: Path) -> None:
+    "What can be said about a model without a checkpoint here, before the hub is asked."
     if cfg.model == "mini": raise UserError("the weights of mini are not in this installation; make them with `saerad mini train phantom:0`.")
     if cfg.model == "trained": raise UserError('subject.model "trained" is a decoder trained in a run; open it by the folder of that run.')
     if folder.exists(): raise UserError(f"subject.model {cfg.model} is a folder without config.json; give the folder of a checkpoint.")
     if cfg.trust_remote_code and not re.fullmatch("[0-9a-f]{40}", cfg.revision or ""):
         raise UserError(f"{cfg.model} would run code of its own; pin it by setting subject.revision to a full commit hash.")
+
+# %% ../nbs/02_subjects.ipynb #87f29eea
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+# %% ../nbs/02_subjects.ipynb #7de2b08a
+def find_checkpoint(cfg: SubjectConfig) -> Path:
+    """Folder of the checkpoint, fetched from the hub where it is not here; raises `UserError` when it cannot be had."""
+    folder = Path(__file__).parent / "assets" / "mini" if cfg.model == "mini" else Path(cfg.model).expanduser()
+    if (folder / "config.json").exists(): return folder
+    _refuse_names(cfg, folder)
     wanted = ["*.json", "*.safetensors", "*.py", "*.model", "*.jinja"]
     try: return Path(snapshot_download(cfg.model, revision=cfg.revision, allow_patterns=wanted))
     except Exception as e:  # the hub's client has a dozen kinds of refusal; for a user they come to one
@@ -535,17 +568,21 @@ def hash_checkpoint(folder: Path, dtype: str) -> str:
     files = sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".model", ".jinja", ".py"))
     return content_hash({f.name: _hash_of_file(f) for f in files if f.name != "training.json"}, dtype)
 
+# %% ../nbs/02_subjects.ipynb #c6ccc5ad
 def _hash_of_file(file: Path) -> str:
     "The hub's cache names large files by their SHA-256 already, which spares reading 28 GB again."
     blob = file.resolve()
     return blob.name if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) else file_hash(file)
 
+# %% ../nbs/02_subjects.ipynb #07182a4f
+def _device(cfg: SubjectConfig) -> str:
+    if cfg.device != "auto": return cfg.device
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
 # %% ../nbs/02_subjects.ipynb #c6e7ab0e
 def open_subject(cfg: SubjectConfig = SubjectConfig()) -> Subject:
     """The subject model of a config; raises `UserError` when it is missing, damaged or asks for code that was not allowed."""
-    folder = find_checkpoint(cfg)
-    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"        # torchrun gives every process of a machine a number
-    device = (own if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    folder, device = find_checkpoint(cfg), _device(cfg)
     known = {"hash": hash_checkpoint(folder, cfg.dtype), "max_report_tokens": cfg.max_report_tokens}
     name = folder.name if folder == Path(cfg.model).expanduser() else cfg.model
     if read_json(folder / "config.json").get("model_type") == "maira2":
@@ -569,19 +606,23 @@ def _maira2_processor(folder: Path, cfg: SubjectConfig) -> ProcessorMixin:
 # %% ../nbs/02_subjects.ipynb #c6a1fb9c
 def _open_generic(folder: Path, cfg: SubjectConfig, name: str, device: str, known: Mapping[str, Any]) -> Subject:
     "A checkpoint that transformers knows, as a model of images and text where it is one."
-    trust = {"trust_remote_code": cfg.trust_remote_code}
-    try:
-        seeing = AutoConfig.from_pretrained(folder, **trust).model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-        kind = AutoModelForImageTextToText if seeing else AutoModelForCausalLM
-        model, report = kind.from_pretrained(folder, dtype=getattr(torch, cfg.dtype), output_loading_info=True, **trust)
-        reader = AutoProcessor.from_pretrained(folder, **trust) if seeing else AutoTokenizer.from_pretrained(folder, **trust)
+    try: model, missing, reader, seeing = _load_generic(folder, cfg)
     except Exception as e:  # transformers has no error of its own for a checkpoint that it cannot open
         raise UserError(f"{cfg.model} cannot be opened as a checkpoint of transformers ({' '.join(str(e).split())[:200]}).") from e
-    missing = sorted(report["missing_keys"])
     if missing: raise UserError(f"{cfg.model} has no tensor {missing[0]} ({len(missing)} missing in all); the checkpoint is not complete.")
     _need_plain_stream(model, name)
     if seeing: return processor_subject(model.to(device), reader, name, **known)
     return (chat_subject if reader.chat_template else plain_subject)(model.to(device), reader, name, **known)
+
+# %% ../nbs/02_subjects.ipynb #93219b35
+def _load_generic(folder: Path, cfg: SubjectConfig) -> tuple[PreTrainedModel, list[str], Any, bool]:
+    "The model, names of tensors that were not in the file, processor or tokenizer, and whether it sees."
+    trust = {"trust_remote_code": cfg.trust_remote_code}
+    seeing = AutoConfig.from_pretrained(folder, **trust).model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    kind = AutoModelForImageTextToText if seeing else AutoModelForCausalLM
+    model, report = kind.from_pretrained(folder, dtype=getattr(torch, cfg.dtype), output_loading_info=True, **trust)
+    reader = AutoProcessor.from_pretrained(folder, **trust) if seeing else AutoTokenizer.from_pretrained(folder, **trust)
+    return model, sorted(report["missing_keys"]), reader, seeing
 
 # %% ../nbs/02_subjects.ipynb #055cb948
 @torch.no_grad()
