@@ -23,6 +23,7 @@ def mean_directions(x: Float[np.ndarray, "n d"], marks: Float[np.ndarray, "n con
     with_it = x.T @ marks
     return with_it / there - (x.sum(0)[:, None] - with_it) / (len(x) - there)
 
+# %% ../nbs/07c_probes.ipynb #df0915dd
 def probe_directions(x: Float[np.ndarray, "n d"], marks: Float[np.ndarray, "n concepts"], ridge: float = 1e-3) -> Float[np.ndarray, "d concepts"]:
     """Ridge regression of each concept's marks on the vectors; `ridge` in shares of their mean variance."""
     centred = x - x.mean(0)
@@ -35,6 +36,20 @@ def ranked_aurocs(scores: Float[np.ndarray, "n m"], marks: Float[np.ndarray, "n 
     n, there = len(scores), marks.sum(0)[:, None]
     return (marks.T @ rankdata(scores, axis=0) - there * (there + 1) / 2) / (there * (n - there))
 
+# %% ../nbs/07c_probes.ipynb #3c31a82a
+def _tokens(store: Store, source: Source, split: str, most: int) -> tuple[np.ndarray, np.ndarray]:
+    "Vectors (raw residual units) of a split's text tokens, and which word concepts each belongs to."
+    rows, marks = concept_tokens(store, source, store.where(split)[:most])
+    return store.read(rows).numpy().astype(np.float64), sparse.csr_matrix(marks).toarray().astype(np.float64)
+
+# %% ../nbs/07c_probes.ipynb #31fbfaea
+def _coordinates(x: Float[np.ndarray, "n d"], marks: Float[np.ndarray, "n concepts"]) -> Float[np.ndarray, "d concepts"]:
+    "For each concept the coordinate that ranks its tokens best, with the sign that puts them on top."
+    above_chance = np.nan_to_num(ranked_aurocs(x, marks) - 0.5)
+    axis = np.abs(above_chance).argmax(1)
+    return np.eye(x.shape[1])[:, axis] * np.sign(above_chance[np.arange(len(axis)), axis])
+
+# %% ../nbs/07c_probes.ipynb #73ea266d
 def direction_recovery(store: Store, source: Source, cfg: EvaluationConfig = EvaluationConfig(), coordinate_rows: int = 20_000) -> pd.DataFrame:
     """AUROC on test patients of each reader for each word concept with enough positives: columns concept, way, auroc_test."""
     (x, marks), (x_test, marks_test) = (_tokens(store, source, split, cfg.concept_rows) for split in ("train", "test"))
@@ -42,14 +57,6 @@ def direction_recovery(store: Store, source: Source, cfg: EvaluationConfig = Eva
     marks, marks_test = marks[:, enough], marks_test[:, enough]
     names = [c.name for c, kept in zip(concepts_of("word"), enough, strict=True) if kept]
     some = spread(np.arange(len(x)), coordinate_rows)
-    chosen = np.nan_to_num(ranked_aurocs(x[some], marks[some]) - 0.5)
-    axis = np.abs(chosen).argmax(1)
-    best = np.eye(x.shape[1])[:, axis] * np.sign(chosen[np.arange(len(axis)), axis])
-    ways = {"coordinate": best, "means": mean_directions(x, marks), "probe": probe_directions(x, marks)}
+    ways = {"coordinate": _coordinates(x[some], marks[some]), "means": mean_directions(x, marks), "probe": probe_directions(x, marks)}
     tables = [pd.DataFrame({"concept": names, "way": way, "auroc_test": np.diag(ranked_aurocs(x_test @ d, marks_test))}) for way, d in ways.items()]
     return pd.concat(tables, ignore_index=True)
-
-def _tokens(store: Store, source: Source, split: str, most: int) -> tuple[np.ndarray, np.ndarray]:
-    "Vectors (raw residual units) of a split's text tokens, and which word concepts each belongs to."
-    rows, marks = concept_tokens(store, source, store.where(split)[:most])
-    return store.read(rows).numpy().astype(np.float64), sparse.csr_matrix(marks).toarray().astype(np.float64)

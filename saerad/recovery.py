@@ -49,6 +49,31 @@ class Interval:
     auroc_low: float
     auroc_high: float
 
+# %% ../nbs/07d_recovery.ipynb #d9b77554
+def _interval(aurocs: Float[np.ndarray, "concepts draws"], at_least: float) -> Interval:
+    "Share and mean over concepts in every draw, told by the first draw and the middle 95 % of the others."
+    share = np.nanmean(np.where(np.isnan(aurocs), np.nan, aurocs >= at_least), axis=0)     # a draw may leave a rare concept without a case
+    ends = [float(q) for of in (share, np.nanmean(aurocs, axis=0)) for q in (of[0], *np.quantile(of[1:], [0.025, 0.975]))]
+    return Interval(len(aurocs), *ends)
+
+# %% ../nbs/07d_recovery.ipynb #544b9ea4
+def _counted(concepts: pa.Table, kind: str) -> list[dict]:
+    "The concepts of a kind that were counted, each with its column."
+    rows = [r for r in concepts.to_pylist() if r["kind"] == kind]
+    return [r | {"at": j} for j, r in enumerate(rows) if r["feature"] is not None]
+
+# %% ../nbs/07d_recovery.ipynb #041fa27d
+def _items(store: Store, sae: MatryoshkaSAE, source: Source, rows: np.ndarray, who: np.ndarray) -> dict[str, tuple]:
+    "By kind: activations, marks and patient of what is asked."
+    z = encode_rows(sae, store, rows)
+    text, marks = concept_tokens(store, source, rows)
+    at = np.searchsorted(rows, text)
+    names, top = study_maxima(z, (studies := store.tokens["study"].take(rows).to_pylist()))
+    first = {s: i for i, s in reversed(list(enumerate(studies)))}
+    true = np.array([[float(c.name in source[s].truth.visual) for c in concepts_of("visual")] for s in names])
+    return {"word": (z[at].tocsc(), marks.toarray(), who[at]), "visual": (top.tocsc(), true, who[[first[s] for s in names]])}
+
+# %% ../nbs/07d_recovery.ipynb #6151d836
 def recovery_intervals(store: Store, sae: MatryoshkaSAE, source: Source, concepts: pa.Table, at_least: float = 0.95, draws: int = 200,
                        seed: int = 0) -> dict[str, Interval]:
     """By kind ("word", "visual", "all"): how many counted concepts' features have a test AUROC of `at_least`, by bootstrap over test patients.
@@ -65,27 +90,6 @@ def recovery_intervals(store: Store, sae: MatryoshkaSAE, source: Source, concept
     told["all"] = told["word"] + told["visual"]
     return {kind: _interval(np.array(scores), at_least) for kind, scores in told.items() if scores}
 
-def _interval(aurocs: Float[np.ndarray, "concepts draws"], at_least: float) -> Interval:
-    share = np.nanmean(np.where(np.isnan(aurocs), np.nan, aurocs >= at_least), axis=0)     # a draw may leave a rare concept without a case
-    ends = [float(q) for of in (share, np.nanmean(aurocs, axis=0)) for q in (of[0], *np.quantile(of[1:], [0.025, 0.975]))]
-    return Interval(len(aurocs), *ends)
-
-# %% ../nbs/07d_recovery.ipynb #544b9ea4
-def _counted(concepts: pa.Table, kind: str) -> list[dict]:
-    "The concepts of a kind that were counted, each with its column."
-    rows = [r for r in concepts.to_pylist() if r["kind"] == kind]
-    return [r | {"at": j} for j, r in enumerate(rows) if r["feature"] is not None]
-
-def _items(store: Store, sae: MatryoshkaSAE, source: Source, rows: np.ndarray, who: np.ndarray) -> dict[str, tuple]:
-    "By kind: activations, marks and patient of what is asked."
-    z = encode_rows(sae, store, rows)
-    text, marks = concept_tokens(store, source, rows)
-    at = np.searchsorted(rows, text)
-    names, top = study_maxima(z, (studies := store.tokens["study"].take(rows).to_pylist()))
-    first = {s: i for i, s in reversed(list(enumerate(studies)))}
-    true = np.array([[float(c.name in source[s].truth.visual) for c in concepts_of("visual")] for s in names])
-    return {"word": (z[at].tocsc(), marks.toarray(), who[at]), "visual": (top.tocsc(), true, who[[first[s] for s in names]])}
-
 # %% ../nbs/07d_recovery.ipynb #856d79a5
 class Part:
     """The tokens of some sections of a store, for whoever asks a store where to look."""
@@ -94,7 +98,9 @@ class Part:
         section = store.tokens["section"].to_numpy()
         self.inside = np.isin(section, list(sections))
         if not self.inside.any(): raise UserError(f"the store holds no token of {', '.join(sections)}; see extraction.image_tokens.")
+
     def __len__(self) -> int: return len(self.store)
+
     def where(self, split: str | None = None, section: str | None = None) -> Int[np.ndarray, " m"]:
         """Rows of a split that belong to the part."""
         rows = self.store.where(split, section)
@@ -122,10 +128,15 @@ def probe(store: Store | Part, source: Source, cfg: EvaluationConfig = Evaluatio
     seen = {s: [float(c.name in source[s].truth.visual) for c in concepts_of("visual")] for s in set(studies)}
     found = [discriminants(store.read(text), marks.toarray())] if len(text) else []
     found.append(discriminants(store.read(rows), np.array([seen[s] for s in studies])))
-    directions = torch.nn.functional.normalize(torch.cat(found), dim=1)
-    made = MatryoshkaSAE(store.d, (len(directions),), k=len(directions), drawn=False)
-    made.scale.fill_(float(store.read(rows[:2000]).norm(dim=1).max()))
-    made.W_enc.data, made.W_dec.data = directions.T.contiguous(), directions
+    return _as_dictionary(torch.cat(found), float(store.read(rows[:2000]).norm(dim=1).max()))
+
+# %% ../nbs/07d_recovery.ipynb #9bf6c274
+def _as_dictionary(directions: Float[Tensor, "n d"], scale: float) -> MatryoshkaSAE:
+    "Features that read along these directions and are always on."
+    rows = torch.nn.functional.normalize(directions, dim=1)
+    made = MatryoshkaSAE(rows.shape[1], (len(rows),), k=len(rows), drawn=False)
+    made.scale.fill_(scale)
+    made.W_enc.data, made.W_dec.data = rows.T.contiguous(), rows
     made.b_enc.data.fill_(4.0)          # above any projection of a vector that is not several times longer than these
     made.threshold.fill_(0.0)
     return made.eval().requires_grad_(False)
