@@ -1,5 +1,10 @@
-"""Exemplars of 16,384 features at k = 256: seconds and bytes on disk, beside delphi's latent cache and constructor over the same tokens."""
+"""Exemplars of 16,384 features at k = 256: seconds and bytes on disk, beside delphi's latent cache and constructor over the same tokens.
+
+With `SAERAD_BENCH_TOKENS=10000000` we read that many tokens and delphi the first 102,400 of them, counted in proportion; it has as much to do for
+every token and for every firing (`a quarter, in proportion` shows how far that holds). Needs 1 KB of disk a token.
+"""
 import multiprocessing
+import os
 import resource
 import sys
 import tempfile
@@ -12,11 +17,13 @@ import pyarrow as pa
 import torch
 from _bench import report
 
-from saerad.exemplars import Collector, ExemplarsConfig, collect_exemplars
+from saerad.core import progress
+from saerad.exemplars import Collector, Encoder, ExemplarsConfig, collect_exemplars
 from saerad.sae import MatryoshkaSAE
 from saerad.store import TOKEN_SCHEMA, Store, StoreWriter
 
 LENGTH, WINDOW, CONSTRUCTED = 128, 8, 256     # tokens a study, tokens either side of a peak, features that delphi's constructor is timed on
+MIXTURES = 16_384     # different sums of features that tokens are mixed from
 WORDS = np.array([f" word{i}" for i in range(5000)])
 
 
@@ -34,27 +41,49 @@ def make_tokens(studies):
     return pa.table({**coded, **blank, **words, **none, "position": np.tile(np.arange(LENGTH, dtype=np.int32), studies)})
 
 
-def make(folder, studies, features, d, k):
-    """A store of random rows and an SAE of random features whose threshold lets about `k` fire on each."""
-    sae, draw = MatryoshkaSAE(d, (features // 2, features // 2), k), torch.Generator().manual_seed(0)
+def make_sae(features, d, k, draw):
+    """An SAE of random unit features, and what tokens are mixed from: sums of two dozen features, common ones more often than rare ones."""
+    sae = MatryoshkaSAE(d, (features // 2, features // 2), k)
     with torch.no_grad():
-        for p in (sae.W_enc, sae.W_dec): p.copy_(torch.nn.functional.normalize(torch.randn(p.shape, generator=draw), dim=-1))
-        for p in (sae.b_enc, sae.b_dec): p.zero_()
-        pre = sae.preactivations(torch.randn(2000, d, generator=draw))
-        sae.threshold.fill_(float(np.quantile(pre[:200].numpy(), 1 - k / features)))
+        sae.W_dec.copy_(torch.nn.functional.normalize(torch.randn(features, d, generator=draw), dim=1))
+        sae.W_enc.copy_(sae.W_dec.T)
+        often = 1 / (10 + torch.randperm(features, generator=draw).float())
+        some = torch.multinomial(often, MIXTURES * 24, replacement=True, generator=draw).view(MIXTURES, 24)
+        strength = torch.randn(some.shape, generator=draw).exp()
+        mixtures = torch.nn.functional.normalize(torch.nn.functional.embedding_bag(some, sae.W_dec, per_sample_weights=strength, mode="sum"), dim=1)
+        bank = mixtures, torch.randn(MIXTURES, d, generator=draw) / d**0.5
+        pre = sae.preactivations(make_rows(bank, 1000, draw))
+        sae.threshold.fill_(float(np.quantile(pre.numpy(), 1 - k / features)))
+    return sae.eval(), bank
+
+
+def make_rows(bank, n, draw):
+    """Activations: every token two mixtures, one of them fainter, and some noise."""
+    mixtures, noise = bank
+    a, b, c = torch.randint(MIXTURES, (3, n), generator=draw)
+    faint, loud = torch.rand(2, n, 1, generator=draw)
+    return mixtures[a].addcmul_(faint, mixtures[b]).addcmul_(loud, noise[c])
+
+
+def make(folder, studies, features, d, k):
+    """A store in bfloat16 and an SAE whose threshold lets about `k` features fire on each row."""
+    draw = torch.Generator().manual_seed(0)
+    sae, bank = make_sae(features, d, k, draw)
     tokens = make_tokens(studies)
-    with StoreWriter(folder, "bench", d) as writer:
-        for i in range(studies):
-            rows = tokens.slice(i * LENGTH, LENGTH).select(TOKEN_SCHEMA.names)
-            columns = [c.cast(t.type) for c, t in zip(rows.columns, TOKEN_SCHEMA, strict=True)]
-            writer.add(torch.randn(LENGTH, d, generator=draw), pa.table(columns, schema=TOKEN_SCHEMA))
-        return writer.finish(), sae.eval()
+    with StoreWriter(folder, "bench", d, "bfloat16") as writer:
+        for begin in progress(range(0, studies, 64), "bench: making tokens"):
+            n = min(64, studies - begin)
+            rows = tokens.slice(begin * LENGTH, n * LENGTH).select(TOKEN_SCHEMA.names)
+            table = pa.table([c.cast(t.type) for c, t in zip(rows.columns, TOKEN_SCHEMA, strict=True)], schema=TOKEN_SCHEMA)
+            x = make_rows(bank, 64 * LENGTH, draw)
+            for i in range(n): writer.add(x[i * LENGTH:(i + 1) * LENGTH], table.slice(i * LENGTH, LENGTH))
+        return writer.finish(), sae
 
 
-def ours(folder, sae, answer):
+def ours(folder, store, sae, answer):
     """In a process of its own, so that its peak memory is its own: seconds, bytes and GB."""
     begin = time.perf_counter()
-    collect_exemplars(Store.open(folder / "store"), sae, ExemplarsConfig(window=WINDOW), 0, folder / "ours")
+    collect_exemplars(Store.open(store), sae, ExemplarsConfig(window=WINDOW), 0, folder / "ours")
     taken = time.perf_counter() - begin
     answer.put((taken, sum(f.stat().st_size for f in (folder / "ours").iterdir()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6))
 
@@ -62,9 +91,8 @@ def ours(folder, sae, answer):
 def large(folder, sae, studies, answer):
     """Peak GB with the token table of 10 M tokens, once the samples are full: the rest of the pass holds no more."""
     store = Store.open(folder / "store")
-    collector = Collector(make_tokens(studies), sae.width, ExemplarsConfig(window=WINDOW), 0)
-    with torch.inference_mode():
-        for begin in range(0, len(store) - 4096, 4096): collector.read(sae.encode(store.read(np.arange(begin, begin + 4096))), begin)
+    collector, encode = Collector(make_tokens(studies), sae.width, ExemplarsConfig(window=WINDOW), 0), Encoder(sae)
+    for begin in range(0, len(store) - 4096, 4096): collector.read(encode(store.read(np.arange(begin, begin + 4096))), begin)
     answer.put((float((collector.sample.count == 256).mean()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6))
 
 
@@ -74,7 +102,7 @@ def apart(work, *arguments):
     answer = context.Queue()
     process = context.Process(target=work, args=(*arguments, answer))
     process.start()
-    found = answer.get(timeout=3000)
+    found = answer.get(timeout=2 * 3600)
     process.join()
     return found
 
@@ -103,11 +131,11 @@ class Rows(torch.nn.Module):
         return self.layer(self.store.read(rows).view(*batch.shape, -1))
 
 
-def delphi(folder, store, sae):
-    """Seconds of the cache, seconds of the constructor for all features, and bytes."""
+def delphi(out, store, sae, studies):
+    """Over the first `studies` of a store: seconds of the cache, seconds of the constructor for all features, and bytes."""
     latents, constructor, sampler = import_delphi()
-    tokens = torch.from_numpy(np.array(store.tokens["token_id"])).long().view(-1, LENGTH)
-    out, begin = folder / "delphi", time.perf_counter()
+    tokens = torch.from_numpy(np.array(store.tokens["token_id"])).long().view(-1, LENGTH)[:studies]
+    begin = time.perf_counter()
     with torch.inference_mode():
         cache = latents.LatentCache(Rows(store), {"layer": lambda x: sae.encode(x.flatten(0, 1)).view(*x.shape[:2], -1)}, batch_size=32)
         cache.run(tokens.numel(), tokens)
@@ -126,22 +154,32 @@ def delphi(folder, store, sae):
     return cached, (time.perf_counter() - begin) * sae.width / len(some), disk
 
 
+def beside(folder, store, sae, studies, tokens):
+    """delphi's numbers over some studies, and in proportion over `tokens`."""
+    cached, constructed, disk = delphi(folder / "delphi", store, sae, studies)
+    more = tokens / (studies * LENGTH)
+    told = {"delphi_time": (cached + constructed) * more, "delphi_disk": disk / 1e6 * more, "tokens": studies * LENGTH, "cache": cached,
+            "constructor": constructed, "MB": disk / 1e6, "MB at 10 M tokens, in proportion": disk / 1e6 * 10_000_000 / (studies * LENGTH)}
+    if studies < 800: return told      # too few windows for delphi
+    part = delphi(folder / "quarter", store, sae, studies // 4)
+    return told | {"a quarter, in proportion": 4 * (part[0] + part[1]), "MB, a quarter, in proportion": 4 * part[2] / 1e6}
+
+
 def measure(quick):
     features, studies = (4096, 192) if quick else (16_384, 800)
-    with tempfile.TemporaryDirectory() as temp:
+    d, k, many = (128, 64, studies) if quick else (512, 256, max(studies, int(os.environ.get("SAERAD_BENCH_TOKENS", 0)) // LENGTH))
+    with tempfile.TemporaryDirectory(dir=os.environ.get("SAERAD_BENCH_FOLDER")) as temp:
         folder = Path(temp)
-        store, sae = make(folder / "store", studies, features, 128 if quick else 512, 64 if quick else 256)
-        taken, disk, memory = apart(ours, folder, sae)
-        mine = {"delphi_time": taken, "delphi_disk": disk / 1e6, "memory_gb": memory}
-        if not quick: mine["samples_full"], mine["memory_gb_10m_tokens"] = apart(large, folder, sae, 10_000_000 // LENGTH)
-        try: cached, constructed, theirs = delphi(folder, store, sae)
+        store, sae = make(folder / "store", studies, features, d, k)
+        if many > studies: make(folder / "all", many, features, d, k)
+        taken, disk, memory = apart(ours, folder, folder / ("all" if many > studies else "store"), sae)
+        mine = {"delphi_time": taken, "delphi_disk": disk / 1e6, "tokens": many * LENGTH, "memory_gb": memory}
+        if many == studies and not quick: mine["samples_full"], mine["memory_gb_10m_tokens"] = apart(large, folder, sae, 10_000_000 // LENGTH)
+        try: peers = beside(folder, store, sae, studies, many * LENGTH)
         except ImportError: peers, ratios = {}, {"delphi_time": None, "delphi_disk": None}
-        else:
-            peers = {"delphi_time": cached + constructed, "delphi_disk": theirs / 1e6, "cache": cached, "constructor": constructed,
-                     "MB at 10 M tokens, in proportion": theirs / 1e6 * 10_000_000 / (studies * LENGTH)}
-            ratios = {"delphi_time": (cached + constructed) / taken, "delphi_disk": theirs / disk}
-    shape = f"{studies * LENGTH} tokens, {features} features, k {sae.k}, width {sae.d}; seconds, MB (delphi constructs {CONSTRUCTED} features)"
-    return shape, mine, peers, ratios
+        else: ratios = {key: peers[key] / mine[key] for key in ("delphi_time", "delphi_disk")}
+    shape = f"{many * LENGTH} tokens, {features} features, k {sae.k}, width {sae.d}; seconds, MB (delphi reads {studies * LENGTH} tokens"
+    return shape + f", constructs {min(CONSTRUCTED, features)} features, in proportion)", mine, peers, ratios
 
 
 if __name__ == "__main__": report("exemplars", measure)

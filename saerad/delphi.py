@@ -9,11 +9,10 @@ __all__ = ['CELL', 'rectangle', 'export_delphi']
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors.numpy import save_file
 
 from .core import UserError, progress, write_beside, write_json
-from .exemplars import blocks, codes, firings, lean_tokens
+from .exemplars import Encoder, blocks, codes, firings, lean_tokens
 from .sae import MatryoshkaSAE, check_width
 from .store import Store
 
@@ -28,31 +27,7 @@ def rectangle(study: np.ndarray, length: int) -> np.ndarray:
 # %% ../nbs/08e_delphi.ipynb #5dd3b931
 CELL = np.dtype([("cell", "<i8"), ("feature", "<u4"), ("value", "<f2")])
 
-def export_delphi(store: Store, sae: MatryoshkaSAE, out: Path | str, hookpoint: str = "hookpoint", splits: int = 16, length: int = 256,
-                  block: int = 4096) -> Path:
-    """Write `out/hookpoint/START_END.safetensors` and a `config.json` as delphi's latent cache has them; gives the folder.
-
-    Activations are in normalised units, float16. Raises `UserError` when nothing fires or the folder holds something already.
-    """
-    check_width(sae, store.d)
-    folder = Path(out) / hookpoint
-    if folder.exists() and any(folder.iterdir()): raise UserError(f"{folder} is not empty; give another folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    tokens = lean_tokens(store)
-    cells = rectangle(codes(tokens, "study")[0], length)
-    edges = np.linspace(0, sae.width, splits + 1).astype(int)
-    parts = [folder / f"{a}.part" for a in edges[:-1]]
-    with torch.inference_mode():
-        for begin, end in progress(list(blocks(tokens, block)), "delphi: reading"):
-            z = sae.encode(store.read(np.arange(begin, end))).float().cpu().numpy()
-            row, feature, value = firings(z, z > 0)
-            for path, a, b in zip(parts, edges[:-1], edges[1:], strict=True): _append(path, cells[begin + row], feature, value, a, b)
-    page = np.zeros((cells[-1] // length + 1) * length, np.int64)
-    page[cells] = tokens["token_id"].to_numpy()
-    _finish(folder, parts, edges, page.reshape(-1, length))
-    write_json(folder / "config.json", {"ctx_len": length, "model_name": "", "n_tokens": len(store), "made_by": "saerad"})
-    return folder
-
+# %% ../nbs/08e_delphi.ipynb #62091f87
 def _append(path: Path, cell: np.ndarray, feature: np.ndarray, value: np.ndarray, first: int, last: int) -> None:
     "Add the firings of features `first` to `last`, the last not included."
     here = (feature >= first) & (feature < last)
@@ -60,6 +35,17 @@ def _append(path: Path, cell: np.ndarray, feature: np.ndarray, value: np.ndarray
     table["cell"], table["feature"], table["value"] = cell[here], feature[here], value[here]
     with open(path, "ab") as f: f.write(table.tobytes())
 
+# %% ../nbs/08e_delphi.ipynb #83c0ea96
+def _write(folder: Path, first: int, last: int, parts: list[Path], tokens: np.ndarray) -> None:
+    "One file of the cache."
+    table = np.concatenate([np.fromfile(p, CELL) for p in parts])
+    where = np.stack([table["cell"] // tokens.shape[1], table["cell"] % tokens.shape[1], table["feature"] - first], 1)
+    small = where[:, 0].max() < 2**16 and where[:, 2].max() < 2**16
+    with write_beside(folder / f"{first}_{last}.safetensors") as beside:
+        save_file({"locations": where.astype(np.uint16 if small else np.uint32), "activations": table["value"].copy(), "tokens": tokens}, beside)
+    for p in parts: p.unlink()
+
+# %% ../nbs/08e_delphi.ipynb #84905ae3
 def _finish(folder: Path, parts: list[Path], edges: np.ndarray, tokens: np.ndarray) -> None:
     "Turn the parts into safetensors, an empty one joined to the next; the last ones to the one before."
     held, start, sizes = [], 0, [p.stat().st_size for p in parts]
@@ -71,11 +57,30 @@ def _finish(folder: Path, parts: list[Path], edges: np.ndarray, tokens: np.ndarr
         held, start = [], int(edges[i + 1])
     if held: _write(folder, start, int(edges[-1]) - 1, held, tokens)
 
-def _write(folder: Path, first: int, last: int, parts: list[Path], tokens: np.ndarray) -> None:
-    "One file of the cache."
-    table = np.concatenate([np.fromfile(p, CELL) for p in parts])
-    where = np.stack([table["cell"] // tokens.shape[1], table["cell"] % tokens.shape[1], table["feature"] - first], 1)
-    small = where[:, 0].max() < 2**16 and where[:, 2].max() < 2**16
-    with write_beside(folder / f"{first}_{last}.safetensors") as beside:
-        save_file({"locations": where.astype(np.uint16 if small else np.uint32), "activations": table["value"].copy(), "tokens": tokens}, beside)
-    for p in parts: p.unlink()
+# %% ../nbs/08e_delphi.ipynb #09e887af
+def export_delphi(store: Store, sae: MatryoshkaSAE, out: Path | str, hookpoint: str = "hookpoint", splits: int = 16, length: int = 256,
+                  block: int = 4096) -> Path:
+    """Write `out/hookpoint/START_END.safetensors` and a `config.json` as delphi's latent cache has them; gives the folder.
+
+    Activations are in normalised units, float16. Raises `UserError` when nothing fires, the folder holds something already, or there are more
+    files than features.
+    """
+    check_width(sae, store.d)
+    if not 1 <= splits <= sae.width: raise UserError(f"{splits} files cannot share {sae.width} features; give a number from 1 to {sae.width}.")
+    folder = Path(out) / hookpoint
+    if folder.exists() and any(folder.iterdir()): raise UserError(f"{folder} is not empty; give another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = lean_tokens(store)
+    cells = rectangle(codes(tokens, "study")[0], length)
+    edges = np.linspace(0, sae.width, splits + 1).astype(int)
+    parts = [folder / f"{a}.part" for a in edges[:-1]]
+    encode = Encoder(sae)
+    for begin, end in progress(list(blocks(tokens, block)), "delphi: reading"):
+        z = encode(store.read(np.arange(begin, end))).numpy()
+        row, feature, value = firings(z, z > 0)
+        for path, a, b in zip(parts, edges[:-1], edges[1:], strict=True): _append(path, cells[begin + row], feature, value, a, b)
+    page = np.zeros((cells[-1] // length + 1) * length, np.int64)
+    page[cells] = tokens["token_id"].to_numpy()
+    _finish(folder, parts, edges, page.reshape(-1, length))
+    write_json(folder / "config.json", {"ctx_len": length, "model_name": "", "n_tokens": len(store), "made_by": "saerad"})
+    return folder

@@ -129,6 +129,7 @@ def __len__(self: Ledger) -> int:
     """How many answers there are."""
     with self.lock: return self.db.execute("SELECT count(*) FROM calls").fetchone()[0]
 
+# %% ../nbs/08b_endpoint.ipynb #558b6b99
 @patch
 def tokens(self: Ledger) -> Reply:
     """All tokens that the ledger's answers cost, as one `Reply` without text."""
@@ -138,11 +139,6 @@ def tokens(self: Ledger) -> Reply:
     return Reply(**{n: v or 0 for n, v in zip(names, row, strict=True)})
 
 # %% ../nbs/08b_endpoint.ipynb #051ce52d
-@patch
-def close(self: Ledger) -> None:
-    """Stop writing; every answer stays."""
-    with self.lock: self.db.close()
-
 @patch
 def settle(self: Ledger) -> None:
     """Close the ledger and rewrite it in the order of its keys, so that equal content has equal bytes."""
@@ -154,6 +150,12 @@ def settle(self: Ledger) -> None:
         self.db.close()
     for suffix in ("-wal", "-shm"): self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
 
+# %% ../nbs/08b_endpoint.ipynb #63960a6f
+@patch
+def close(self: Ledger) -> None:
+    """Stop writing; every answer stays."""
+    with self.lock: self.db.close()
+
 # %% ../nbs/08b_endpoint.ipynb #756e9e15
 class Pace:
     """Spaces calls out in time; `faster` after an answer, `slower` after a refusal for speed, `heard` for what headers say."""
@@ -161,6 +163,9 @@ class Pace:
         self.fixed, self.rate, self.clock = rate is not None, rate or 20.0, clock
         self.next, self.held, self.stepped = clock(), False, None    # the next slot, whether calls wait for theirs, the last step back
         self.sent: deque[float] = deque(maxlen=50)                   # when the latest calls started that were not refused
+        self.missed: deque[float] = deque(maxlen=50)                 # when the latest ones were refused
+        self.since, self.calls, self.refused = clock(), 0, 0         # the last step back, and what came after it
+        self.anyway, self.tried, self.top = 0.0, None, 0.0           # see below: refusals that have nothing to do with the speed
         self.cap, self.tokens = float("inf"), 0.0
         self.lock, self.turn = threading.Lock(), threading.Lock()
 
@@ -174,8 +179,10 @@ def slot(self: Pace) -> float:
         self.held, self.next = start > now, start + 1 / self.rate
         if self.sent and start - self.sent[-1] > 5: self.sent.clear()   # a pause says nothing of a limit
         self.sent.append(start)
+        self.calls += 1
         return start - now
 
+# %% ../nbs/08b_endpoint.ipynb #866657fa
 @patch
 def wait(self: Pace) -> float:
     """Sleep until a call may start, one after another; the time at which it does."""
@@ -197,12 +204,49 @@ def slower(self: Pace, retry_after: float) -> None:
     """A call was refused for its speed; where that shows that the rate is too high, it goes back to what is let in."""
     with self.lock:
         now = self.clock()
+        self.refused += 1
+        self.missed.append(now)
         if self.sent: self.sent.pop()
-        if self.sent and not self.fixed:
-            let_in = len(self.sent) / max(now - self.sent[0], 1 / self.rate)
-            if self.stepped is None or self.rate > 1.15 * let_in:
-                self.rate, self.stepped = max(0.2, min(self.rate, 0.92 * let_in)), now
+        if self.sent and not self.fixed: self._weigh(now)
         if retry_after > 5: self.next = max(self.next, now + retry_after)  # not a hiccup: everybody waits
+
+# %% ../nbs/08b_endpoint.ipynb #29671b81
+@patch
+def _weigh(self: Pace, now: float) -> None:
+    "Step back where less is let in than the rate gives reason to expect."
+    let_in = self._let_in(now)
+    if self.calls >= 100: self.anyway = min(self.anyway, self.refused / self.calls)
+    enough = self.calls >= 25 or 2 * self.refused > self.calls or now - self.since > 5    # to judge the last step
+    if self.stepped is not None and (not enough or self.rate * (1 - self.anyway) <= 1.15 * let_in): return
+    if self._in_vain(let_in, now): self.stepped = now - 10     # soon as fast as if nothing had been
+    else: self.rate, self.stepped = max(0.2, min(self.rate, 0.92 * let_in)), now
+    self.since, self.calls, self.refused = now, 0, 0
+
+# %% ../nbs/08b_endpoint.ipynb #8212e57b
+@patch
+def _in_vain(self: Pace, let_in: float, now: float) -> bool:
+    "Whether the last steps back changed nothing; then the rate is restored, and the share of refusals known."
+    share, rate = min(1.0, self.refused / max(self.calls, 1)), self.calls / max(now - self.since, 1e-6)
+    before, self.tried = self.tried, None
+    if self.calls < 25 or self.stepped is None: return False
+    if share < 0.6 * (1 - let_in / self.rate):      # the step helped, for a while
+        self.top, self.anyway = self.rate, min(self.anyway, share)
+        return False
+    slowed = bool(before) and rate < 0.95 * before[0]
+    if slowed and share <= 0.5 and (1 - share) * rate / before[1] <= (1 + rate / before[0]) / 2:    # less was let in, as if there were no limit
+        self.anyway, self.rate = share, max(self.rate, self.top)
+        return True
+    self.tried, self.top = (rate, (1 - share) * rate), self.top if before else max(self.top, self.rate)
+    return False
+
+# %% ../nbs/08b_endpoint.ipynb #569cb48f
+@patch
+def _let_in(self: Pace, now: float) -> float:
+    "Calls a second that were let in of late."
+    counted = len(self.sent) / max(now - self.sent[0], 1 / self.rate)
+    if not self.anyway: return counted
+    missed = sum(t >= self.sent[0] for t in self.missed)
+    return max(counted, self.rate * len(self.sent) / (len(self.sent) + missed))
 
 # %% ../nbs/08b_endpoint.ipynb #d74cd188
 @patch
@@ -226,6 +270,7 @@ def _number(text: str) -> float:
     try: return max(0.0, float(text))
     except ValueError: return 0.0
 
+# %% ../nbs/08b_endpoint.ipynb #28b2b7d7
 def _seconds(text: str) -> float:
     "A duration such as 1m2.5s, 250ms or 3, in seconds."
     units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
@@ -266,6 +311,7 @@ def schema_of(name: str, kind: Mapping[str, Any]) -> dict[str, Any]:
 class CallFailed(Exception):
     """A call that was given up, with the reason."""
 
+# %% ../nbs/08b_endpoint.ipynb #8b56da03
 class Endpoint:
     """Asks an OpenAI-compatible endpoint, through a ledger; safe to use from several threads."""
     def __init__(self, cfg: EndpointConfig, ledger: Ledger, may_leave: bool):
@@ -346,6 +392,7 @@ def _reserve(self: Endpoint, most: float) -> None:
     if self.cfg.budget is not None and self.spent + self.reserved + most > self.cfg.budget: raise CallFailed("the budget is spent")
     self.reserved += most
 
+# %% ../nbs/08b_endpoint.ipynb #071d504d
 @patch
 def _within_budget(self: Endpoint, request: dict[str, Any], most: float) -> Reply:
     "Ask when the budget allows the call at its dearest."
@@ -358,6 +405,7 @@ def _within_budget(self: Endpoint, request: dict[str, Any], most: float) -> Repl
             if reply: self.spent += cost_of(reply, self.cfg)
     return reply
 
+# %% ../nbs/08b_endpoint.ipynb #f1ff7cdc
 @patch
 def _put_off(self: Endpoint, key: str, request: dict[str, Any], most: float) -> None:
     "Keep a question for the batch, as far as the budget allows; raises `CallFailed` in any case, for there is no answer yet."
@@ -370,6 +418,7 @@ def _put_off(self: Endpoint, key: str, request: dict[str, Any], most: float) -> 
 class NoSchema(Exception):
     """The endpoint knows no structured answers."""
 
+# %% ../nbs/08b_endpoint.ipynb #ba4943e4
 @patch
 def _knows_schemas(self: Endpoint) -> bool:
     "Whether to ask by schema: the config says so, and the ledger does not know that this endpoint cannot."
@@ -505,23 +554,28 @@ def hand_in(self: Endpoint, say: Callable[[str], None] = print) -> int:
     """
     with self.lock: self.client = self.client or self._connect()
     note = self.ledger.path.with_name("batch.json")
-    try:
-        if not note.exists():
-            some = dict(sorted(self.waiting.items())[:MOST_IN_A_BATCH])
-            write_json(note, {"id": self._submit(some), "requests": some})
-        held = read_json(note)
-        while (batch := self.client.batches.retrieve(held["id"])).status in ("validating", "in_progress", "finalizing"):
-            time.sleep(self.cfg.batch_poll_s)
-        if batch.status != "completed":
-            raise UserError(f"{self.cfg.base_url} ended batch {batch.id} as {batch.status!r}; delete {note} and run again.")
-        lines = self.client.files.content(batch.output_file_id).text.splitlines() if batch.output_file_id else []
+    try: held, lines = self._batch(note)
     except openai.APIError as e:
         raise UserError(f"{self.cfg.base_url} takes no batches ({str(e)[:100]}); set interpretation.batch to false.") from e
-    found = sum(self._take_in(json.loads(line), held["requests"]) for line in lines)
+    found = sum(self._take_in(json.loads(line), held) for line in lines)
     note.unlink()
     with self.lock: self.waiting, self.spent, self.reserved = {}, cost_of(self.ledger.tokens(), self.cfg), 0.0
-    say(f"interpretation: batch of {len(held['requests'])}, {found} answered")
+    say(f"interpretation: batch of {len(held)}, {found} answered")
     return found
+
+# %% ../nbs/08b_endpoint.ipynb #4a9dfd2e
+@patch
+def _batch(self: Endpoint, note: Path) -> tuple[dict[str, Any], list[str]]:
+    "The questions of a batch and the lines of its answers, once it is done; hands in a new one where `note` tells of none."
+    if not note.exists():
+        some = dict(sorted(self.waiting.items())[:MOST_IN_A_BATCH])
+        write_json(note, {"id": self._submit(some), "requests": some})
+    held = read_json(note)
+    while (batch := self.client.batches.retrieve(held["id"])).status in ("validating", "in_progress", "finalizing"):
+        time.sleep(self.cfg.batch_poll_s)
+    if batch.status != "completed":
+        raise UserError(f"{self.cfg.base_url} ended batch {batch.id} as {batch.status!r}; delete {note} and run again.")
+    return held["requests"], self.client.files.content(batch.output_file_id).text.splitlines() if batch.output_file_id else []
 
 # %% ../nbs/08b_endpoint.ipynb #088c0a12
 @patch

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PLACES', 'VIEWS', 'EDGES', 'ROLES', 'NEAR_ROLES', 'SCHEMA', 'ExemplarsConfig', 'Windows', 'codes', 'windows',
            'blocks', 'lottery', 'Sample', 'bins', 'Tally', 'firings', 'Collector', 'sides', 'spread', 'deciles',
-           'Chosen', 'contexts_table', 'texts', 'stated', 'stated_table', 'patch_grid', 'sae_mark', 'collect_exemplars',
-           'lean_tokens', 'Context', 'Example', 'FeatureContexts', 'Exemplars']
+           'Chosen', 'contexts_table', 'texts', 'stated', 'stated_table', 'patch_grid', 'sae_mark', 'Rough', 'Encoder',
+           'is_large', 'collect_exemplars', 'lean_tokens', 'Context', 'Example', 'FeatureContexts', 'Exemplars']
 
 # %% ../nbs/08_exemplars.ipynb #57d2fdac
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,10 +23,12 @@ import torch
 from fastcore.basics import patch
 from pydantic import Field
 
+from . import kernels
 from .core import Section, UserError, content_hash, progress, read_table, rng, write_beside, write_table
 from .findings import Finding, read_findings
 from .sae import MatryoshkaSAE, check_width
 from .store import Store
+from .training import has_bfloat16
 
 # %% ../nbs/08_exemplars.ipynb #371807d8
 class ExemplarsConfig(Section):
@@ -430,6 +432,80 @@ def sae_mark(sae: MatryoshkaSAE) -> str:
     """Which SAE a table of exemplars is of: a hash of its weights."""
     return content_hash(*sae.state_dict().values())
 
+# %% ../nbs/08_exemplars.ipynb #299a143d
+@dataclass(frozen=True, eq=False)
+class Rough:
+    """Features [width, d] rounded to bfloat16, and what their products may be off by; all in normalised units."""
+    W: torch.Tensor
+    b: torch.Tensor         # not rounded
+    longest: float          # length of the longest feature
+    lost: float             # most that rounding takes from one, as a length
+
+    @classmethod
+    def of(cls, W: torch.Tensor, b: torch.Tensor) -> "Rough":
+        """Round the rows of `W`."""
+        return cls(W.bfloat16(), b, float(W.norm(dim=1).max()), float(_lost(W).max()))
+
+def _lost(rows: torch.Tensor) -> torch.Tensor: return (rows - rows.bfloat16().float()).norm(dim=1)
+
+# %% ../nbs/08_exemplars.ipynb #4b5bfa65
+@patch
+def error(self: Rough, x: torch.Tensor) -> torch.Tensor:
+    """Float32 [rows]: how far a row's rough products lie from the exact ones at most, before they are rounded themselves."""
+    lost, length = _lost(x), x.norm(dim=1)
+    sums = 4 * x.shape[1] * 2**-24 * length * self.longest
+    return 1.001 * (lost * self.longest + (length + lost) * self.lost + sums) + 2**-7 * float(self.b.abs().max())
+
+# %% ../nbs/08_exemplars.ipynb #fcc475fd
+class Encoder:
+    """`sae.encode` for one block after another; of a large dictionary a rough product finds where features can fire, and exact values decide."""
+    def __init__(self, sae: MatryoshkaSAE):
+        self.sae, self.quick, self.scratch = sae, is_large(sae), {}
+        if not self.quick: return
+        self.W, self.b, self.t = sae.W_enc.detach().T.contiguous(), sae.b_enc.detach(), float(sae.threshold)
+        self.rough = Rough.of(self.W, self.b)
+        self.z, self.pre = torch.zeros(0, sae.width), torch.zeros(0, sae.width, dtype=torch.bfloat16)
+        self.at = self.odd = torch.zeros(0, dtype=torch.int64)      # what the last call has put into z: single entries, whole rows
+
+def is_large(sae: MatryoshkaSAE, least: int = 2**22) -> bool:
+    """Whether a rough search pays: weights that are many, float32 and on a CPU that multiplies bfloat16, and a compiler for the kernels."""
+    able = sae.W_enc.device.type == "cpu" and sae.W_enc.dtype == torch.float32 and sae.selection == "batch" and float(sae.threshold) > 0
+    return able and sae.d * sae.width >= least and has_bfloat16(sae.W_enc.device) and kernels.native() is not None
+
+# %% ../nbs/08_exemplars.ipynb #cadf7eea
+@patch
+def search(self: Encoder, x: torch.Tensor, error: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where (row · width + feature) and how strongly features fire on normalised rows whose rough products are off by at most `error`."""
+    sae, rough = self.sae, self.rough
+    pre = torch.addmm(self.b.bfloat16(), x.bfloat16(), rough.W.T, out=self.pre[:len(x)])
+    places = kernels.places_above(pre, kernels.as_bits((self.t - error) * (1 - 2**-7)))     # rounded itself, at most twice
+    step = kernels.Step(x, self.W, sae.W_dec.detach(), sae.group_sizes, sae.level_weights, self.scratch)
+    value = kernels.exact_values(step, places, self.b)
+    fires = value > self.t
+    return (places.row_of() * sae.width + places.col)[fires], value[fires]
+
+# %% ../nbs/08_exemplars.ipynb #4b3f51a4
+@patch
+@torch.inference_mode()
+def __call__(self: Encoder, x: torch.Tensor) -> torch.Tensor:
+    """Features float32 [rows, width] in normalised units of raw residual vectors, on the CPU; the next call may write into the same array."""
+    if not self.quick: return self.sae.encode(x).float().cpu()
+    z, centred = self._cleared(len(x)), x.float() / self.sae.scale - self.sae.b_dec
+    error = self.rough.error(centred)
+    sure = error < self.t / 2
+    self.at, value = self.search(centred * sure[:, None], float((error * sure).max()))
+    z.view(-1)[self.at] = value
+    self.odd = (~sure).nonzero().squeeze(1)
+    if len(self.odd): z[self.odd] = self.sae.encode(x[self.odd])
+    return z
+
+@patch
+def _cleared(self: Encoder, rows: int) -> torch.Tensor:
+    "The array for so many rows, with nothing in it."
+    if rows <= len(self.z): self.z.view(-1)[self.at], self.z[self.odd] = 0, 0
+    else: self.z, self.pre = torch.zeros(rows, self.sae.width), torch.empty(rows, self.sae.width, dtype=torch.bfloat16)
+    return self.z[:rows]
+
 # %% ../nbs/08_exemplars.ipynb #fe541d40
 def collect_exemplars(store: Store, sae: MatryoshkaSAE, cfg: ExemplarsConfig, seed: int, out: Path | str) -> pa.Table:
     """One pass over `store` with `sae`; writes `features.parquet` and `exemplars.parquet` into `out`, returns the first.
@@ -438,10 +514,9 @@ def collect_exemplars(store: Store, sae: MatryoshkaSAE, cfg: ExemplarsConfig, se
     """
     check_width(sae, store.d)
     out, tokens = Path(out), lean_tokens(store)
-    collector = Collector(tokens, sae.width, cfg, seed)
-    with torch.inference_mode():
-        for begin, end in progress(list(blocks(tokens, cfg.block)), "exemplars: reading"):
-            collector.read(sae.encode(store.read(np.arange(begin, end))).float().cpu(), begin)
+    collector, encode = Collector(tokens, sae.width, cfg, seed), Encoder(sae)
+    for begin, end in progress(list(blocks(tokens, cfg.block)), "exemplars: reading"):
+        collector.read(encode(store.read(np.arange(begin, end))), begin)
     chosen = _write(collector, out / "exemplars.parquet")
     (out / "near.parquet").unlink(missing_ok=True)  # near misses of other exemplars
     write_table(out / "studies.parquet", stated_table(tokens, collector.side))

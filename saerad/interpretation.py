@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['T', 'Marked', 'LINE', 'SOURCE', 'RATES', 'COLUMNS', 'IDLE', 'KNOWN_COLUMNS', 'InterpretationConfig', 'protocol_of',
-           'check_settings', 'named_files', 'Explanation', 'Interpreter', 'Lexical', 'LanguageModel', 'detect_length',
+           'named_files', 'check_settings', 'Explanation', 'Interpreter', 'Lexical', 'LanguageModel', 'detect_length',
            'pictures_of', 'Score', 'score', 'by_source', 'at_prevalence', 'estimate', 'planned', 'interpret',
            'check_needs', 'tell_estimate', 'examination', 'telling', 'repeated', 'read_descriptions', 'compare',
            'interpretation_summary', 'names', 'description_names_truth']
@@ -23,6 +23,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from fastcore.basics import patch
 from PIL import Image, ImageDraw
 from pydantic import Field
 from scipy.stats import spearmanr
@@ -72,10 +73,18 @@ class InterpretationConfig(EndpointConfig):
     bootstrap: int = Field(1000, ge=1)                       # resamples behind the interval of F1
     background: int = Field(512, ge=0)                       # lexical: windows of other features that it may look at
 
+# %% ../nbs/09_interpretation.ipynb #8c343d60
 def protocol_of(cfg: InterpretationConfig) -> Shown:
     """The protocol that a config names, with the config's own values over it."""
     own = {k: getattr(cfg, k) for k in ("contexts_per_prompt", "scale", "tell_section")}
     return read_protocol(cfg.protocol).model_copy(update={k: v for k, v in own.items() if v is not None})
+
+# %% ../nbs/09_interpretation.ipynb #c5dc6cc8
+def named_files(cfg: InterpretationConfig) -> list[Path]:
+    """Files of the user's own that a config names, on whose contents the result depends; raises `UserError` where one is absent."""
+    table = [Path(cfg.descriptions)] if cfg.descriptions else []
+    if table and not table[0].is_file(): raise UserError(f"{table[0]} does not exist; correct interpretation.descriptions.")
+    return protocol_files(cfg.protocol) + table
 
 def check_settings(cfg: InterpretationConfig) -> None:
     """Raises `UserError` for what would stop the stage whatever the exemplars are: a protocol, table or price that is not there."""
@@ -84,12 +93,6 @@ def check_settings(cfg: InterpretationConfig) -> None:
     if cfg.descriptions: read_descriptions(cfg.descriptions, cfg.description_columns)
     if cfg.budget is not None and (cfg.price_in is None or cfg.price_out is None):
         raise UserError("interpretation.budget needs interpretation.price_in and price_out; give the prices of a million tokens.")
-
-def named_files(cfg: InterpretationConfig) -> list[Path]:
-    """Files of the user's own that a config names, on whose contents the result depends; raises `UserError` where one is absent."""
-    table = [Path(cfg.descriptions)] if cfg.descriptions else []
-    if table and not table[0].is_file(): raise UserError(f"{table[0]} does not exist; correct interpretation.descriptions.")
-    return protocol_files(cfg.protocol) + table
 
 # %% ../nbs/09_interpretation.ipynb #05db0504
 @dataclass(frozen=True)
@@ -119,35 +122,35 @@ class Lexical:
         self._windows: dict[int, Window] = {}
         self._rules: dict[str, tuple[Clause, ...]] = {}
         self.background = Bits(window(c, self.protocol.tell_study) for c in background)
-
     def explain(self, contexts: FeatureContexts) -> Explanation:
         silent = [*contexts.silent, *(contexts.near_silent if self.protocol.near else ())]
         rule = find_rule(contexts.active, silent, self.background, contexts.prevalence, self.protocol.tell_study)
         more = strongest(contexts.active, self.protocol.tell_study) if self.protocol.order == "spread" else ""
         return Explanation(contexts.feature, describe(rule) + more)
-
     def detect(self, explanation: Explanation, contexts: Sequence[Context], troubles: Counter[str], pictures: bool = False) -> list[bool | None]:
         rule = self._rule(explanation.text)
         return [any(clause.holds(w) for clause in rule) for w in map(self._window, contexts)]
-
     def fuzz(self, explanation: Explanation, items: Sequence[Marked], troubles: Counter[str]) -> list[bool | None]:
         rule = self._rule(explanation.text)
         return [any(c.holds(self._window(context)) and (not c.word or c.word in _words_at(context, marks)) for c in rule) for context, marks in items]
-
     def close(self) -> None: pass
 
-    def _rule(self, text: str) -> tuple[Clause, ...]:
-        "The rule behind a description; somebody else's words are a rule too: any of them may hold."
-        if text not in self._rules:
-            try: self._rules[text] = read_rule(text)
-            except ValueError: self._rules[text] = tuple(Clause(w) for w in words([text])[0][0].split() if w.isalpha() and len(w) > 3)
-        return self._rules[text]
+# %% ../nbs/09_interpretation.ipynb #8a2df8b6
+@patch
+def _rule(self: Lexical, text: str) -> tuple[Clause, ...]:
+    "The rule behind a description; somebody else's words are a rule too: any of them may hold."
+    if text not in self._rules:
+        try: self._rules[text] = read_rule(text)
+        except ValueError: self._rules[text] = tuple(Clause(w) for w in words([text])[0][0].split() if w.isalpha() and len(w) > 3)
+    return self._rules[text]
 
-    def _window(self, context: Context) -> Window:
-        "A context in words; many features share their silent contexts, so each is read once."
-        if len(self._windows) > 50_000: self._windows.clear()
-        if context.row not in self._windows: self._windows[context.row] = window(context, self.protocol.tell_study)
-        return self._windows[context.row]
+# %% ../nbs/09_interpretation.ipynb #331282a7
+@patch
+def _window(self: Lexical, context: Context) -> Window:
+    "A context in words; many features share their silent contexts, so each is read once."
+    if len(self._windows) > 50_000: self._windows.clear()
+    if context.row not in self._windows: self._windows[context.row] = window(context, self.protocol.tell_study)
+    return self._windows[context.row]
 
 def _words_at(context: Context, marks: Sequence[int]) -> set[str]:
     "The words that some tokens belong to."
@@ -162,39 +165,48 @@ class LanguageModel:
     name = "openai"
     def __init__(self, endpoint: Endpoint, cfg: InterpretationConfig, picture: Callable[[Context], str | None] = lambda c: None):
         self.endpoint, self.cfg, self.protocol, self.picture = endpoint, cfg, protocol_of(cfg), picture
-
-    def explain(self, contexts: FeatureContexts) -> Explanation:
-        asked = explain_prompt(contexts, self.protocol)
-        if self.cfg.images:
-            first = shown_active(contexts.active, self.protocol)[:self.cfg.explain_pictures]
-            asked = _with_pictures(asked, [self.picture(c) for c in first])
-        answer = self.endpoint.ask_for(asked, parse_explanation, "one line that begins with [EXPLANATION]:", self.cfg.explain_tokens,
-                                       schema_of("explanation", {"type": "string"}))
-        return Explanation(contexts.feature, answer.value or "", answer.why)
-
-    def detect(self, explanation: Explanation, contexts: Sequence[Context], troubles: Counter[str], pictures: bool = False) -> list[bool | None]:
-        def prompt(batch: Sequence[Context]) -> list[Message]:
-            asked = detect_prompt(explanation.text, batch, self.protocol)
-            return _with_pictures(asked, [self.picture(c) for c in batch]) if pictures else asked
-        return self._examine(contexts, prompt, troubles)
-
-    def fuzz(self, explanation: Explanation, items: Sequence[Marked], troubles: Counter[str]) -> list[bool | None]:
-        return self._examine(items, lambda batch: fuzz_prompt(explanation.text, batch, self.protocol), troubles)
-
     def close(self) -> None: self.endpoint.close()
 
-    def _examine(self, items: Sequence[T], prompt: Callable[[Sequence[T]], list[Message]], troubles: Counter[str]) -> list[bool | None]:
-        "A yes, a no or no answer for each item, asked in batches."
-        step = self.protocol.contexts_per_prompt
-        batches = [items[i:i + step] for i in range(0, len(items), step)]
-        answers = list(self.endpoint.pool.map(lambda b: self._ask(prompt(b), len(b)), batches))
-        troubles.update(a.why for a in answers if a.why)
-        return [v for b, a in zip(batches, answers, strict=True) for v in (a.value or [None] * len(b))]
+# %% ../nbs/09_interpretation.ipynb #98d1186b
+@patch
+def explain(self: LanguageModel, contexts: FeatureContexts) -> Explanation:
+    asked = explain_prompt(contexts, self.protocol)
+    if self.cfg.images:
+        first = shown_active(contexts.active, self.protocol)[:self.cfg.explain_pictures]
+        asked = _with_pictures(asked, [self.picture(c) for c in first])
+    answer = self.endpoint.ask_for(asked, parse_explanation, "one line that begins with [EXPLANATION]:", self.cfg.explain_tokens,
+                                   schema_of("explanation", {"type": "string"}))
+    return Explanation(contexts.feature, answer.value or "", answer.why)
 
-    def _ask(self, messages: list[Message], count: int) -> Answer:
-        wanted = f"a list of {count} numbers, each 0 or 1, such as {[0] * count},"
-        return self.endpoint.ask_for(messages, lambda t: parse_list(t, count), wanted, detect_length(self.cfg, count), schema_of("active", LINE))
+# %% ../nbs/09_interpretation.ipynb #a3854dda
+@patch
+def detect(self: LanguageModel, explanation: Explanation, contexts: Sequence[Context], troubles: Counter[str],
+           pictures: bool = False) -> list[bool | None]:
+    def prompt(batch: Sequence[Context]) -> list[Message]:
+        asked = detect_prompt(explanation.text, batch, self.protocol)
+        return _with_pictures(asked, [self.picture(c) for c in batch]) if pictures else asked
+    return self._examine(contexts, prompt, troubles)
 
+@patch
+def fuzz(self: LanguageModel, explanation: Explanation, items: Sequence[Marked], troubles: Counter[str]) -> list[bool | None]:
+    return self._examine(items, lambda batch: fuzz_prompt(explanation.text, batch, self.protocol), troubles)
+
+# %% ../nbs/09_interpretation.ipynb #c4989e36
+@patch
+def _examine(self: LanguageModel, items: Sequence[T], prompt: Callable[[Sequence[T]], list[Message]], troubles: Counter[str]) -> list[bool | None]:
+    "A yes, a no or no answer for each item, asked in batches."
+    step = self.protocol.contexts_per_prompt
+    batches = [items[i:i + step] for i in range(0, len(items), step)]
+    answers = list(self.endpoint.pool.map(lambda b: self._ask(prompt(b), len(b)), batches))
+    troubles.update(a.why for a in answers if a.why)
+    return [v for b, a in zip(batches, answers, strict=True) for v in (a.value or [None] * len(b))]
+
+@patch
+def _ask(self: LanguageModel, messages: list[Message], count: int) -> Answer:
+    wanted = f"a list of {count} numbers, each 0 or 1, such as {[0] * count},"
+    return self.endpoint.ask_for(messages, lambda t: parse_list(t, count), wanted, detect_length(self.cfg, count), schema_of("active", LINE))
+
+# %% ../nbs/09_interpretation.ipynb #7cdb3eab
 def detect_length(cfg: InterpretationConfig, count: int) -> int:
     """Longest answer, in tokens, to a question about `count` contexts."""
     return cfg.detect_tokens + max(0, 4 * (count - 5))
@@ -211,6 +223,7 @@ def _with_pictures(messages: list[Message], pictures: Sequence[str | None]) -> l
         seen += 1
     return [messages[0] | {"content": told}, messages[1] | {"content": parts}]
 
+# %% ../nbs/09_interpretation.ipynb #9420244e
 def pictures_of(source: Source, most: int = 512, grid: tuple[int, int] = (0, 0)) -> Callable[[Context], str | None]:
     """A function that gives the radiograph of a context as a PNG data URL, at most `most` pixels wide; None where there is none.
 
@@ -227,6 +240,7 @@ def pictures_of(source: Source, most: int = 512, grid: tuple[int, int] = (0, 0))
         return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
     return picture
 
+# %% ../nbs/09_interpretation.ipynb #01b8983c
 def _frame(image: Image.Image, patch: tuple[int, int], grid: tuple[int, int]) -> None:
     "Draw a white frame with a black edge around a patch; patches lie in the square at the picture's centre, which is what the model was shown."
     side = min(image.size)
@@ -256,6 +270,7 @@ class Score:
     balanced_accuracy_high: float
     always_yes_f1: float
 
+# %% ../nbs/09_interpretation.ipynb #ee9bfa11
 def _share(part: float, whole: float) -> float: return part / whole if whole else float("nan")
 
 def _rates(cells: np.ndarray) -> dict[str, np.ndarray]:
@@ -265,8 +280,35 @@ def _rates(cells: np.ndarray) -> dict[str, np.ndarray]:
         return {"precision": tp / (tp + fp), "recall": tp / (tp + fn), "f1": 2 * tp / (2 * tp + fp + fn),
                 "balanced_accuracy": (tp / (tp + fn) + tn / (tn + fp)) / 2}
 
+# %% ../nbs/09_interpretation.ipynb #c6dd8e40
+def _all_right(trials: int) -> float:
+    "The least that a share can be, with 95 % confidence on two sides, when it was right in all of so many trials; 1 minus it, the most when in none."
+    return 0.025 ** (1 / trials)
+
+# %% ../nbs/09_interpretation.ipynb #a630b331
+def _f1_of_all(f1: float, active: int, silent: int, mistaken: float, balanced: bool = False) -> tuple[float, float]:
+    "Interval of an F1 that is 1 or 0; `balanced` as if there were as many silent contexts as active ones."
+    found, ratio = _all_right(active), 1.0 if balanced else silent / active
+    if f1 == 0: return 0.0, 2 * (1 - found) / ((1 - found) + mistaken * ratio + 1)
+    missed = 2 * found / (found + 1)
+    return min(missed, 2 / (2 + (1 - _all_right(silent)) * ratio) if silent else 1.0), 1.0
+
+def _interval_of_all(name: str, rate: float, counts: Sequence[int]) -> tuple[float, float]:
+    "Interval of a rate that is 1 or 0, of the four counts; for the bootstrap it has no width."
+    tp, fp, fn, tn = counts
+    if name == "f1": return _f1_of_all(rate, tp + fn, fp + tn, fp / max(fp + tn, 1)) if tp + fn else (0.0, 1 - _all_right(fp))
+    if name == "balanced_accuracy":
+        least = min(_all_right(tp + fn), _all_right(fp + tn))
+        return ((1 + least) / 2, 1.0) if rate else (0.0, (1 - least) / 2)
+    least = _all_right(tp + (fp if name == "precision" else fn))
+    return (least, 1.0) if rate else (0.0, 1 - least)
+
+# %% ../nbs/09_interpretation.ipynb #c858a28e
 def score(truth: Sequence[bool], predicted: Sequence[bool | None], draw: np.random.Generator, resamples: int = 1000) -> Score:
-    """Precision, recall, F1 and balanced accuracy with bootstrap intervals, and the F1 of always saying yes."""
+    """Precision, recall, F1 and balanced accuracy with bootstrap intervals, and the F1 of always saying yes.
+
+    The interval of a rate of 1 or 0, which is the same in every resample, is that of a share that was right in all, or none, of its trials (exact).
+    """
     pairs = [(bool(t), bool(p)) for t, p in zip(truth, predicted, strict=True) if p is not None]
     cells = np.array([pairs.count(c) for c in ((True, True), (False, True), (True, False), (False, False))])
     n, (tp, fp, fn, tn) = len(pairs), cells.tolist()
@@ -275,6 +317,7 @@ def score(truth: Sequence[bool], predicted: Sequence[bool | None], draw: np.rand
     for name, (rate, *many) in _rates(np.vstack([cells, again])).items():
         known = np.array(many)[~np.isnan(many)]
         low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
+        if rate in (0, 1): low, high = _interval_of_all(name, rate, cells.tolist())
         told |= {name: float(rate), f"{name}_low": float(low), f"{name}_high": float(high)}
     return Score(n, **told, always_yes_f1=_share(2 * (tp + fn), 2 * (tp + fn) + fp + tn))
 
@@ -284,22 +327,42 @@ def by_source(truth: Sequence[bool], predicted: Sequence[bool | None], source: S
     """For each source of silent contexts: their number, the share said to be active, and F1 on a balanced set with its 95 % interval."""
     table = pd.DataFrame({"truth": truth, "said": predicted, "source": source}).dropna()
     said = table.said.astype(bool)
-    hits, rows = said[table.truth], []
+    hits = said[table.truth]
+    rows = []
     for name in sorted(set(table.source[~table.truth])):
         wrong = said[~table.truth & (table.source == name)]
         recall, mistaken = (draw.binomial(len(x), x.mean(), resamples) / len(x) if len(x) else np.zeros(resamples) for x in (hits, wrong))
         low, high = np.quantile(2 * recall / (recall + mistaken + 1), [0.025, 0.975])
         share = hits.mean() if len(hits) else 0.0
-        rows.append({"source": name, "contexts": len(wrong), "mistaken": float(wrong.mean()), "f1": float(2 * share / (share + wrong.mean() + 1)),
-                     "f1_low": float(low), "f1_high": float(high)})
+        f1 = float(2 * share / (share + wrong.mean() + 1))
+        if len(hits) and f1 in (0, 1): low, high = _f1_of_all(f1, len(hits), len(wrong), float(wrong.mean()), balanced=True)
+        rows.append({"source": name, "contexts": len(wrong), "mistaken": float(wrong.mean()), "f1": f1, "f1_low": float(low), "f1_high": float(high)})
     return rows
 
+# %% ../nbs/09_interpretation.ipynb #d18112b1
 def at_prevalence(recall: float, mistaken: float, prevalence: float) -> tuple[float, float]:
     """Precision and F1 where a share `prevalence` of windows is active; NaN where nothing would be said to be."""
     hits, wrong = prevalence * recall, (1 - prevalence) * mistaken
     return _share(hits, hits + wrong), _share(2 * hits, hits + wrong + prevalence)
 
 # %% ../nbs/09_interpretation.ipynb #c581bcfa
+def _calls(ok: pd.DataFrame, cfg: InterpretationConfig, protocol: Shown) -> tuple[pd.Series, pd.Series, int]:
+    "Contexts of each feature's examination, those of its control, and the prompts that all of them fill."
+    counts = np.minimum(ok.score_active, protocol.score_active) + np.minimum(ok.score_silent, protocol.score_silent) + protocol.score_near
+    control = np.minimum(counts, protocol.control) if cfg.shuffled and len(ok) > 1 else 0 * counts
+    prompts = sum(np.ceil(n / protocol.contexts_per_prompt).sum() for n in (counts, control, counts if cfg.images else 0 * counts))
+    fuzzed = -(-protocol.fuzz // protocol.contexts_per_prompt) * len(ok) if protocol.fuzz_prompt else 0
+    return counts, control, int(prompts) + fuzzed
+
+# %% ../nbs/09_interpretation.ipynb #189a629e
+def _tokens(f: FeatureContexts, cfg: InterpretationConfig, protocol: Shown) -> tuple[int, int, float]:
+    "About how many tokens a feature's explanation takes, an empty detection prompt, and each context in one."
+    batch = f.scoring[:protocol.contexts_per_prompt]
+    said = "A description of about seventy characters, which is what most are."
+    examined, empty = (tokens_in(detect_prompt(said, b, protocol), cfg) for b in (batch, batch[:0]))
+    return tokens_in(explain_prompt(f, protocol), cfg), empty, (examined - empty) / max(len(batch), 1)
+
+# %% ../nbs/09_interpretation.ipynb #14f088b7
 def estimate(features: pd.DataFrame, cfg: InterpretationConfig, some: Iterable[FeatureContexts] = ()) -> dict[str, Any]:
     """What interpreting a table of features needs at most, repairs and retries not counted.
 
@@ -309,11 +372,8 @@ def estimate(features: pd.DataFrame, cfg: InterpretationConfig, some: Iterable[F
     ok, protocol = features[features.status == "ok"], protocol_of(cfg)
     nothing = dict.fromkeys(("explain", "detect", "calls", "tokens_in", "tokens_out"), 0)
     if cfg.interpreter == "lexical": return {"features": len(ok), **nothing, "cost": None}
-    counts = np.minimum(ok.score_active, protocol.score_active) + np.minimum(ok.score_silent, protocol.score_silent) + protocol.score_near
-    control = np.minimum(counts, protocol.control) if cfg.shuffled and len(ok) > 1 else 0 * counts
-    prompts = sum(np.ceil(n / protocol.contexts_per_prompt).sum() for n in (counts, control, counts if cfg.images else 0 * counts))
-    fuzzed = -(-protocol.fuzz // protocol.contexts_per_prompt) * len(ok) if protocol.fuzz_prompt else 0
-    explain, detect = len(ok) if cfg.descriptions is None else 0, int(prompts) + fuzzed
+    counts, control, detect = _calls(ok, cfg, protocol)
+    explain = len(ok) if cfg.descriptions is None else 0
     needed = {"features": len(ok), "explain": explain, "detect": detect, "calls": explain + detect}
     sizes = [_tokens(f, cfg, protocol) for f in some]
     if not sizes: return needed | {"tokens_in": None, "tokens_out": None, "cost": None}
@@ -324,13 +384,6 @@ def estimate(features: pd.DataFrame, cfg: InterpretationConfig, some: Iterable[F
     answered = round(explain * 60 + detect * 2.2 * min(protocol.contexts_per_prompt, float(np.mean(counts)) if len(ok) else 0))
     priced = cfg.price_in is not None and cfg.price_out is not None
     return needed | {"tokens_in": sent, "tokens_out": answered, "cost": round(cost_of(Reply("", "", sent, answered), cfg), 2) if priced else None}
-
-def _tokens(f: FeatureContexts, cfg: InterpretationConfig, protocol: Shown) -> tuple[int, int, float]:
-    "About how many tokens a feature's explanation takes, an empty detection prompt, and each context in one."
-    batch = f.scoring[:protocol.contexts_per_prompt]
-    said = "A description of about seventy characters, which is what most are."
-    examined, empty = (tokens_in(detect_prompt(said, b, protocol), cfg) for b in (batch, batch[:0]))
-    return tokens_in(explain_prompt(f, protocol), cfg), empty, (examined - empty) / max(len(batch), 1)
 
 # %% ../nbs/09_interpretation.ipynb #4978471f
 def planned(features: int, exemplars: ExemplarsConfig) -> tuple[pd.DataFrame, list[FeatureContexts]]:
@@ -358,6 +411,7 @@ COLUMNS = pa.schema([("feature", pa.int32()), ("level", pa.int16()), ("density",
                      ("deployment_precision", pa.float64()), ("deployment_f1", pa.float64()), ("fuzz_f1", pa.float64()),
                      ("visual_f1", pa.float64()), ("visual_index", pa.float64()), ("group", pa.int32())])
 
+# %% ../nbs/09_interpretation.ipynb #aa9caabb
 def interpret(exemplars: Path | str, cfg: InterpretationConfig, seed: int, source: Source, out: Path | str,
               sae: MatryoshkaSAE | None = None) -> pd.DataFrame:
     """Explain and score every feature of an `exemplars/` folder; writes `interpretations.parquet` and `ledger.sqlite` into `out`.
@@ -397,6 +451,7 @@ def check_needs(table: Exemplars, cfg: InterpretationConfig) -> dict[str, Any]:
         raise UserError(f"interpretation.budget is {cfg.budget:g} and one feature needs about {one:.2g}; raise it, or choose a cheaper protocol.")
     return needed
 
+# %% ../nbs/09_interpretation.ipynb #a898dc36
 def tell_estimate(needed: Mapping[str, Any], cfg: InterpretationConfig) -> str:
     """An estimate in one line."""
     if cfg.interpreter == "lexical": return f"{needed['features']:,} features, no call: the baseline asks nobody"
@@ -418,6 +473,7 @@ def _background(table: Exemplars, count: int) -> list[Context]:
     rows = sorted(found)
     return [found[r] for r in rows[::max(1, len(rows) // max(count, 1))]][:count]
 
+# %% ../nbs/09_interpretation.ipynb #acae974f
 def _all_rows(table: Exemplars, cfg: InterpretationConfig, seed: int, interpreter: Interpreter, rounds: int = 100) -> list[dict[str, Any]]:
     "The rows of all features; with a batch API in rounds, until nothing is left to hand in."
     for _ in range(rounds if cfg.batch and isinstance(interpreter, LanguageModel) else 0):
@@ -459,6 +515,7 @@ def _rows(table: Exemplars, cfg: InterpretationConfig, seed: int, interpreter: I
                   "by_source": []}
         yield {**common, **found.get(f.feature, {"status": "unscored", "reason": f.status, "explanation": ""})}
 
+# %% ../nbs/09_interpretation.ipynb #52d9323f
 def _explanations(table: Exemplars, cfg: InterpretationConfig, interpreter: Interpreter, workers: int, total: int) -> dict[int, Explanation]:
     "Our own explanations, or somebody else's."
     if cfg.descriptions is None:
@@ -467,6 +524,7 @@ def _explanations(table: Exemplars, cfg: InterpretationConfig, interpreter: Inte
     theirs = read_descriptions(cfg.descriptions, cfg.description_columns).set_index("feature").explanation.to_dict()
     return {f.feature: Explanation(f.feature, theirs.get(f.feature, ""), "" if f.feature in theirs else "not described") for f in table.contexts()}
 
+# %% ../nbs/09_interpretation.ipynb #1a5a0392
 def _others(explanations: Mapping[int, Explanation], seed: int) -> dict[int, Explanation]:
     "For every feature the explanation of another one, each used once."
     some = [f for f, e in explanations.items() if e.text]
@@ -485,6 +543,7 @@ def examination(f: FeatureContexts, protocol: Shown, seed: int) -> tuple[list[Co
     order = rng(seed, "interpretation", "order", f.feature).permutation(len(contexts))
     return [contexts[i] for i in order], source[order] == "", source[order]
 
+# %% ../nbs/09_interpretation.ipynb #83f1b646
 def _examine(interpreter: Interpreter, own: Explanation, other: Explanation | None, f: FeatureContexts,
              cfg: InterpretationConfig, seed: int) -> dict[str, Any]:
     "One feature's row: its explanation, score and controls, or the reason why there is no score."
@@ -495,6 +554,7 @@ def _examine(interpreter: Interpreter, own: Explanation, other: Explanation | No
     counted = {"parse_failures": troubles["parse failure"], "refusals": troubles["refusal"]}
     return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in (row | counted).items()}
 
+# %% ../nbs/09_interpretation.ipynb #46fafe50
 def _scored(interpreter: Interpreter, own: Explanation, other: Explanation | None, f: FeatureContexts,
             cfg: InterpretationConfig, seed: int, troubles: Counter[str]) -> dict[str, Any]:
     "A feature's scores and controls, or why there are none."
@@ -516,6 +576,7 @@ def _scored(interpreter: Interpreter, own: Explanation, other: Explanation | Non
     if cfg.images: row |= _visual(interpreter.detect(own, contexts, troubles, pictures=True), truth, plain, mine.f1, draw)
     return row
 
+# %% ../nbs/09_interpretation.ipynb #4794b008
 def _beside(truth: np.ndarray, said: np.ndarray, source: np.ndarray, f: FeatureContexts, draw: np.random.Generator,
             cfg: InterpretationConfig) -> dict[str, Any]:
     "Scores by source of the negatives, against all near misses together, and at the feature's own prevalence."
@@ -527,6 +588,7 @@ def _beside(truth: np.ndarray, said: np.ndarray, source: np.ndarray, f: FeatureC
     against_near = next((r["f1"] for r in near if r["source"] == "near"), None)
     return {"by_source": rows, "near_f1": against_near, "deployment_precision": precision, "deployment_f1": f1}
 
+# %% ../nbs/09_interpretation.ipynb #e276390a
 def _fuzzed(interpreter: Interpreter, own: Explanation, f: FeatureContexts, protocol: Shown, seed: int, troubles: Counter[str]) -> float:
     "F1 of telling right marks from moved ones; NaN without answers."
     items, truth = fuzz_items(f, protocol.fuzz, rng(seed, "interpretation", "fuzz", f.feature))
@@ -546,6 +608,7 @@ def telling(description: str) -> frozenset[str]:
     quoted = " ".join(re.findall('"([^"]*)"', text))
     return frozenset(re.findall(r"[a-z0-9\[\]]+|[.,;:]", quoted)) | frozenset(re.findall(r"[a-z0-9\[\]]+", re.sub('"[^"]*"', " ", text))) - IDLE
 
+# %% ../nbs/09_interpretation.ipynb #7652a259
 def repeated(descriptions: Sequence[str], share: float = 0.8) -> list[int]:
     """A number for each description, equal for those that say the same in other words' order; −1 for an empty one."""
     told = [telling(d) for d in descriptions]
@@ -563,6 +626,16 @@ KNOWN_COLUMNS = {"feature": ("feature", "feature_id", "feature_index", "latent",
                  "explanation": ("explanation", "description", "interpretation", "label", "text"),
                  "f1": ("f1", "f1_score", "detection_f1", "score")}
 
+# %% ../nbs/09_interpretation.ipynb #235a3791
+def _column_of(table: pd.DataFrame, name: str, path: Path, columns: Mapping[str, str]) -> str | None:
+    "The column of a table that holds `name`."
+    if name in columns and columns[name] in table: return columns[name]
+    known = {c.lower(): c for c in map(str, table.columns)}
+    found = next((known[c] for c in KNOWN_COLUMNS[name] if c in known), None) if name not in columns else None
+    if found or (name == "f1" and name not in columns): return found
+    raise UserError(f"{path} has no column for {name} (it has {', '.join(map(str, table.columns))}); name it in interpretation.description_columns.")
+
+# %% ../nbs/09_interpretation.ipynb #384f99ec
 def read_descriptions(path: Path | str, columns: Mapping[str, str] | None = None) -> pd.DataFrame:
     """Columns feature, explanation and, where it has one, f1 of somebody's table; raises `UserError` when a column is missing or ambiguous."""
     path, readers = Path(path), {".csv": pd.read_csv, ".tsv": lambda p: pd.read_csv(p, sep="\t"), ".json": pd.read_json,
@@ -578,14 +651,7 @@ def read_descriptions(path: Path | str, columns: Mapping[str, str] | None = None
     out = out.assign(feature=numbers.astype(int), explanation=out.explanation.fillna("").astype(str))
     return out.drop_duplicates("feature").reset_index(drop=True)
 
-def _column_of(table: pd.DataFrame, name: str, path: Path, columns: Mapping[str, str]) -> str | None:
-    "The column of a table that holds `name`."
-    if name in columns and columns[name] in table: return columns[name]
-    known = {c.lower(): c for c in map(str, table.columns)}
-    found = next((known[c] for c in KNOWN_COLUMNS[name] if c in known), None) if name not in columns else None
-    if found or (name == "f1" and name not in columns): return found
-    raise UserError(f"{path} has no column for {name} (it has {', '.join(map(str, table.columns))}); name it in interpretation.description_columns.")
-
+# %% ../nbs/09_interpretation.ipynb #2eaa6309
 def compare(ours: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
     """Feature by feature: both descriptions, the share of telling words they have in common, and both F1 where there are two."""
     both = ours.merge(theirs, on="feature", suffixes=("", "_theirs"))
@@ -614,6 +680,7 @@ def interpretation_summary(table: pd.DataFrame) -> dict[str, Any]:
             "repeated": int(scored.group.duplicated(keep=False).sum()) if "group" in scored else None,
             "refusals": int(table.refusals.sum()), "unscored": table.reason[table.status == "unscored"].value_counts().to_dict()}
 
+# %% ../nbs/09_interpretation.ipynb #b077107b
 def _number(value: float) -> float | None: return None if pd.isna(value) else round(float(value), 4)
 
 def _spearman(a: pd.Series, b: pd.Series) -> float:
@@ -627,6 +694,7 @@ def names(description: str, phrases: Iterable[str]) -> bool:
     text = " " + " ".join(re.findall(r"[a-z0-9]+", text)) + " "
     return any(" " + " ".join(re.findall(r"[a-z0-9]+", p.lower())) + " " in text for p in phrases)
 
+# %% ../nbs/09_interpretation.ipynb #c9634c70
 def description_names_truth(interpretations: pd.DataFrame, concepts: pd.DataFrame, known: Mapping[str, Any]) -> float | None:
     """Of features with F1 > 0.75 that track a concept, the share whose description names it; None when there are none.
 

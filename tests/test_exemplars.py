@@ -12,6 +12,7 @@ import torch
 from safetensors.numpy import load_file
 from word_world import MIXED, NEVER, SIZES, WORDS, make_sae, make_store
 
+from saerad import exemplars, kernels
 from saerad.core import UserError, file_hash, read_table, write_table
 from saerad.delphi import export_delphi, rectangle
 from saerad.exemplars import (
@@ -19,6 +20,7 @@ from saerad.exemplars import (
     ROLES,
     SCHEMA,
     Collector,
+    Encoder,
     Exemplars,
     ExemplarsConfig,
     Sample,
@@ -344,6 +346,68 @@ def test_nearest_is_by_direction_and_never_oneself():
     assert np.array_equal(found, cosine.topk(3, dim=1).indices.numpy())
 
 
+# encoding a large dictionary
+
+def large(bias=0.0, k=64, d=256, width=16_384):
+    """A dictionary that is large enough to be searched, with features of many lengths, and a source of rows for it."""
+    sae, draw = MatryoshkaSAE(d, (width // 4, width - width // 4), k), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        sae.W_enc.mul_(0.5 + torch.rand(width, generator=draw))
+        sae.b_enc.copy_(bias * torch.randn(width, generator=draw))
+        sae.b_dec.copy_(0.1 * torch.randn(d, generator=draw) / d**0.5)
+        sae.scale.fill_(7.0)
+        pre = sae.preactivations(torch.randn(64, d, generator=draw) / d**0.5)
+        sae.threshold.copy_(pre.flatten().topk(64 * k).values[-1])
+    return sae.eval(), lambda n: 7 * torch.randn(n, d, generator=draw) / d**0.5 * torch.rand(n, 1, generator=draw).mul(2)
+
+
+def searched(sae):
+    encode = Encoder(sae)
+    if not encode.quick: pytest.skip("no compiler, or a processor without units for bfloat16")
+    return encode
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.1])
+def test_a_searched_block_is_the_encoded_block(bias):
+    sae, rows = large(bias)
+    encode, t = searched(sae), float(sae.threshold)
+    for n in (200, 90, 130):          # the array is used again, by fewer rows and by more
+        x = rows(n)
+        x[3], x[5], x[7] = x[3] * 50, 0, x[7] * 4     # one beyond what can be searched, an empty one, a long one
+        z, plain = encode(x), sae.encode(x)
+        differ = (z > 0) != (plain > 0)
+        assert encode.odd.tolist() == [3] and z.shape == plain.shape and differ.sum() <= 3
+        assert torch.allclose(z[~differ], plain[~differ], atol=2e-5, rtol=1e-5) and ((z + plain)[differ] < t + 1e-5).all()
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.1])
+def test_no_rough_product_is_further_off_than_stated(bias):
+    sae, rows = large(bias)
+    x = rows(100) / sae.scale - sae.b_dec
+    rough = exemplars.Rough.of(sae.W_enc.detach().T.contiguous(), sae.b_enc.detach())
+    exact = (x.double() @ sae.W_enc.double() + sae.b_enc.double()).detach()
+    for product in (torch.addmm(rough.b.bfloat16(), x.bfloat16(), rough.W.T), x.bfloat16().float() @ rough.W.T.float() + rough.b):
+        assert ((product.double() - exact).abs() <= rough.error(x)[:, None] + 2**-7 * exact.abs()).all()
+
+
+def test_what_fires_does_not_depend_on_the_block():
+    sae, rows = large()
+    encode, x = searched(sae), rows(120)
+    x[4] *= 60
+    whole = encode(x).clone()
+    assert all(torch.equal(Encoder(sae)(x[a:b]), whole[a:b]) for a, b in ((5, 6), (6, 50), (50, 120)))
+
+
+def test_only_large_dictionaries_are_searched(monkeypatch):
+    sae, rows = large()
+    assert not Encoder(make_sae()).quick
+    monkeypatch.setattr(kernels, "native", lambda: None)
+    x = rows(10)
+    assert not Encoder(sae).quick and torch.equal(Encoder(sae)(x), sae.encode(x))
+    sae.selection = "token"
+    assert not Encoder(sae).quick
+
+
 # the cache for delphi
 
 def test_a_cache_for_delphi_holds_every_firing_once(store, dense, tmp_path):
@@ -361,6 +425,7 @@ def test_a_cache_for_delphi_holds_every_firing_once(store, dense, tmp_path):
     assert np.allclose(back, dense, rtol=1e-3) and sorted(edges)[0][0] == 0 and sorted(edges)[-1][1] == dense.shape[1] - 1
     assert all(a[1] + 1 == b[0] for a, b in zip(sorted(edges), sorted(edges)[1:], strict=False)) and not list(made.glob("*.part"))
     with pytest.raises(UserError, match="is not empty"): export_delphi(store, make_sae(), tmp_path)
+    with pytest.raises(UserError, match="5000 files cannot share"): export_delphi(store, make_sae(), tmp_path / "many", splits=5000)
 
 
 DELPHI = """

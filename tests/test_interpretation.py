@@ -199,6 +199,39 @@ def test_bootstrap_intervals_cover():
     assert all(180 <= hits[name] <= 200 for name in known)
 
 
+@pytest.mark.parametrize("n", [5, 20, 100])
+def test_all_right_and_all_wrong_are_not_certain(n):
+    truth, draw = [True] * n + [False] * n, np.random.default_rng(0)
+    right, wrong = score(truth, truth, draw), score(truth, [not t for t in truth], draw)
+    least = 0.025 ** (1 / n)
+    for name in ("precision", "recall", "f1", "balanced_accuracy"):
+        assert getattr(right, name) == getattr(right, f"{name}_high") == 1 and least <= getattr(right, f"{name}_low") < 1
+        assert getattr(wrong, name) == getattr(wrong, f"{name}_low") == 0 and 0 < getattr(wrong, f"{name}_high") <= 1 - least
+    assert right.recall_low == pytest.approx(least) and right.f1_low == pytest.approx(2 * least / (1 + least))
+    silent = score(truth, [False] * (2 * n), draw)
+    assert silent.recall_high == pytest.approx(1 - least) and silent.f1_high == pytest.approx(2 * (1 - least) / (2 - least))
+    row, = by_source(truth, truth, [""] * n + ["random"] * n, draw)
+    assert (row["f1"], row["f1_high"]) == (1, 1) and row["f1_low"] == pytest.approx(right.f1_low)
+
+
+def test_the_bound_of_what_was_all_right_covers():
+    truth, hits = [True] * 25 + [False] * 25, []
+    for i in range(400):
+        draw = np.random.default_rng(i)
+        s = score(truth, [bool(draw.random() < (0.99 if t else 0.01)) for t in truth], draw, 200)
+        if s.f1 == 1: hits.append(s.f1_low <= 0.99 and s.precision_low <= 0.99 and s.balanced_accuracy_low <= 0.99)
+    assert len(hits) > 100 and all(hits)
+
+
+def test_an_interval_of_no_width_is_the_only_one_that_changed():
+    """The draws are the same with and without it, so every other number stays."""
+    truth = [True] * 30 + [False] * 30
+    some = score(truth, [True] * 28 + [False] * 32, np.random.default_rng(3))
+    assert some.precision == 1 and some.precision_low < 1
+    known = np.random.default_rng(3).multinomial(60, np.array([28, 0, 2, 30]) / 60, 1000)
+    assert some.recall_low == pytest.approx(np.quantile(known[:, 0] / (known[:, 0] + known[:, 2]), 0.025))
+
+
 def test_unanswered_contexts_are_left_out_not_counted_as_no():
     s = score([True, True, False, False], [True, None, False, None], np.random.default_rng(0))
     assert (s.contexts, s.f1, s.recall, s.balanced_accuracy) == (2, 1, 1, 1)
@@ -677,6 +710,57 @@ def test_the_first_refusal_sets_the_rate_to_what_was_let_in():
 def test_a_few_refusals_at_any_speed_do_not_stop_the_pace():
     _, path, let_in, refused = drive(lambda now: 10_000, 60, room=1000.0, faulty=0.03)
     assert 0.01 < len(refused) / len(let_in) < 0.06 and min(path[-1000:]) > 40
+
+
+def in_a_minute(limit, faulty, seed):
+    """Calls a second let in over the second half of a minute, and the share of them that were refused in it."""
+    _, _, let_in, refused = drive(limit, 60, room=10.0, workers=32, faulty=faulty, seed=seed)
+    late, in_vain = (sum(t > 30 for t in some) for some in (let_in, refused))
+    return late / 30, in_vain / (late + in_vain)
+
+
+def test_refusals_that_do_not_depend_on_the_speed_are_told_apart():
+    """Every fifth is refused at any speed: the pace steps back, sees that it is no use, and goes up to the limit all the same."""
+    for limit, least in ((10_000, 70), (50, 40)):
+        held, refused = np.median([in_a_minute(lambda now, limit=limit: limit, 0.2, seed) for seed in range(12)], axis=0)
+        assert held > least and 0.15 < refused < 0.3, (limit, held, refused)
+
+
+def test_what_was_refused_anyway_is_forgotten_when_it_ends():
+    """A fault of half a minute: afterwards a limit is held as by a pace that never saw one."""
+    now = [0.0]
+    pace = Pace(clock=lambda: now[0])
+    pace.anyway, pace.stepped = 0.3, 0.0
+    room, last, let_in, refused = 10.0, 0.0, 0, 0
+    while now[0] < 60:
+        now[0] += pace.slot()
+        room, last = min(10.0, room + 20 * (now[0] - last)), now[0]
+        if room >= 1:
+            room, let_in = room - 1, let_in + 1
+            pace.faster(0.3)
+        else:
+            refused += 1
+            pace.slower(0.1)
+    assert pace.anyway < 0.1 and let_in > 0.93 * 20 * 60 and refused < 0.15 * let_in
+
+
+def test_a_limit_that_falls_is_no_fault():
+    pace, path, let_in, refused = drive(lambda now: 20 if now < 10 else 5, 60, room=5.0, workers=32)
+    assert pace.anyway == 0 and max(path[-50:]) < 7 and len(refused) < 0.2 * len(let_in)
+
+
+def test_an_endpoint_that_refuses_every_fifth_call_is_not_crawled_through(tmp_path):
+    """A real server: 150 calls, one in five refused at any speed."""
+    draw = random.Random(0)
+    faulty = [draw.random() < 0.2 for _ in range(1000)]
+    with WordServer(lambda number, body: (429, {"retry-after": "0.05"}, "{}") if faulty[number] else None) as server:
+        endpoint = Endpoint(EndpointConfig(base_url=server.url, model="words", attempts=20, concurrency=16), Ledger(tmp_path / "ledger.sqlite"), True)
+        asked = [[{"role": "system", "content": ""}, {"role": "user", "content": f"Description: x\nExcerpts:\n1. call {i}"}] for i in range(150)]
+        began = time.monotonic()
+        with ThreadPoolExecutor(16) as pool: replies = list(pool.map(lambda m: endpoint.ask(m, 5), asked))
+        took = time.monotonic() - began
+        endpoint.close()
+    assert len(replies) == 150 and endpoint.asked == len(server.bodies) < 230 and took < 25
 
 
 def test_a_rate_that_nobody_waits_for_does_not_rise():
