@@ -20,6 +20,13 @@ from .store import Store
 from .studies import Source
 
 # %% ../nbs/09a_truth.ipynb #e4ab5c23
+def _span(tokens: pa.Table, context: Context) -> tuple[int, int]:
+    "Characters of its section that a context covers."
+    rows = tokens.slice(context.low, len(context.tokens))
+    known = [(a, b) for a, b in zip(rows["start"].to_pylist(), rows["end"].to_pylist(), strict=True) if a >= 0]
+    return (min(a for a, _ in known), max(b for _, b in known)) if known else (0, 0)
+
+# %% ../nbs/09a_truth.ipynb #fc92b304
 def true_concepts(store: Store, source: Source, contexts: Sequence[Context]) -> Bool[np.ndarray, "contexts concepts"]:
     """Which of `CONCEPTS`, in their order, are true of each context of a phantom store."""
     column = {name: j for j, name in enumerate(CONCEPTS)}
@@ -33,18 +40,13 @@ def true_concepts(store: Store, source: Source, contexts: Sequence[Context]) -> 
         marks[i, [column[n] for w in truth.words.get(c.section, ()) if w.start < end and w.end > start for n in w.concepts]] = True
     return marks
 
-def _span(tokens: pa.Table, context: Context) -> tuple[int, int]:
-    "Characters of its section that a context covers."
-    rows = tokens.slice(context.low, len(context.tokens))
-    known = [(a, b) for a, b in zip(rows["start"].to_pylist(), rows["end"].to_pylist(), strict=True) if a >= 0]
-    return (min(a for a, _ in known), max(b for _, b in known)) if known else (0, 0)
-
 # %% ../nbs/09a_truth.ipynb #95994061
 def f1_of(truth: Bool[np.ndarray, " n"], said: Bool[np.ndarray, "n concepts"]) -> np.ndarray:
     """F1 of each column of `said`."""
     hits = (said & truth[:, None]).sum(0)
     return 2 * hits / np.maximum(said.sum(0) + truth.sum(), 1)
 
+# %% ../nbs/09a_truth.ipynb #a238ceff
 def tracked_concepts(store: Store, source: Source, features: Sequence[FeatureContexts]) -> pd.DataFrame:
     """For every feature the concept that predicts it best on explaining contexts, and that concept's F1 on scoring contexts."""
     names_of, rows = list(CONCEPTS), []
