@@ -22,6 +22,8 @@ PHANTOM_KINDS = ("effusion", "pneumothorax", "consolidation", "atelectasis", "ca
                  "sternotomy_wires")
 KINDS = PHANTOM_KINDS + ("opacity", "pneumonia", "enlarged_mediastinum", "pleural_other", "hernia",
                          "support_device")
+
+# %% ../nbs/00a_findings.ipynb #bbb88af1
 SIDES = ("left", "right", "bilateral")
 ZONES = ("upper", "middle", "lower")
 SEVERITIES = ("small", "moderate", "large")
@@ -65,7 +67,10 @@ NAMES: dict[str, tuple[str, ...]] = {
                r"(?:pulmonary |vascular |venous )+congestion"),
     "nodule": (r"(?:pulmonary |lung )?nod(?:ules?|ular(?:ity| densit(?:y|ies)| opacit(?:y|ies)))",
                r"(?:pulmonary |lung )?mass(?:es)?", r"metasta\w+"),
-    "fracture": (r"fractur(?:es?|ed)",),
+    "fracture": (r"fractur(?:es?|ed)",)}
+
+# %% ../nbs/00a_findings.ipynb #15979ab7
+NAMES |= {
     "opacity": (r"opaci(?:ty|ties|fication\w*)", r"infiltrat(?:es?|ions?)", r"air ?-?space disease",
                 r"(?:pulmonary|lung|air ?-?space|basilar|patchy|focal|streaky|hazy) densit(?:y|ies)"),
     "pneumonia": (r"(?:broncho)?pneumonia", r"pneumonitis", r"(?:acute |pulmonary )infection",
@@ -89,7 +94,10 @@ NAMES |= {
                      r"(?:chest |infusion )?ports?(?! of)", r"cvc"),
     "picc": (r"picc(?: line)?s?", r"peripherally inserted central (?:venous )?(?:catheter|line)"),
     "chest_tube": (r"chest tubes?", r"thoracostomy tubes?", r"pleural (?:drain|catheter)s?",
-                   r"pigtail catheter"),
+                   r"pigtail catheter")}
+
+# %% ../nbs/00a_findings.ipynb #931b42ff
+NAMES |= {
     "pacemaker": (r"pacemakers?", r"pacer", r"pacing (?:device|leads?|wires?)", r"(?:aicd|icd)s?",
                   r"(?:cardiac )?defibrillator", r"(?:ventricular|atrial) leads?"),
     "sternotomy_wires": (r"(?:median )?sternotomy(?: wires?| sutures?| changes?)?",
@@ -110,7 +118,7 @@ def phrases(alternatives: Iterable[str]) -> re.Pattern:
     """One pattern that finds any of the alternatives as whole words, in capitals or not."""
     return re.compile(rf"\b(?:{'|'.join(alternatives)})\b", re.I)
 
-# %% ../nbs/00a_findings.ipynb #509e3b1b
+# %% ../nbs/00a_findings.ipynb #540f96f2
 def _compiled(table: Mapping[str, Iterable[str]]) -> dict[str, re.Pattern]:
     "A pattern for each key of a table of phrases."
     return {key: phrases(alternatives) for key, alternatives in table.items()}
@@ -140,6 +148,8 @@ CLAUSE_STARTS = (r"but", r"however", r"although", r"though", r"while", r"whereas
                  r"(?<=,) ?(?:small|mild|minimal|trace|tiny|stable|unchanged|persistent|slight)",
                  r"(?<=, )(?:a|an|the)", r"(?<=and )(?:a|an|the|is|are|stable|unchanged|has|have)",
                  r"status post")
+
+# %% ../nbs/00a_findings.ipynb #09dbc647
 ADVICE = (r"if", r"recommend\w*", r"correlat\w+", r"consider(?:ation|ed)?", r"please", r"suggest follow",
           r"(?:further|for) evaluat\w+", r"could obscure", r"limited")
 _SENTENCE = re.compile(r"(?:[^.;!?\n]|[.](?=\S))+")
@@ -165,7 +175,10 @@ CUES: dict[str, tuple[str, ...]] = {
                      r"(?:cannot|can ?not|not|difficult to|to) (?:completely |entirely |fully )?(?:exclude|rule out)",
                      r"differential", r"perhaps", r"presumed", r"equivocal", r"versus", r"vs"),
     "doubts_before": (r"(?:cannot|can ?not|not) (?:be )?(?:completely |entirely |fully )?(?:excluded?|ruled out)",
-                      r"(?:is|are) (?:possible|suspected|questioned|likely)", r"versus", r"vs", r"possible"),
+                      r"(?:is|are) (?:possible|suspected|questioned|likely)", r"versus", r"vs", r"possible")}
+
+# %% ../nbs/00a_findings.ipynb #fb8c211a
+CUES |= {
     "denies_after": (r"no", r"not", r"without", r"free of", r"clear of", r"negative for", r"absen(?:ce of|t)",
                      r"rather than", r"nor", r"neither", r"none", r"ruled? out", r"lack of",
                      r"resolution of", r"no longer"),
@@ -201,7 +214,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "pneumonia": ("side", "zone"), "enlarged_mediastinum": ("severity",), "pleural_other": ("side",), "hernia": ("severity",),
     "support_device": ()}
 
-# %% ../nbs/00a_findings.ipynb #7e407476
+# %% ../nbs/00a_findings.ipynb #2375f8ce
 ATTRIBUTE_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     "side": {"left": (r"left(?:-sided)?",), "right": (r"right(?:-sided)?",),
              "bilateral": (r"bilateral\w*", r"both(?= (?:lungs?|sides?|bases|apices|lower|upper))",
@@ -209,12 +222,20 @@ ATTRIBUTE_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     "zone": {"upper": (r"upper(?! limits?)", r"apical", r"apex", r"apices", r"biapical"),
              "middle": (r"mid(?:dle)?", r"mid-?(?:lung|zone)s?", r"peri-?hilar", r"lingula\w*"),
              "lower": (r"lower", r"(?:bi)?bas[ai]l\w*", r"bas(?:e|es|ilar|al)", r"retrocardiac",
-                       r"infrahilar")},
+                       r"infrahilar")}}
+ENDOTRACHEAL_ZONES = {"upper": (r"(?:too )?high", r"above the (?:clavicles?|thoracic inlet)"),
+                      "lower": (r"(?:too )?low", r"(?:right )?main(?: ?-?stem)? bronchus", r"at the carina")}
+
+# %% ../nbs/00a_findings.ipynb #f815a5a5
+ATTRIBUTE_WORDS |= {
     "severity": {"small": (r"small(?:-sized)?", r"mild(?:ly)?", r"minimal(?:ly)?", r"trace", r"tiny",
                            r"slight(?:ly)?", r"minor", r"subtle", r"borderline"),
                  "moderate": (r"moderate(?:ly)?(?:-sized)?",),
                  "large": (r"large", r"severe(?:ly)?", r"marked(?:ly)?", r"massive(?:ly)?", r"extensive",
-                           r"gross(?:ly)?")},
+                           r"gross(?:ly)?")}}
+
+# %% ../nbs/00a_findings.ipynb #244cc419
+ATTRIBUTE_WORDS |= {
     "change": {"new": (r"new(?:ly)?", r"interval (?:development|placement|appearance)",
                        r"not (?:previously )?(?:seen|present) (?:previously|before|on the prior)"),
                "resolved": (r"resol(?:ved|ution)", r"no longer", r"(?:has|have) (?:completely )?cleared",
@@ -226,12 +247,11 @@ ATTRIBUTE_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
                "unchanged": (r"unchanged", r"stable", r"persist(?:s|ent|ing)?", r"again", r"similar",
                              r"redemonstrat\w+", r"as before", r"remains?",
                              r"no(?:t)?(?: \w+){0,2}? change[ds]?", r"not (?:increased|decreased)")}}
-ENDOTRACHEAL_ZONES = {"upper": (r"(?:too )?high", r"above the (?:clavicles?|thoracic inlet)"),
-                      "lower": (r"(?:too )?low", r"(?:right )?main(?: ?-?stem)? bronchus", r"at the carina")}
+
+# %% ../nbs/00a_findings.ipynb #dfa5a922
 _ATTRIBUTES = {a: _compiled(words) for a, words in ATTRIBUTE_WORDS.items()}
 _ENDOTRACHEAL = _compiled(ENDOTRACHEAL_ZONES)
 
-# %% ../nbs/00a_findings.ipynb #d8bdd3d6
 def _nearest(words: Mapping[str, re.Pattern], before: str, inside: str, after: str) -> str:
     "The value whose word stands nearest to a mention `inside` a text; '' where there is none."
     at = [(0, value) for _, _, value in _longest(words, inside)]
@@ -239,6 +259,7 @@ def _nearest(words: Mapping[str, re.Pattern], before: str, inside: str, after: s
     at += [(1 + start, value) for start, _, value in _longest(words, after)]
     return "bilateral" if "bilateral" in {v for _, v in at} else min(at, default=(0, ""))[1]
 
+# %% ../nbs/00a_findings.ipynb #d8bdd3d6
 def attributes_of(kind: str, before: str, after: str, inside: str = "") -> dict[str, str]:
     """Side, zone, severity and change of one mention, from the words before, after and `inside` it; '' if not said."""
     own = dict.fromkeys(("side", "zone", "severity"), "")
@@ -254,6 +275,8 @@ NORMAL_SUBJECTS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("effusion",): (r"pleural (?:spaces?|surfaces?)", r"costophrenic (?:angles?|sulci)"),
     ("oedema",): (r"(?:pulmonary )?vascular\w*", r"pulmonary vessels")}
 NORMAL_WORDS = (r"normal", r"unremarkable", r"clear", r"not (?:\w+ )?enlarged", r"within (?:normal )?limits")
+
+# %% ../nbs/00a_findings.ipynb #0ada3a70
 _NORMAL_SUBJECTS = _compiled(NORMAL_SUBJECTS)
 _NORMAL, _NOT_NORMAL = phrases(NORMAL_WORDS), phrases((r"otherwise", r"not (?:normal|clear)"))
 
@@ -271,7 +294,17 @@ class Statement:
     end: int
     sentence: int
 
+# %% ../nbs/00a_findings.ipynb #b2732be3
 _PARTING = re.compile(r",|/|\band\b|\bor\b|\bwith\b|\bwithout\b", re.I)
+
+def _own_words(clause: str, named: list[tuple[int, int, str]], i: int) -> tuple[int, int]:
+    "Where the words begin and end that belong to mention `i` of a clause."
+    start, end, _ = named[i]
+    left = named[i - 1][1] if i else 0
+    right = named[i + 1][0] if i + 1 < len(named) else len(clause)
+    cut = _PARTING.search(clause, left, start) if i else None
+    stop = _PARTING.search(clause, end, right) if right < len(clause) else None
+    return cut.end() if cut else left, stop.start() if stop else right
 
 # %% ../nbs/00a_findings.ipynb #9f959d66
 def _clause_statements(clause: str) -> list[tuple[Finding, int, int]]:
@@ -281,16 +314,11 @@ def _clause_statements(clause: str) -> list[tuple[Finding, int, int]]:
     denied = [k for k in denied_by_normality(clause) if k not in {m[2] for m in named}]
     out = [(Finding(k, certainty="absent"), 0, len(clause)) for k in denied]
     for i, (start, end, kind) in enumerate(named):
-        left = named[i - 1][1] if i else 0
-        right = named[i + 1][0] if i + 1 < len(named) else len(clause)
-        # words between two mentions belong to the one on their own side of the first comma, "and" or "or"
-        cut = _PARTING.search(clause, left, start) if i else None
-        stop = _PARTING.search(clause, end, right) if right < len(clause) else None
-        begin, finish = cut.end() if cut else left, stop.start() if stop else right
+        begin, finish = _own_words(clause, named, i)
         about = attributes_of(kind, clause[begin:start], clause[end:finish], clause[start:end])
         certainty = certainty_of(clause[:start], clause[end:])
-        if about["change"] == "resolved": certainty = "present"     # it is said of something that was there
-        if certainty == "absent": about = dict.fromkeys(about, "")  # "no large effusion" has no size
+        if about["change"] == "resolved": certainty = "present"
+        if certainty == "absent": about = dict.fromkeys(about, "")
         out.append((Finding(kind, **about, certainty=certainty), start, end))
     return out
 
@@ -322,6 +350,7 @@ OUTSIDE = (r"spin(?:e|al)", r"vertebra\w*", r"thoracic", r"degenerative", r"bon(
            r"midline", r"devices?", r"prominen\w+", r"tomograph\w+", r"ct", r"no evidence of")
 _OUTSIDE = phrases(OUTSIDE)
 
+# %% ../nbs/00a_findings.ipynb #a1a48156
 def read_findings(text: str) -> Reading:
     """Read a real report's findings by rule, with their attributes and certainty; each distinct statement once.
 
@@ -342,6 +371,7 @@ CHEXPERT: dict[str, tuple[str, ...]] = {
     "Support Devices": ("endotracheal_tube", "enteric_tube", "central_line", "picc", "chest_tube", "pacemaker",
                         "sternotomy_wires", "support_device")}
 
+# %% ../nbs/00a_findings.ipynb #6fc0b081
 def chexpert(reading: Reading) -> dict[str, int | None]:
     """The fourteen CheXpert labels of a reading: 1 present, -1 uncertain, 0 absent (or resolved), None not mentioned."""
     value = {"present": 1, "uncertain": -1, "absent": 0}
@@ -354,8 +384,6 @@ def chexpert(reading: Reading) -> dict[str, int | None]:
     return {"No Finding": None if found else 1} | labels
 
 # %% ../nbs/00a_findings.ipynb #cb32a9db
-MARKS = {"present": "#f6b48f", "uncertain": "#f7dc8b", "absent": "#b5d9f0"}
-
 def describe_finding(finding: Finding) -> str:
     """A finding in a few words, such as "new small left effusion"; absent and uncertain ones say so."""
     certainty = {"absent": "no", "uncertain": "possible"}.get(finding.certainty, "")
@@ -364,6 +392,8 @@ def describe_finding(finding: Finding) -> str:
     return " ".join(w for w in words if w)
 
 # %% ../nbs/00a_findings.ipynb #be1c4c03
+MARKS = {"present": "#f6b48f", "uncertain": "#f7dc8b", "absent": "#b5d9f0"}
+
 def marked(text: str) -> str:
     """`text` as HTML in which every statement is marked with the colour of its certainty."""
     out, done = [], 0

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MiniConfig', 'findings_of', 'answers_of', 'places_of', 'LabelHead', 'patches_of', 'as_pixels', 'train_tower',
            'Lesson', 'lessons_of', 'batches_by_length', 'report_loss', 'train_words', 'held_out_loss',
-           'gather_pictures', 'all_patches', 'train_mini', 'train_tower_once', 'DecoderConfig', 'train_decoder']
+           'gather_pictures', 'all_patches', 'train_tower_once', 'train_mini', 'DecoderConfig', 'train_decoder']
 
 # %% ../nbs/02a_mini.ipynb #b684cc7c
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from .findings import PHANTOM_KINDS, SEVERITIES, Finding, read_findings
 from .studies import Source, Study
 from .subjects import MEAN, STD, new_mini, plain_pieces, prepare_picture, quiet, trace_origins, train_tokenizer
 
-# %% ../nbs/02a_mini.ipynb #312f9596
+# %% ../nbs/02a_mini.ipynb #227216a3
 class MiniConfig(Section):
     """How `mini` is taught; epochs are passes over the training split."""
     vision_epochs: int = 10      # the vision tower on labels, before anything is written
@@ -50,11 +50,13 @@ def findings_of(study: Study) -> Sequence[Finding]:
     read = read_findings(study.sections.get("findings", "")).findings
     return [f for f in read if f.certainty == "present" and f.change != "resolved"]
 
+# %% ../nbs/02a_mini.ipynb #1e5ce40a
 def answers_of(study: Study, questions: Sequence[str]) -> Float[np.ndarray, "questions"]:
     """1 for every question that the study answers with yes."""
     yes = {q for f in findings_of(study) for q in _questions(f)}
     return np.array([q in yes for q in questions], np.float32)
 
+# %% ../nbs/02a_mini.ipynb #b6f24c72
 def places_of(study: Study) -> Bool[np.ndarray, "patches kinds"] | None:
     """Which kinds are in which patch of the frontal view, where the truth says it."""
     if not hasattr(study.truth, "patches"): return None
@@ -78,10 +80,12 @@ def patches_of(tower: Dinov2Backbone, pixels: Float[Tensor, "batch channels heig
     """Layer-normed patch features in reading order, without the CLS token."""
     return tower(pixels).feature_maps[-1][:, 1:]
 
+# %% ../nbs/02a_mini.ipynb #8ba3b30d
 def as_pixels(pictures: UInt8[np.ndarray, "batch height width"]) -> Float[Tensor, "batch 1 height width"]:
     """Normalised as MAIRA-2 does: mean 0.5307, standard deviation 0.2583 of the full range."""
     return (torch.from_numpy(pictures)[:, None].float() / 255 - MEAN) / STD
 
+# %% ../nbs/02a_mini.ipynb #2a2a9406
 def _jitter(pixels: Tensor, draw: np.random.Generator, reach: int = 3) -> Tensor:
     "Move the whole batch by a few pixels and change its contrast, so that the tower learns shapes and not places."
     dy, dx = draw.integers(-reach, reach + 1, 2)
@@ -92,28 +96,35 @@ def _one_cycle(parameters: list, lr: float, steps: int, decay: float = .05) -> t
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(.9, .98), weight_decay=decay, fused=True)
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=.1)
 
+# %% ../nbs/02a_mini.ipynb #26774986
+def _update(loss: Tensor, weights: list, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
+    "One step downhill, of limited length."
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(weights, 1.0)
+    optimizer.step()
+    schedule.step()
+
+# %% ../nbs/02a_mini.ipynb #ac1ac663
 def _yes_no(logits: Tensor, truth: np.ndarray) -> Tensor:
     return nn.functional.binary_cross_entropy_with_logits(logits.float(), torch.from_numpy(truth).float())
 
+# %% ../nbs/02a_mini.ipynb #f10503fc
 def train_tower(tower: Dinov2Backbone, pictures: UInt8[np.ndarray, "n height width"], answers: Float[np.ndarray, "n questions"],
                 places: Bool[np.ndarray, "n patches kinds"] | None, cfg: MiniConfig, seed: int) -> LabelHead:
     """Teach the tower the labels; returns the head that reads them off (it is not part of `mini`)."""
     torch.manual_seed(seed)
     head, draw = LabelHead(tower.config.hidden_size, answers.shape[1]), rng(seed, "tower")
-    per_epoch = max(1, len(pictures) // cfg.vision_batch)
+    per_epoch, weights = max(1, len(pictures) // cfg.vision_batch), [*tower.parameters(), *head.parameters()]
     steps = cfg.vision_epochs * per_epoch
-    optimizer, schedule = _one_cycle([*tower.parameters(), *head.parameters()], cfg.vision_lr, steps)
+    cycle = _one_cycle(weights, cfg.vision_lr, steps)
     tower.train()
     order = (rows for _ in range(cfg.vision_epochs) for rows in np.array_split(draw.permutation(len(pictures)), per_epoch))
     for rows in progress(order, "teaching the eyes", steps):
         with torch.autocast("cpu", torch.bfloat16):
             logits, local = head(patches_of(tower, _jitter(as_pixels(pictures[rows]), draw)))
         loss = _yes_no(logits, answers[rows]) + (0 if places is None else cfg.place_weight * _yes_no(local, places[rows]))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_([*tower.parameters(), *head.parameters()], 1.0)
-        optimizer.step()
-        schedule.step()
+        _update(loss, weights, *cycle)
     tower.eval()
     return head
 
@@ -126,6 +137,7 @@ class Lesson:
     begin: int                  # position of the last token of the prompt
     answers: np.ndarray         # of the questions of the tower
 
+# %% ../nbs/02a_mini.ipynb #e854fef7
 def lessons_of(studies: Sequence[Study], tokenizer: PreTrainedTokenizerBase, patches: int, rows: Mapping[str, int],
                questions: Sequence[str]) -> list[Lesson]:
     """Every study that has findings, as a lesson."""
@@ -147,29 +159,50 @@ def batches_by_length(lengths: Sequence[int], batch: int, draw: np.random.Genera
     return [batches[i] for i in draw.permutation(len(batches))]
 
 # %% ../nbs/02a_mini.ipynb #d3c619e7
-def report_loss(model: PreTrainedModel, lessons: Sequence[Lesson], patches: Tensor | None, look: nn.Linear | None) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy (nats) of the report's tokens, and the loss of the question halfway up (0 without `look`)."""
-    ids = nn.utils.rnn.pad_sequence([torch.from_numpy(x.ids) for x in lessons], batch_first=True, padding_value=model.config.pad_token_id)
-    body, head = _decoder(model), model.lm_head
-    embedded = body.embed_tokens(ids)
-    if patches is not None:
-        seen = model.model.multi_modal_projector(patches[torch.tensor([r for x in lessons for r in x.pictures])].float())
-        embedded = embedded.masked_scatter((ids == model.config.image_token_index)[..., None], seen.flatten(0, 1).to(embedded.dtype))
-    out = body(inputs_embeds=embedded, output_hidden_states=look is not None, use_cache=False)
-    begin = torch.tensor([x.begin for x in lessons])
-    length = torch.tensor([len(x.ids) for x in lessons])
-    at = torch.arange(ids.shape[1] - 1)
-    told = (at >= begin[:, None]) & (at + 1 < length[:, None])
-    loss = nn.functional.cross_entropy(head(out.last_hidden_state[:, :-1][told]).float(), ids[:, 1:][told])
-    if look is None: return loss, torch.zeros(())
-    halfway = out.hidden_states[len(out.hidden_states) // 2][torch.arange(len(lessons)), begin]
-    answers = torch.from_numpy(np.stack([x.answers for x in lessons]))
-    return loss, nn.functional.binary_cross_entropy_with_logits(look(halfway).float(), answers)
-
 def _decoder(model: PreTrainedModel) -> nn.Module:
     return model.model.language_model if hasattr(model.model, "language_model") else model.model
 
+# %% ../nbs/02a_mini.ipynb #2d96de7b
+def _embedded(model: PreTrainedModel, ids: Tensor, lessons: Sequence[Lesson], patches: Tensor | None) -> Tensor:
+    "What the decoder reads: words, and patches in their places."
+    embedded = _decoder(model).embed_tokens(ids)
+    if patches is None: return embedded
+    seen = model.model.multi_modal_projector(patches[torch.tensor([r for x in lessons for r in x.pictures])].float())
+    return embedded.masked_scatter((ids == model.config.image_token_index)[..., None], seen.flatten(0, 1).to(embedded.dtype))
+
+# %% ../nbs/02a_mini.ipynb #4e53d2a6
+def _told(lessons: Sequence[Lesson], length: int) -> Bool[Tensor, "batch positions"]:
+    "At which positions the next token is one of the report."
+    begin, ends = torch.tensor([x.begin for x in lessons]), torch.tensor([len(x.ids) for x in lessons])
+    at = torch.arange(length - 1)
+    return (at >= begin[:, None]) & (at + 1 < ends[:, None])
+
+# %% ../nbs/02a_mini.ipynb #82a066ed
+def report_loss(model: PreTrainedModel, lessons: Sequence[Lesson], patches: Tensor | None, look: nn.Linear | None) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy (nats) of the report's tokens, and the loss of the question halfway up (0 without `look`)."""
+    ids = nn.utils.rnn.pad_sequence([torch.from_numpy(x.ids) for x in lessons], batch_first=True, padding_value=model.config.pad_token_id)
+    read = _embedded(model, ids, lessons, patches)
+    out = _decoder(model)(inputs_embeds=read, output_hidden_states=look is not None, use_cache=False)
+    told = _told(lessons, ids.shape[1])
+    loss = nn.functional.cross_entropy(model.lm_head(out.last_hidden_state[:, :-1][told]).float(), ids[:, 1:][told])
+    if look is None: return loss, torch.zeros(())
+    begin = torch.tensor([x.begin for x in lessons])
+    halfway = out.hidden_states[len(out.hidden_states) // 2][torch.arange(len(lessons)), begin]
+    return loss, _yes_no(look(halfway), np.stack([x.answers for x in lessons]))
+
 # %% ../nbs/02a_mini.ipynb #6ec7c2c0
+def _one_epoch(model: PreTrainedModel, train: Sequence[Lesson], patches: Tensor | None, look: nn.Linear | None, state: dict, cfg: MiniConfig,
+               seed: int, epoch: int) -> dict[str, float]:
+    "Teach every lesson once; gives the losses of the last batch."
+    model.train()
+    order = batches_by_length([len(x.ids) for x in train], cfg.batch, rng(seed, "words", epoch))
+    for rows in progress(order, f"teaching the words, epoch {epoch + 1} of {cfg.epochs}"):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, looking = report_loss(model, [train[i] for i in rows], patches, look)
+        _update(loss + cfg.look_weight * looking, **state)
+    return {"train": float(loss.detach()), "looking": float(looking.detach())}
+
+# %% ../nbs/02a_mini.ipynb #92170339
 def train_words(model: PreTrainedModel, train: Sequence[Lesson], held_out: Sequence[Lesson], patches: Tensor | None, cfg: MiniConfig,
                 seed: int, checkpoint: Path | None = None) -> list[dict[str, float]]:
     """Teach projector and decoder to write the reports; returns the losses after each epoch (nats a token)."""
@@ -177,23 +210,12 @@ def train_words(model: PreTrainedModel, train: Sequence[Lesson], held_out: Seque
     asked = len(train[0].answers) if patches is not None and cfg.look_weight else 0
     look = nn.Linear(model.config.get_text_config().hidden_size, asked) if asked else None
     weights = [p for n, p in model.named_parameters() if "vision_tower" not in n] + (list(look.parameters()) if look else [])
-    per_epoch = max(1, len(train) // cfg.batch)
-    optimizer, schedule = _one_cycle(weights, cfg.lr, cfg.epochs * per_epoch)
+    optimizer, schedule = _one_cycle(weights, cfg.lr, cfg.epochs * max(1, len(train) // cfg.batch))
     state = {"weights": weights, "optimizer": optimizer, "schedule": schedule}
     log = _resume(state, checkpoint)
     for epoch in range(len(log), cfg.epochs):
-        model.train()
-        order = batches_by_length([len(x.ids) for x in train], cfg.batch, rng(seed, "words", epoch))
-        for rows in progress(order, f"teaching the words, epoch {epoch + 1} of {cfg.epochs}"):
-            with torch.autocast("cpu", torch.bfloat16):
-                loss, looking = report_loss(model, [train[i] for i in rows], patches, look)
-            optimizer.zero_grad()
-            (loss + cfg.look_weight * looking).backward()
-            nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
-            schedule.step()
-        log.append({"epoch": epoch + 1, "train": float(loss.detach()), "looking": float(looking.detach()),
-                    "held_out": held_out_loss(model, held_out, patches, cfg)})
+        losses = _one_epoch(model, train, patches, look, state, cfg, seed, epoch)
+        log.append({"epoch": epoch + 1, **losses, "held_out": held_out_loss(model, held_out, patches, cfg)})
         _keep(state, log, checkpoint)
     model.eval()
     return log
@@ -205,6 +227,7 @@ def _keep(state: dict, log: list[dict], path: Path | None) -> None:
         torch.save({"weights": [w.detach() for w in state["weights"]], "optimizer": state["optimizer"].state_dict(),
                     "schedule": state["schedule"].state_dict(), "log": log}, part)
 
+# %% ../nbs/02a_mini.ipynb #f2e0ba37
 def _resume(state: dict, path: Path | None) -> list[dict]:
     "Put everything back from `path`, if it is there; returns the losses so far."
     if path is None or not path.exists(): return []
@@ -236,6 +259,7 @@ def gather_pictures(studies: Sequence[Study], size: int) -> tuple[UInt8[np.ndarr
              for p in progress(names.values(), "reading the pictures")]
     return np.stack(films) if films else np.zeros((0, size, size), np.uint8), {name: i for i, name in enumerate(names)}
 
+# %% ../nbs/02a_mini.ipynb #cb1233aa
 @torch.no_grad()
 def all_patches(tower: Dinov2Backbone, pictures: UInt8[np.ndarray, "n size size"], batch: int = 128) -> Float[Tensor, "n patches width"]:
     """The tower's patches of every picture, kept in bfloat16 because there are many."""
@@ -243,6 +267,20 @@ def all_patches(tower: Dinov2Backbone, pictures: UInt8[np.ndarray, "n size size"
                       for i in progress(range(0, len(pictures), batch), "looking at the pictures")])
 
 # %% ../nbs/02a_mini.ipynb #1b0ae9be
+def train_tower_once(tower: Dinov2Backbone, pictures: np.ndarray, answers: np.ndarray, places: np.ndarray | None, cfg: MiniConfig, seed: int,
+                     kept: Path) -> None:
+    """Train the tower, or take it from `kept` where an interrupted training left it."""
+    if kept.exists():
+        tower.load_state_dict(torch.load(kept, weights_only=True))
+        return
+    train_tower(tower, pictures, answers, places, cfg, seed)
+    with write_beside(kept) as part: torch.save(tower.state_dict(), part)
+
+# %% ../nbs/02a_mini.ipynb #b774e52b
+def _stacked(places: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    return None if any(p is None for p in places) else np.stack(places)
+
+# %% ../nbs/02a_mini.ipynb #317bc413
 def train_mini(source: Source, out: Path | str, cfg: MiniConfig = MiniConfig(), seed: int = 0) -> list[dict[str, float]]:
     """Train `mini` on the training split and save it (bfloat16) with its tokenizer in `out`; returns the losses."""
     train, held_out = source.split("train"), source.split("validation")
@@ -261,18 +299,6 @@ def train_mini(source: Source, out: Path | str, cfg: MiniConfig = MiniConfig(), 
     return _finish(model, tokenizer, log, cfg, source, out)
 
 # %% ../nbs/02a_mini.ipynb #755aebb7
-def _stacked(places: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    return None if any(p is None for p in places) else np.stack(places)
-
-def train_tower_once(tower: Dinov2Backbone, pictures: np.ndarray, answers: np.ndarray, places: np.ndarray | None, cfg: MiniConfig, seed: int,
-                     kept: Path) -> None:
-    """Train the tower, or take it from `kept` where an interrupted training left it."""
-    if kept.exists():
-        tower.load_state_dict(torch.load(kept, weights_only=True))
-        return
-    train_tower(tower, pictures, answers, places, cfg, seed)
-    with write_beside(kept) as part: torch.save(tower.state_dict(), part)
-
 def _finish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, log: list[dict], cfg: MiniConfig, source: Source, out: Path) -> list[dict]:
     "Save the model, and remove what was only needed to get there."
     with quiet(): model.to(torch.bfloat16).save_pretrained(out)
@@ -290,15 +316,20 @@ class DecoderConfig(MiniConfig):
     width: int = 192
     layers: int = 6
 
+# %% ../nbs/02a_mini.ipynb #9491f9af
+def _new_decoder(tokenizer: PreTrainedTokenizerBase, cfg: DecoderConfig) -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=cfg.width, intermediate_size=cfg.width * 8 // 3, num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.width // 32, max_position_embeddings=2048, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+
+# %% ../nbs/02a_mini.ipynb #7684929a
 def train_decoder(source: Source, out: Path | str, cfg: DecoderConfig = DecoderConfig(), seed: int = 0) -> list[dict[str, float]]:
     """Train a text-only Llama on the reports of the training split and save it with its tokenizer in `out`; returns the losses."""
     train, out = source.split("train"), Path(out)
     tokenizer = train_tokenizer((t for s in train for t in s.sections.values()), cfg.vocabulary)
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=cfg.width, intermediate_size=cfg.width * 8 // 3, num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.width // 32, max_position_embeddings=2048, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    model = _new_decoder(tokenizer, cfg)
     lessons = [lessons_of(source.split(s), tokenizer, 0, {}, ()) for s in ("train", "validation")]
     if not lessons[0]: raise UserError(f"{source.spec} has no training study with findings to learn from.")
     log = train_words(model, *lessons, None, cfg, seed, out / "checkpoint.pt")

@@ -52,14 +52,19 @@ class PictureError(UserError):
         self.kind = kind
 
 # %% ../nbs/00_studies.ipynb #b8256dce
+def _grey(image: Image.Image) -> UInt8[np.ndarray, "height width"]:
+    "Grey values of an open image, in 8 bits."
+    if not image.mode.startswith("I"): return np.asarray(image.convert("L"))
+    deep = np.asarray(image, np.float64)                        # 16 bits: stretch what is used over 8
+    return (255 * (deep - deep.min()) / max(np.ptp(deep), 1)).astype(np.uint8)
+
+# %% ../nbs/00_studies.ipynb #6b6ad48a
 def _read_image(path: Path, about: int | None = None) -> UInt8[np.ndarray, "height width"]:
     "Greyscale pixels of a file; with `about`, a JPEG is decoded at about that size, which is faster."
     try:
         with Image.open(path) as image:
             if about: image.draft("L", (about, about))
-            if not image.mode.startswith("I"): return np.asarray(image.convert("L"))
-            deep = np.asarray(image, np.float64)                        # 16 bits: stretch what is used over 8
-            return (255 * (deep - deep.min()) / max(np.ptp(deep), 1)).astype(np.uint8)
+            return _grey(image)
     except FileNotFoundError as e: raise PictureError("missing image", f"The image {path} is missing.") from e
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         message = f"{path} is not an image that can be read; replace it or leave its study out."
@@ -72,6 +77,13 @@ def from_file(cls: Picture, path: Path | str) -> Picture:
     path = Path(path)
     return cls(path.name, lambda: _read_image(path), str(path.stat().st_size) if path.is_file() else "", path)
 
+# %% ../nbs/00_studies.ipynb #15a92450
+def _not_constant(pixels: np.ndarray, name: str) -> np.ndarray:
+    if pixels.size and pixels.min() < pixels.max(): return pixels
+    message = f"The image {name} has the same grey value everywhere; replace it or leave its study out."
+    raise PictureError("constant image", message)
+
+# %% ../nbs/00_studies.ipynb #9767941e
 @patch
 def array(self: Picture) -> UInt8[np.ndarray, "height width"]:
     """The film's grey values; raises `PictureError` when it is missing, no image, or the same everywhere."""
@@ -82,11 +94,6 @@ def array(self: Picture) -> UInt8[np.ndarray, "height width"]:
 def check(self: Picture) -> None:
     """Raise `PictureError` as `array` would, but read a JPEG at a smaller scale."""
     _not_constant(_read_image(self.path, 64) if self.path else self.load(), self.name)
-
-def _not_constant(pixels: np.ndarray, name: str) -> np.ndarray:
-    if pixels.size and pixels.min() < pixels.max(): return pixels
-    message = f"The image {name} has the same grey value everywhere; replace it or leave its study out."
-    raise PictureError("constant image", message)
 
 # %% ../nbs/00_studies.ipynb #5d4d7614
 SECTIONS = ("indication", "technique", "comparison", "findings")
@@ -111,6 +118,7 @@ def prior_report(self: Study) -> str | None:
     """Findings of the previous study, if there is one that has any."""
     return self.prior.sections.get("findings") if self.prior else None
 
+# %% ../nbs/00_studies.ipynb #f43d4831
 @patch(as_prop=True)
 def all_views(self: Study) -> dict[str, Picture]:
     """The study's own views and, as "prior", the frontal view of the previous study."""
@@ -118,19 +126,6 @@ def all_views(self: Study) -> dict[str, Picture]:
     return {**self.views, **({"prior": before} if before else {})}
 
 # %% ../nbs/00_studies.ipynb #bac64e85
-@patch
-def _repr_html_(self: Study) -> str:
-    films = "".join(f'<figure style="margin:0 .8em 0 0;text-align:center">{_film_html(p)}<figcaption>{view}</figcaption></figure>' for view,
-                    p in self.all_views.items())
-    truth = getattr(self.truth, "findings", None)
-    there = {} if truth is None else {"truth": ", ".join(" ".join(filter(None, (f.severity, f.side, f.kind.replace("_", " ")))) for f in truth)
-                                      or "nothing"}
-    texts = "".join(f'<p style="margin:.1em 0;text-align:left"><b>{html.escape(name.replace("_", " "))}:</b> {html.escape(text)}</p>'
-                    for name, text in (dict(self.sections) | there).items())
-    head = f"<b>study {html.escape(self.study)}</b>, patient {html.escape(self.patient)}, {html.escape(self.split)}"
-    return f'<div>{head}<div style="display:flex;flex-wrap:wrap;margin-top:.3em">{films}<div style="flex:1;min-width:16em">{texts}</div></div></div>'
-
-# %% ../nbs/00_studies.ipynb #0b3b4cb6
 def _film_html(picture: Picture, edge: int = 180) -> str:
     "A film as an image that holds itself, or a word where the file cannot be read."
     try: image = Image.fromarray(picture.array())
@@ -140,15 +135,34 @@ def _film_html(picture: Picture, edge: int = 180) -> str:
     image.save(held, "PNG")
     return f'<img alt="film" style="height:{edge}px" src="data:image/png;base64,{base64.b64encode(held.getvalue()).decode()}">'
 
+# %% ../nbs/00_studies.ipynb #798f7b5d
+def _texts_html(study: Study) -> str:
+    "The sections of a study and, where it is known, its truth, each a paragraph."
+    truth = getattr(study.truth, "findings", None)
+    said = ", ".join(" ".join(filter(None, (f.severity, f.side, f.kind.replace("_", " ")))) for f in truth or ())
+    there = {} if truth is None else {"truth": said or "nothing"}
+    return "".join(f'<p style="margin:.1em 0;text-align:left"><b>{html.escape(name.replace("_", " "))}:</b> {html.escape(text)}</p>'
+                   for name, text in (dict(study.sections) | there).items())
+
+# %% ../nbs/00_studies.ipynb #0b3b4cb6
+@patch
+def _repr_html_(self: Study) -> str:
+    films = "".join(f'<figure style="margin:0 .8em 0 0;text-align:center">{_film_html(p)}<figcaption>{view}</figcaption></figure>' for view,
+                    p in self.all_views.items())
+    head = f"<b>study {html.escape(self.study)}</b>, patient {html.escape(self.patient)}, {html.escape(self.split)}"
+    body = f'{films}<div style="flex:1;min-width:16em">{_texts_html(self)}</div>'
+    return f'<div>{head}<div style="display:flex;flex-wrap:wrap;margin-top:.3em">{body}</div></div>'
+
 # %% ../nbs/00_studies.ipynb #b4b25dab
+def _draw(patient: str) -> float:
+    "A number in [0, 1) that belongs to the patient for ever."
+    return int.from_bytes(hashlib.sha256(patient.encode()).digest()[:6], "big") / 2**48
+
+# %% ../nbs/00_studies.ipynb #3b9137b6
 def split_of(patient: str, fractions: Sequence[float] = (0.8, 0.1, 0.1)) -> str:
     """The split of a patient, drawn by hash in the proportions of `fractions`."""
     point = _draw(patient) * sum(fractions)
     return next((s for s, edge in zip(SPLITS, np.cumsum(fractions), strict=True) if point < edge), SPLITS[-1])
-
-def _draw(patient: str) -> float:
-    "A number in [0, 1) that belongs to the patient for ever."
-    return int.from_bytes(hashlib.sha256(patient.encode()).digest()[:6], "big") / 2**48
 
 # %% ../nbs/00_studies.ipynb #6b5d32f3
 @dataclass(frozen=True)
@@ -178,6 +192,7 @@ def split(self: Source, name: str) -> list[Study]:
     """Studies of one split, in the source's order."""
     return [s for s in self.studies if s.split == name]
 
+# %% ../nbs/00_studies.ipynb #771ab407
 @patch(as_prop=True)
 def patients(self: Source) -> list[str]:
     """Patients, each once, in the source's order."""
@@ -234,6 +249,13 @@ def _sections(parts: Mapping[str, str], cfg: StudiesConfig) -> dict[str, str]:
     return {name: clean[name] for name in SECTIONS if clean.get(name)}
 
 # %% ../nbs/00_studies.ipynb #c29176ae
+def _given_split(draft: _Draft) -> str:
+    "The split that a source gives to a study, in our words, or nothing; raises `UserError` for one that is none."
+    split = {"validate": "validation", "val": "validation"}.get(draft.split, draft.split)
+    if not split or split in SPLITS: return split
+    raise UserError(f"{draft.where} has the split {draft.split!r}; use one of {', '.join(SPLITS)}.")
+
+# %% ../nbs/00_studies.ipynb #2aaa1a45
 def _settle_splits(drafts: Iterable[_Draft], fractions: Sequence[float]) -> dict[str, str]:
     "Patient → split; raises `UserError` for a study without a patient and for a patient in two splits."
     given: dict[str, str] = {}
@@ -242,11 +264,7 @@ def _settle_splits(drafts: Iterable[_Draft], fractions: Sequence[float]) -> dict
         if not d.patient:
             raise UserError(f"{d.where} (study {d.study}) has no patient; splits are by patient, so name one.")
         patients[d.patient] = None
-        split = {"validate": "validation", "val": "validation"}.get(d.split, d.split)
-        if not split: continue
-        if split not in SPLITS:
-            raise UserError(f"{d.where} has the split {d.split!r}; use one of {', '.join(SPLITS)}.")
-        if given.setdefault(d.patient, split) != split:
+        if (split := _given_split(d)) and given.setdefault(d.patient, split) != split:
             raise UserError(f"Patient {d.patient} is in two splits, {given[d.patient]} and {split} ({d.where}); "
                             "give all of a patient's studies one split.")
     return {p: given.get(p) or split_of(p, fractions) for p in patients}
@@ -296,6 +314,16 @@ def _distinct(drafts: Iterable[_Draft], problems: list[Problem]) -> list[_Draft]
     return list(seen.values())
 
 # %% ../nbs/00_studies.ipynb #7dbc331f
+def _with_good_films(drafts: list[_Draft], problems: list[Problem], cfg: StudiesConfig) -> dict[str, list[_Draft]]:
+    "Drafts by patient, without those that have a film which cannot be used."
+    by_patient: dict[str, list[_Draft]] = defaultdict(list)
+    for d in progress(drafts, "looking at films"):
+        problem = _picture_problem(d) if cfg.check_pictures else None
+        if problem: problems.append(problem)
+        else: by_patient[d.patient].append(d)
+    return by_patient
+
+# %% ../nbs/00_studies.ipynb #9e8f06d5
 def _finish(drafts: Iterable[_Draft], problems: list[Problem], cfg: StudiesConfig, may_leave: bool,
             reports: bool = True) -> Source:
     "Split, cap, check and link drafts; `reports=False` keeps studies that have films only."
@@ -304,11 +332,7 @@ def _finish(drafts: Iterable[_Draft], problems: list[Problem], cfg: StudiesConfi
     silent = {d.study: p for d in drafts if reports and (p := _without_report(d, cfg))}
     kept = _cap({d.patient: splits[d.patient] for d in drafts if d.study not in silent}, cfg)
     problems += [p for d in drafts if (p := silent.get(d.study))]
-    by_patient: dict[str, list[_Draft]] = defaultdict(list)
-    for d in progress([d for d in drafts if d.patient in kept], "looking at films"):
-        problem = _picture_problem(d) if cfg.check_pictures else None
-        if problem: problems.append(problem)
-        else: by_patient[d.patient].append(d)
+    by_patient = _with_good_films([d for d in drafts if d.patient in kept], problems, cfg)
     studies = [s for p, ds in by_patient.items() for s in _link(ds, splits[p], cfg) if s.study not in silent]
     if not studies: raise UserError(f"{cfg.source} has no study that can be used{_counted(problems)}.")
     return Source(cfg.source, studies, problems, may_leave)
@@ -347,15 +371,20 @@ def _openi_draft(name: str, xml: bytes, views: Callable[[list[str]], dict[str, P
     return _Draft(name, study or name, study, parts, views([i.get("id", "") for i in root.iter("parentImage")]))
 
 # %% ../nbs/00_studies.ipynb #d3b2f4e8
-def _openi_views(images: str | None) -> Callable[[list[str]], dict[str, Picture]]:
-    "A function from a report's image ids to its views."
-    if images is None: return lambda ids: {}
+def _openi_films(images: str) -> tuple[dict[str, Path], dict[str, str]]:
+    "The films of a folder by the common part of their names, and the views that its list gives them."
     folder, listed = Path(images).expanduser(), {}
     if not folder.is_dir(): raise UserError(f"The image folder {folder} is missing; name the folder of the PNG files.")
-    files = {_openi_key(f.name): f for f in folder.rglob("*.png")}
     if (table := folder / "indiana_projections.csv").is_file():
         rows = _rows(table, ("filename", "projection"))
         listed = {_openi_key(row["filename"]): row["projection"].lower() for _, row in rows}
+    return {_openi_key(f.name): f for f in folder.rglob("*.png")}, listed
+
+# %% ../nbs/00_studies.ipynb #4f1094cc
+def _openi_views(images: str | None) -> Callable[[list[str]], dict[str, Picture]]:
+    "A function from a report's image ids to its views."
+    if images is None: return lambda ids: {}
+    files, listed = _openi_films(images)
     def views(ids: list[str]) -> dict[str, Picture]:
         found: dict[str, Picture] = {}
         for key, assumed in zip(map(_openi_key, ids), ("frontal", "lateral"), strict=False):
@@ -381,16 +410,21 @@ def _open_openi(path: Path, cfg: StudiesConfig) -> Source:
     return _finish(drafts, problems, cfg, may_leave=True)
 
 # %% ../nbs/00_studies.ipynb #396847de
+def _check_row(path: Path, number: int, row: dict, wanted: Sequence[str]) -> None:
+    "Raise `UserError` for a row without a wanted column, or with other cells than the heading."
+    for name in wanted:
+        if name not in row: raise UserError(f"{path} has no column {name!r}; {_near(name, row)}")
+    if None in row or None in row.values():
+        raise UserError(f"{path}, row {number} has more or fewer cells than the heading; mend the row.")
+
+# %% ../nbs/00_studies.ipynb #aea87e91
 def _rows(path: Path, wanted: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, str]]]:
     "(where, row) of a CSV, TSV or Parquet table, all values as text; raises `UserError` when it is damaged."
     if not path.is_file(): raise UserError(f"The table {path} is missing.")
     try:
         rows = _parquet_rows(path) if path.suffix == ".parquet" else _csv_rows(path)
         for number, row in enumerate(rows, 1):
-            for name in wanted:
-                if name not in row: raise UserError(f"{path} has no column {name!r}; {_near(name, row)}")
-            if None in row or None in row.values():
-                raise UserError(f"{path}, row {number} has more or fewer cells than the heading; mend the row.")
+            _check_row(path, number, row, wanted)
             yield f"{path.name}, row {number}", {name: value.strip() for name, value in row.items()}
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error, pa.ArrowInvalid) as e:
         raise UserError(f"{path} is not a readable table ({e}); use CSV in UTF-8 or Parquet.") from e
@@ -406,13 +440,13 @@ def _csv_rows(path: Path) -> Iterator[dict[str, str]]:
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as f:
         yield from csv.DictReader(f, delimiter="\t" if ".tsv" in path.suffixes else ",")
 
+# %% ../nbs/00_studies.ipynb #80cdca3b
 def _parquet_rows(path: Path) -> Iterator[dict[str, str]]:
     for batch in pq.ParquetFile(path).iter_batches():
         yield from ({name: "" if v is None else str(v) for name, v in row.items()} for row in batch.to_pylist())
 
 # %% ../nbs/00_studies.ipynb #f4d2144f
 COLUMNS = ("study", "patient", "split", "order", "image", "lateral", "projection", *SECTIONS, "impression")
-
 
 def _mapping(columns: Mapping[str, str], there: Iterable[str], path: Path) -> dict[str, str]:
     "Our name → the file's, for every column that is used."
@@ -442,6 +476,7 @@ def _table_picture(name: str, folder: Path) -> Picture:
     there = (path for e in endings if (path := folder / (name + e)).is_file())
     return Picture.from_file(next(there, folder / name))
 
+# %% ../nbs/00_studies.ipynb #f696a540
 def _table_draft(where: str, row: dict[str, str], folder: Path) -> _Draft:
     "One row, keyed by our names, as a draft."
     views = {"frontal": row.get("image", ""), "lateral": row.get("lateral", "")}
@@ -474,6 +509,8 @@ HEADINGS = {
     "findings": ("findings", "finding", "findings and impression", "findings/impression", "impression and findings"),
     "impression": ("impression", "impressions", "conclusion", "conclusions", "opinion")}
 _SECTION_OF = {heading: section for section, headings in HEADINGS.items() for heading in headings}
+
+# %% ../nbs/00_studies.ipynb #24b68bcc
 _HEADING = re.compile(r"^[ \t]*([A-Z][A-Z ()/,&-]{2,60}?)[ \t]*:", re.MULTILINE)
 
 # %% ../nbs/00_studies.ipynb #78367ead
@@ -490,14 +527,14 @@ def read_report(text: str) -> dict[str, str]:
     return found
 
 # %% ../nbs/00_studies.ipynb #25544f5d
-_VIEWS = {"PA": ("frontal", 0), "AP": ("frontal", 1), "LATERAL": ("lateral", 0), "LL": ("lateral", 1)}
-
 def _mimic_table(roots: Sequence[Path], name: str, wanted: Sequence[str]) -> list[dict[str, str]] | None:
     "Rows of `mimic-cxr-2.*-NAME.csv` or `.csv.gz` in the first root that has it, or None."
     path = next((p for root in roots for p in sorted(root.glob(f"mimic-cxr-2.*-{name}.csv*"))), None)
     return None if path is None else [row for _, row in progress(_rows(path, wanted), f"reading {name}")]
 
 # %% ../nbs/00_studies.ipynb #457127a5
+_VIEWS = {"PA": ("frontal", 0), "AP": ("frontal", 1), "LATERAL": ("lateral", 0), "LL": ("lateral", 1)}
+
 def _mimic_films(rows: Iterable[dict[str, str]]) -> dict[str, dict[str, tuple[int, str, str]]]:
     "Study → view → (rank, image id, position) of the film that stands for the view."
     chosen: dict[str, dict[str, tuple[int, str, str]]] = defaultdict(dict)
@@ -515,32 +552,33 @@ def _mimic_order(row: dict[str, str]) -> tuple | None:
     try: return (float(row["StudyDate"]), float(row.get("StudyTime") or 0))
     except ValueError: return None
 
+# %% ../nbs/00_studies.ipynb #16055e75
 def _mimic_reports(root: Path) -> list[Path]:
     "The report files, wherever the two usual ways of unpacking put them."
     for top in (root, root / "mimic-cxr-reports"):
         if reports := sorted(top.glob("files/p1*/p1*/s*.txt")): return reports
     raise UserError(f"{root} has no files/p1x/p1xxxxxxx/sxxxxxxxx.txt; unpack mimic-cxr-reports.zip there.")
 
+# %% ../nbs/00_studies.ipynb #98996eed
+_MISSING = {"metadata": "mimic-cxr-2.0.0-metadata.csv(.gz) is missing: no views and no prior studies are known.",
+            "split": "mimic-cxr-2.0.0-split.csv(.gz) is missing: splits by hash stand in for the official ones."}
+_WANTED = {"metadata": ("dicom_id", "study_id", "ViewPosition", "StudyDate", "StudyTime"), "split": ("study_id", "subject_id", "split")}
+
 # %% ../nbs/00_studies.ipynb #3d528581
 def _open_mimic(root: Path, cfg: StudiesConfig) -> Source:
     "MIMIC-CXR in its official layout (Johnson et al. 2019); its text never counts as free to leave the machine."
     if not root.is_dir(): raise UserError(f"The folder {root} is missing; mimic-cxr: takes the one that holds files/.")
-    reports, problems = _mimic_reports(root), []
+    reports = _mimic_reports(root)
     films_root = Path(cfg.images).expanduser() if cfg.images else root
     roots = list(dict.fromkeys((films_root, root)))
-    metadata = _mimic_table(roots, "metadata", ("dicom_id", "study_id", "ViewPosition", "StudyDate", "StudyTime"))
-    given = _mimic_table(roots, "split", ("study_id", "subject_id", "split"))
-    for name, table in (("metadata", metadata), ("split", given)):
-        if table is None: problems.append(Problem("missing table", name, _MISSING[name]))
+    tables = {name: _mimic_table(roots, name, wanted) for name, wanted in _WANTED.items()}
+    problems = [Problem("missing table", name, _MISSING[name]) for name, table in tables.items() if table is None]
     with_films = next(films_root.glob("files/p1*/p1*/s*/*.jpg"), None) is not None
-    films, order = _mimic_films(metadata or []), {row["study_id"]: _mimic_order(row) for row in metadata or []}
-    splits = _mimic_splits(given or [])
+    metadata, splits = tables["metadata"] or [], _mimic_splits(tables["split"] or [])
+    films, order = _mimic_films(metadata), {row["study_id"]: _mimic_order(row) for row in metadata}
     drafts = [_mimic_draft(r, films[r.stem[1:]] if with_films else {}, films_root, splits, order)
               for r in progress(reports, "reading reports")]
     return _finish(drafts, problems, cfg, may_leave=False)
-
-_MISSING = {"metadata": "mimic-cxr-2.0.0-metadata.csv(.gz) is missing: no views and no prior studies are known.",
-            "split": "mimic-cxr-2.0.0-split.csv(.gz) is missing: splits by hash stand in for the official ones."}
 
 # %% ../nbs/00_studies.ipynb #1ad15498
 def _mimic_splits(rows: Iterable[dict[str, str]]) -> dict[str, str]:
@@ -549,6 +587,7 @@ def _mimic_splits(rows: Iterable[dict[str, str]]) -> dict[str, str]:
     drafts = (_Draft("the split table", r["study_id"], r["subject_id"], {}, split=r["split"]) for r in rows)
     return _settle_splits(drafts, (1, 0, 0))
 
+# %% ../nbs/00_studies.ipynb #cdd01dd1
 def _mimic_draft(report: Path, films: Mapping[str, tuple[int, str, str]], root: Path, splits: Mapping[str, str],
                  order: Mapping[str, tuple | None]) -> _Draft:
     "One report file as a draft; ids in the tables lack the letter in front that the file names have."
@@ -559,6 +598,12 @@ def _mimic_draft(report: Path, films: Mapping[str, tuple[int, str, str]], root: 
                   splits.get(patient[1:], ""), order.get(study[1:]), films["frontal"][2] if "frontal" in films else "")
 
 # %% ../nbs/00_studies.ipynb #664a34cd
+def _open_phantom(seed: str, cfg: StudiesConfig) -> Source:
+    if not seed.isdecimal(): raise UserError(f"phantom:{seed} has no seed; use a whole number, as in phantom:0.")
+    from saerad.phantom import phantom_source  # a later chapter builds on this one, so it is met only when asked for
+    return phantom_source(int(seed), cfg)
+
+# %% ../nbs/00_studies.ipynb #91c7a72b
 _READERS = {"openi": _open_openi, "mimic-cxr": _open_mimic, "table": _open_table}
 
 def open_source(cfg: StudiesConfig | str) -> Source:
@@ -569,11 +614,6 @@ def open_source(cfg: StudiesConfig | str) -> Source:
     if kind not in _READERS or not where:
         raise UserError(f"{cfg.source!r} is not a source; use phantom:SEED, openi:PATH, mimic-cxr:PATH or table:FILE.")
     return _READERS[kind](Path(where).expanduser(), cfg)
-
-def _open_phantom(seed: str, cfg: StudiesConfig) -> Source:
-    if not seed.isdecimal(): raise UserError(f"phantom:{seed} has no seed; use a whole number, as in phantom:0.")
-    from saerad.phantom import phantom_source  # a later chapter builds on this one, so it is met only when asked for
-    return phantom_source(int(seed), cfg)
 
 # %% ../nbs/00_studies.ipynb #38a0f1b8
 def describe(source: Source, named: int = 5) -> str:
@@ -588,6 +628,7 @@ def describe(source: Source, named: int = 5) -> str:
 def _line(name: str, n: int, of: int, more: object = "") -> str:
     return f"{name:<14}{n:>8}{n / of if of else 0:>8.1%}{more:>14}".rstrip()
 
+# %% ../nbs/00_studies.ipynb #8ce79b50
 def _table_of_splits(source: Source) -> list[str]:
     "Studies and patients of each split."
     lines = [_line(name, len(s := source.split(name)), len(source), len({x.patient for x in s})) for name in SPLITS]

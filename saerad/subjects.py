@@ -214,11 +214,19 @@ def _hash_of_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 # %% ../nbs/02_subjects.ipynb #867e4e61
 @patch(as_prop=True)
-def device(self: Subject) -> torch.device: return self.model.device
+def device(self: Subject) -> torch.device:
+    """Where the network lies."""
+    return self.model.device
+
 @patch(as_prop=True)
-def d_model(self: Subject) -> int: return self.model.config.get_text_config().hidden_size
+def d_model(self: Subject) -> int:
+    """Width of the residual stream."""
+    return self.model.config.get_text_config().hidden_size
+
 @patch(as_prop=True)
-def n_layers(self: Subject) -> int: return self.model.config.get_text_config().num_hidden_layers
+def n_layers(self: Subject) -> int:
+    """Number of decoder layers."""
+    return self.model.config.get_text_config().num_hidden_layers
 
 # %% ../nbs/02_subjects.ipynb #b9f2d41e
 @patch
