@@ -16,20 +16,7 @@ from scipy import stats
 
 from .core import UserError, content_hash, read_json, write_json
 from .extraction import alone_at, folder_of, hookpoints
-from saerad.run import (
-    STAGES,
-    Config,
-    Run,
-    changed,
-    do_stage,
-    is_finished,
-    locked,
-    model_hash,
-    plan,
-    run_config,
-    summarise,
-    write_config,
-)
+from .run import STAGES, Config, Run, changed, do_stage, is_finished, locked, model_hash, plan, run_config, summarise, write_config
 from .store import Store
 from .studies import Source
 from .subjects import Subject
@@ -40,10 +27,13 @@ class Variant(Run):
     def __init__(self, config: Config, out: Path | str, of: Run):
         super().__init__(config, out)
         self.of = of
+
     @property
     def source(self) -> Source: return self.of.source
+
     @property
     def subject(self) -> Subject: return self.of.subject
+
     @property
     def store(self) -> Store:
         extraction = self.of.config.extraction
@@ -84,6 +74,13 @@ def run_variants(config: Config, settings: Mapping[str, Sequence[str]], out: Pat
     return variants
 
 # %% ../nbs/13a_variants.ipynb #843588f4
+def _plain(text: str) -> Any: return int(text) if text.isdigit() else text.strip('"')
+
+def _evaluation(variant: Variant) -> dict[str, Any]:
+    path = variant / "sae/evaluation.json"
+    return read_json(path) if path.exists() else {}
+
+# %% ../nbs/13a_variants.ipynb #e57d351e
 def variant_table(variants: Mapping[str, Variant], settings: Mapping[str, Sequence[str]]) -> pd.DataFrame:
     """One row a variant: the settings that it was given, the numbers of its `summary.json`, and those of its `evaluation.json`.
 
@@ -100,12 +97,6 @@ def variant_table(variants: Mapping[str, Variant], settings: Mapping[str, Sequen
         rows.append({key: value for key, value in row.items() if isinstance(value, (int, float, str))})
     return pd.DataFrame(rows)
 
-def _plain(text: str) -> Any: return int(text) if text.isdigit() else text.strip('"')
-
-def _evaluation(variant: Variant) -> dict[str, Any]:
-    path = variant / "sae/evaluation.json"
-    return read_json(path) if path.exists() else {}
-
 # %% ../nbs/13a_variants.ipynb #671dc5d4
 def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean and its 95 % t-interval; without one (NaN) for fewer than two values."""
@@ -115,6 +106,7 @@ def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
     half = float(stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5)
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 
+# %% ../nbs/13a_variants.ipynb #dd5570fc
 def differences(table: pd.DataFrame, by: str, against: Any, columns: Sequence[str], pair: str = "seed") -> pd.DataFrame:
     """For every value of `by` but `against`, and every column: mean difference to `against` over `pair`s, with its 95 % t-interval."""
     rows = []
