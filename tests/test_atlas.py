@@ -360,6 +360,64 @@ def test_a_feature_page_shows_it_all_and_runs_no_markup(built, browser):
     assert "broken" not in page.title()
 
 
+def shown(page): return int(page.inner_text("#count").split()[0])
+
+
+def test_every_filter_keeps_what_it_says(built, browser):
+    run, _ = built
+    table = feature_table(RunTables(run))
+    page = browser.page()
+    page.goto((run / "atlas/index.html").as_uri())
+    page.wait_for_selector("#table .tabulator-row a")
+    for name in ("level", "mainly", "view", "finding", "status"):
+        value = page.locator(f"#{name} option").evaluate_all("options => options.map(o => o.value)")[1]
+        page.select_option(f"#{name}", value)
+        assert shown(page) == table[name].astype(str).str.split("; ").map(lambda values, v=value: v in values).sum() > 0, name
+        page.click("#clear")
+    for name, unit in (("f1", 1), ("density", 100), ("steerability", 1)):
+        values = table[name].astype(float).round(5) * unit
+        low, high = round(values.quantile(0.3), 3), round(values.quantile(0.8), 3)
+        page.fill(f"#{name}-from", str(low))
+        page.fill(f"#{name}-to", str(high))
+        assert shown(page) == values.between(low, high).sum() > 0, name
+        page.click("#clear")
+    assert shown(page) == len(table)
+
+
+def test_the_link_to_a_feature_can_be_taken_along(built, browser):
+    run, best = built
+    page, asked = browser.page(), []
+    page.on("dialog", lambda d: (asked.append(d.default_value), d.dismiss()))       # where nothing may be copied the link is shown
+    page.goto((run / "atlas/index.html").as_uri() + f"#search=zebra&feature={best}")
+    page.click("#feature nav button")
+    page.wait_for_timeout(200)
+    assert page.inner_text("#feature nav button") == "Copied" or asked == [(run / "atlas/index.html").as_uri() + f"#feature={best}"]
+
+
+CONTRAST = """() => {
+  const numbers = text => text.match(/[\\d.]+/g).map(Number);
+  const linear = v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4, weights = [0.2126, 0.7152, 0.0722];
+  const light = colour => weights.reduce((sum, weight, i) => sum + weight * linear(colour[i] / 255), 0);
+  const over = ([r, g, b, a = 1], below) => [r, g, b].map((v, i) => a * v + (1 - a) * below[i]);
+  const behind = e => e ? over(numbers(getComputedStyle(e).backgroundColor), behind(e.parentElement)) : [255, 255, 255];
+  const written = e => e.checkVisibility() && !e.closest('svg') && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim());
+  return [...document.querySelectorAll('body *')].filter(written).map(e => {
+    const back = behind(e), [a, b] = [light(back), light(over(numbers(getComputedStyle(e).color), back))].sort((x, y) => x - y);
+    return [(b + 0.05) / (a + 0.05), e.tagName + ' ' + e.textContent.slice(0, 40)];
+  }).sort((x, y) => x[0] - y[0])[0];
+}"""
+
+
+def test_text_stands_out_from_what_is_behind_it(built, browser):
+    run, best = built
+    for where in ("atlas/index.html", f"atlas/index.html#feature={best}", "report.html"):
+        page = browser.page()
+        page.goto(f"{run.as_uri()}/{where}")
+        page.wait_for_timeout(500)
+        ratio, text = page.evaluate(CONTRAST)
+        assert ratio >= 4.5, (where, text)
+
+
 def test_features_described_alike_are_named_and_can_be_seen_side_by_side(built, browser):
     run, _ = built
     table = feature_table(RunTables(run)).set_index("feature")

@@ -1,5 +1,6 @@
 """What features, runs, comparisons and studies show when they end a cell."""
 import pytest
+from test_atlas import NASTY, with_films
 
 from saerad.core import UserError, write_json
 from saerad.figures import invent_run
@@ -22,6 +23,17 @@ def test_a_feature_shows_its_description_scores_and_contexts_escaped(run):
     assert f"feature {best}" in shown and "f1 0." in shown and "shuffled f1" in shown and "rgba(0,114,178" in shown
     assert "&lt;b&gt;&amp;" in shown and "<b>&" not in shown
     with pytest.raises(UserError, match="no feature 999"): run[999]
+
+
+def test_a_feature_that_fires_on_films_shows_them_with_patches_and_boxes(tmp_path):
+    folder = invent_run(tmp_path)
+    one = open_run(folder)[with_films(folder)]
+    shown = one._repr_html_()
+    assert shown.count("<svg") == 1 and "data:image/webp;base64," in shown and shown.count('fill="#F0A000"') == 2
+    assert shown.count("fill:none;stroke:white") == shown.count("fill:none;stroke:black") > 0 and "class=" not in shown
+    assert NASTY not in shown and "&lt;script&gt;" in shown
+    table = one.run.features
+    assert "<svg" not in one.run[table[(table.in_image < 0.1) & table.f1.notna()].feature.iloc[0]]._repr_html_()
 
 
 def test_finding_wants_all_words_best_first(run):

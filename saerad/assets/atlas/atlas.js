@@ -324,8 +324,9 @@ function film(shown) {
 function tokens(context, top) {
   return context.tokens.map((token, i) => {
     const strength = Math.min(1, Math.max(0, context.activations[i] / top));
-    return el("span", { class: i === context.peak ? "token peak" : "token", title: strength > 0 ? context.activations[i].toFixed(2) : null,
-      style: strength > 0 ? `background: rgba(0, 114, 178, ${(0.06 + 0.44 * strength).toFixed(3)})` : null }, i ? token : token.trimStart());
+    const bare = token.trimStart() || token, space = i ? token.slice(0, token.length - bare.length) : "";     // a shaded space would hang at a line's end
+    return [space, el("span", { class: i === context.peak ? "token peak" : "token", title: strength > 0 ? context.activations[i].toFixed(2) : null,
+      style: strength > 0 ? `background: rgba(0, 114, 178, ${(0.06 + 0.44 * strength).toFixed(3)})` : null }, bare)];
   });
 }
 
