@@ -360,7 +360,7 @@ def test_a_feature_page_shows_it_all_and_runs_no_markup(built, browser):
     assert "broken" not in page.title()
 
 
-def shown(page): return int(page.inner_text("#count").split()[0])
+def shown(page): return int(page.inner_text("#count").split()[0].replace(",", ""))
 
 
 def test_every_filter_keeps_what_it_says(built, browser):
@@ -372,7 +372,7 @@ def test_every_filter_keeps_what_it_says(built, browser):
     for name in ("level", "mainly", "view", "finding", "status"):
         value = page.locator(f"#{name} option").evaluate_all("options => options.map(o => o.value)")[1]
         page.select_option(f"#{name}", value)
-        assert shown(page) == table[name].astype(str).str.split("; ").map(lambda values, v=value: v in values).sum() > 0, name
+        assert shown(page) == table[name].map(lambda said, v=value: v in str(said).split("; ")).sum() > 0, name
         page.click("#clear")
     for name, unit in (("f1", 1), ("density", 100), ("steerability", 1)):
         values = table[name].astype(float).round(5) * unit
