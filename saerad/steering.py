@@ -6,7 +6,7 @@
 __all__ = ['Comparison', 'GENERATIONS', 'JUDGEMENTS', 'VERDICTS', 'SteeringConfig', 'choose_features', 'choose_studies', 'push',
            'intervention_of', 'sign_of', 'states', 'mean_differences', 'asking', 'Row', 'other_features', 'plan_rows',
            'write_rows', 'unplaced', 'interventions_of', 'generations_table', 'judgements_table', 'verdicts_table',
-           'first_verdicts', 'notes_of', 'steer', 'prompts_of', 'steering_summary', 'sign_spearman', 'side_by_side',
+           'first_verdicts', 'notes_of', 'prompts_of', 'steer', 'steering_summary', 'sign_spearman', 'side_by_side',
            'Page', 'show_pair']
 
 # %% ../nbs/10_steering.ipynb #cffa73a4
@@ -27,7 +27,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import Field, field_validator, model_validator
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -38,24 +38,37 @@ from .endpoint import Ledger
 from .extraction import residuals
 from .findings import Reading
 from .interventions import Intervention, Positions, adding, clamping, scaling, write_steered
-from saerad.judges import (
-    OUTCOMES,
-    JudgeConfig,
-    LanguageJudge,
-    Reader,
-    Target,
-    agreement,
-    judge,
-    judges_of,
-    reader_named,
-    reader_of,
-    target_of,
-)
+from .judges import OUTCOMES, JudgeConfig, LanguageJudge, Reader, Target, agreement, judge, judges_of, reader_named, reader_of, target_of
 from .sae import MatryoshkaSAE, check_width
 from .studies import Source, Study
 from .subjects import Prompt, Subject
 
 # %% ../nbs/10_steering.ipynb #e68cbaf0
+def _known(value: tuple[int, ...] | str) -> tuple[int, ...] | str:
+    "Features by number or by one of two words."
+    if isinstance(value, str) and not re.fullmatch(r"top:[1-9]\d*|concept:.+", value):
+        raise UserError(f"steering.features is {value!r}; give a list of feature numbers, top:N or concept:NAME.")
+    if value == (): raise UserError("steering.features is an empty list; name at least one feature.")
+    return value
+
+# %% ../nbs/10_steering.ipynb #590f7604
+def _finite(value: Any) -> Any:
+    "Numbers that a push can have."
+    for v in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v):
+            raise UserError(f"steering.alphas has {v!r}, which is not a finite number; list numbers such as [-10, 10].")
+    return value
+
+# %% ../nbs/10_steering.ipynb #6a650218
+def _different(self: Any) -> Any:
+    "A config whose α differ from each other and from the one that does nothing."
+    nothing = {"add": 0, "scale": 1}.get(self.method)      # the α that leaves everything as it is
+    if not self.alphas or nothing in self.alphas or len(set(self.alphas)) < len(self.alphas):
+        never = "" if nothing is None else f", none of them {nothing}"
+        raise UserError(f"steering.alphas is {list(self.alphas)}; list different numbers{never}.")
+    return self
+
+# %% ../nbs/10_steering.ipynb #7357327d
 Comparison = Literal["random", "other_feature", "difference_of_means", "prompt"]
 
 class SteeringConfig(JudgeConfig):
@@ -75,29 +88,9 @@ class SteeringConfig(JudgeConfig):
     max_new_tokens: int | None = Field(None, ge=1)  # None: as many as the subject model may write
     batch_size: int = Field(64, ge=1)               # reports of one study that are written at once
 
-    @field_validator("features")
-    @classmethod
-    def _features(cls, value: tuple[int, ...] | str) -> tuple[int, ...] | str:
-        if isinstance(value, str) and not re.fullmatch(r"top:[1-9]\d*|concept:.+", value):
-            raise UserError(f"steering.features is {value!r}; give a list of feature numbers, top:N or concept:NAME.")
-        if value == (): raise UserError("steering.features is an empty list; name at least one feature.")
-        return value
-
-    @field_validator("alphas", mode="before")
-    @classmethod
-    def _numbers(cls, value: Any) -> Any:
-        for v in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v):
-                raise UserError(f"steering.alphas has {v!r}, which is not a finite number; list numbers such as [-10, 10].")
-        return value
-
-    @model_validator(mode="after")
-    def _alphas(self) -> "SteeringConfig":
-        nothing = {"add": 0, "scale": 1}.get(self.method)      # the α that leaves everything as it is
-        if not self.alphas or nothing in self.alphas or len(set(self.alphas)) < len(self.alphas):
-            never = "" if nothing is None else f", none of them {nothing}"
-            raise UserError(f"steering.alphas is {list(self.alphas)}; list different numbers{never}.")
-        return self
+    _features = field_validator("features")(_known)
+    _numbers = field_validator("alphas", mode="before")(_finite)
+    _alphas = model_validator(mode="after")(_different)
 
 # %% ../nbs/10_steering.ipynb #9222b66e
 def choose_features(cfg: SteeringConfig, interpretations: pa.Table, width: int,
@@ -181,6 +174,11 @@ def states(reading: Reading, target: Target) -> bool:
     return any(map(hit, reading.findings)) != target.less
 
 # %% ../nbs/10_steering.ipynb #4ef26ca0
+def _at_the_end(subject: Subject, prompts: Sequence[Prompt], layer: int) -> Float[Tensor, "prompts d"]:
+    "The stream at the last token of every prompt, raw residual units."
+    return torch.stack([v[-1].float().cpu() for i in range(0, len(prompts), 16) for v in residuals(subject, prompts[i:i + 16], layer)])
+
+# %% ../nbs/10_steering.ipynb #7ea8bf39
 def mean_differences(source: Source, subject: Subject, targets: Mapping[int, Target], layer: int, seed: int, most: int = 160,
                      least: int = 5) -> dict[int, Float[Tensor, " d"]]:
     """For each target the unit vector from training studies without it to those with it, where the report begins.
@@ -189,15 +187,16 @@ def mean_differences(source: Source, subject: Subject, targets: Mapping[int, Tar
     """
     train = [s for s in sorted(source.split("train"), key=lambda s: s.study) if s.sections.get("findings")]
     some = [train[i] for i in sorted(rng(seed, "steering", "means").permutation(len(train))[:most])]
-    prompts, read = [subject.prompt(s) for s in some], reader_of(source)
-    ends = torch.stack([v[-1].float().cpu() for i in range(0, len(prompts), 16) for v in residuals(subject, prompts[i:i + 16], layer)])
-    readings, out = [read(s.sections["findings"]) for s in some], {}
-    for feature, target in targets.items():
-        there = torch.tensor([states(r, target) for r in readings])
-        if min(int(there.sum()), int((~there).sum())) < least: continue
-        gap = ends[there].mean(0) - ends[~there].mean(0)
-        out[feature] = gap / gap.norm()
-    return out
+    ends, read = _at_the_end(subject, [subject.prompt(s) for s in some], layer), reader_of(source)
+    readings = [read(s.sections["findings"]) for s in some]
+    gaps = {f: _gap(ends, torch.tensor([states(r, target) for r in readings]), least) for f, target in targets.items()}
+    return {f: gap / gap.norm() for f, gap in gaps.items() if gap is not None}
+
+# %% ../nbs/10_steering.ipynb #33167187
+def _gap(ends: Float[Tensor, "n d"], there: Bool[Tensor, " n"], least: int) -> Float[Tensor, " d"] | None:
+    "The mean with less the mean without; None where there are too few of either."
+    if min(int(there.sum()), int((~there).sum())) < least: return None
+    return ends[there].mean(0) - ends[~there].mean(0)
 
 # %% ../nbs/10_steering.ipynb #a9143dfe
 def asking(study: Study, target: Target, sign: int) -> Study:
@@ -227,17 +226,21 @@ def other_features(targets: Iterable[int], alive: Sequence[int], seed: int) -> d
     return {f: int(rng(seed, "steering", "other").choice(rest)) for f in own if rest}
 
 # %% ../nbs/10_steering.ipynb #7eeb84e9
-def plan_rows(targets: Mapping[int, Target], studies: Sequence[Study], cfg: SteeringConfig, means: Iterable[int] = (),
-              others: Mapping[int, int] | None = None) -> list[Row]:
-    """Every report to write, study by study, its baseline first."""
+def _pushes(targets: Mapping[int, Target], cfg: SteeringConfig, means: Iterable[int], others: Mapping[int, int]) -> list[tuple[str, int, float, int]]:
+    "Method, direction, α and whom it stands for, of every push on one study."
     what = [(cfg.method, f, a, -1) for f in targets for a in cfg.alphas]
     if "random" in cfg.compare:      # added, a random push is the same for every feature; otherwise it has the feature's own coefficient
         for_whom = [-1] if cfg.method == "add" and not cfg.together else list(targets)
         what += [("random", -1 - k, a, f) for k in range(cfg.controls) for f in for_whom for a in cfg.alphas]
-    if "other_feature" in cfg.compare:
-        what += [("other_feature", g, a, f) for f, g in (others or {}).items() if g not in targets for a in cfg.alphas]
+    if "other_feature" in cfg.compare: what += [("other_feature", g, a, f) for f, g in others.items() if g not in targets for a in cfg.alphas]
     if "difference_of_means" in cfg.compare: what += [("difference_of_means", f, a, f) for f in means for a in cfg.alphas]
-    shown = [Row(s.study, *rest) for s in studies for rest in [("none", -1, 0.0, -1), *what]]
+    return what
+
+# %% ../nbs/10_steering.ipynb #1d03e07d
+def plan_rows(targets: Mapping[int, Target], studies: Sequence[Study], cfg: SteeringConfig, means: Iterable[int] = (),
+              others: Mapping[int, int] | None = None) -> list[Row]:
+    """Every report to write, study by study, its baseline first."""
+    shown = [Row(s.study, *rest) for s in studies for rest in [("none", -1, 0.0, -1), *_pushes(targets, cfg, means, others or {})]]
     blank = [replace(r, image="blank") for r in shown if r.method in ("none", cfg.method)] if cfg.without_image else []
     strongest = {sign_of(a, cfg.method): a for a in sorted(cfg.alphas, key=abs)}
     asked = [Row(s.study, "prompt", f, a, f) for s in studies for f, t in targets.items() if t for a in strongest.values()]
@@ -356,22 +359,28 @@ def judgements_table(generations: pa.Table, targets: Mapping[int, Target], reade
 VERDICTS = pa.schema({
     "pair": pa.int32(), "study": pa.string(), "judge": pa.string(), "outcome": pa.string(), "direction": pa.int32(), "why": pa.string()})
 
+def _read_by(name: str, pairs: Sequence[Mapping[str, Any]], cfg: SteeringConfig) -> list[dict[str, Any]]:
+    "What a judge with a reader says of each pair."
+    read = cache(reader_named(name))
+    each = [judge(p["baseline"], p["steered"], p["target"], read, 1, cfg, _times(p)) for p in pairs]
+    return [{"outcome": j.outcome, "direction": int(np.sign(j.effect)), "why": ""} for j in each]
+
+# %% ../nbs/10_steering.ipynb #85d1bdeb
+def _asked_of(pairs: Sequence[Mapping[str, Any]], source: Source, cfg: SteeringConfig, ledger: Path) -> list[dict[str, Any]]:
+    "What the language model says of each pair."
+    keys = [(p["baseline"], p["steered"], p["target"]) for p in pairs]
+    unique = list(dict.fromkeys(keys))
+    with LanguageJudge(cfg.endpoint, Ledger(ledger), source.may_leave) as one: found = dict(zip(unique, one.judge(unique), strict=True))
+    return [vars(found[key]) for key in keys]
+
+# %% ../nbs/10_steering.ipynb #49cdf52d
 def verdicts_table(generations: pa.Table, judgements: pa.Table, targets: Mapping[int, Target], judges: Sequence[str], source: Source,
                    cfg: SteeringConfig, ledger: Path) -> pa.Table:
     """`verdicts.parquet`: the outcome and direction (of what was said, whatever α's sign) that each judge gives each judgement's pair."""
     texts, told = generations.select(["baseline", "steered", "perplexity", "baseline_perplexity"]).to_pylist(), judgements.to_pylist()
-    pairs = [texts[j["generation"]] | {"target": targets[j["feature"]]} for j in told]
-    out = []
+    pairs, out = [texts[j["generation"]] | {"target": targets[j["feature"]]} for j in told], []
     for name in judges:
-        if name == "openai":
-            unique = list(dict.fromkeys((p["baseline"], p["steered"], p["target"]) for p in pairs))
-            with LanguageJudge(cfg.endpoint, Ledger(ledger), source.may_leave) as one:
-                found = dict(zip(unique, one.judge(unique), strict=True))
-            said = [vars(found[p["baseline"], p["steered"], p["target"]]) for p in pairs]
-        else:
-            read = cache(reader_named(name))
-            each = [judge(p["baseline"], p["steered"], p["target"], read, 1, cfg, _times(p)) for p in pairs]
-            said = [{"outcome": j.outcome, "direction": int(np.sign(j.effect)), "why": ""} for j in each]
+        said = _asked_of(pairs, source, cfg, ledger) if name == "openai" else _read_by(name, pairs, cfg)
         out += [{"pair": i, "study": j["study"], "judge": name} | s for i, (j, s) in enumerate(zip(told, said, strict=True))]
     return pa.Table.from_pylist(out, VERDICTS)
 
@@ -385,21 +394,88 @@ def first_verdicts(judgements: pa.Table, verdicts: pa.Table, judge_name: str) ->
     return pa.Table.from_pylist(rows, JUDGEMENTS)
 
 # %% ../nbs/10_steering.ipynb #1ed68948
+def _unreadable(judgements: pa.Table) -> list[str]:
+    "Strengths that break every report."
+    main = judgements.filter(pc.invert(judgements["control"])).to_pandas()
+    return [f"α = {alpha:g} makes every report unreadable ({len(rows)} of {len(rows)}); take a smaller one in steering.alphas."
+            for alpha, rows in main.groupby("alpha") if rows.degenerate.all()]
+
+# %% ../nbs/10_steering.ipynb #f8e9da09
 def notes_of(judgements: pa.Table, targets: Mapping[int, Target], means: Iterable[int], cfg: SteeringConfig) -> list[str]:
     """Plain sentences about what a reader of the tables has to know."""
     if not targets:
         return [f"steering.features {cfg.features} finds no feature whose explanation names a finding, so nothing was steered; "
                 "name features by number."]
-    main, out = judgements.filter(pc.invert(judgements["control"])).to_pandas(), []
-    for alpha, rows in main.groupby("alpha"):
-        if not rows.degenerate.all(): continue
-        out.append(f"α = {alpha:g} makes every report unreadable ({len(rows)} of {len(rows)}); take a smaller one in steering.alphas.")
+    out, means = _unreadable(judgements), set(means)
     aimless = [f for f, t in targets.items() if not t]
     if aimless: out.append(f"the explanations of features {aimless} name nothing that a report can state; whatever they change is off target.")
-    missing = [f for f in targets if f not in set(means) and targets[f]]
+    missing = [f for f in targets if f not in means and targets[f]]
     if "difference_of_means" in cfg.compare and missing:
         out.append(f"too few training reports differ in the targets of features {missing} for a difference of means.")
     return out
+
+# %% ../nbs/10_steering.ipynb #232c8b90
+def _joined(targets: Sequence[Target]) -> Target:
+    "One target for several features that are pushed together."
+    kinds, words = (frozenset().union(*(getattr(t, name) for t in targets)) for name in ("kinds", "words"))
+    return Target(kinds, words, all(t.less for t in targets))
+
+# %% ../nbs/10_steering.ipynb #eb66b3cb
+def prompts_of(rows: Sequence[Row], studies: Mapping[str, Study], targets: Mapping[int, Target], subject: Subject,
+               cfg: SteeringConfig) -> dict[Row, Prompt]:
+    """The prompt of every row; raises `UserError` where a picture is needed and there is none."""
+    plain = {s: subject.prompt(study) for s, study in studies.items()}
+    if cfg.without_image and any(p.pixels is None for p in plain.values()):
+        raise UserError(f"steering.without_image needs pictures, and {subject.name} is shown none; set it to false.")
+    blank = {s: replace(p, pixels=torch.zeros_like(p.pixels)) for s, p in plain.items()} if cfg.without_image else {}
+    asked = {(r.study, r.feature, r.alpha): subject.prompt(asking(studies[r.study], targets[r.feature], sign_of(r.alpha, cfg.method)))
+             for r in rows if r.method == "prompt"}
+    return {r: asked[r.study, r.feature, r.alpha] if r.method == "prompt" else (blank if r.image == "blank" else plain)[r.study] for r in rows}
+
+# %% ../nbs/10_steering.ipynb #ddd86df8
+def _key(subject: Subject, layer: int, sae: MatryoshkaSAE, cfg: SteeringConfig, rows: Sequence[Row], prompts: Mapping[Row, Prompt],
+         doing: Mapping[Row, Intervention]) -> str:
+    "A hash of all that the reports depend on."
+    seen = [t for p in dict.fromkeys(prompts.values()) for t in (p.ids, p.pixels) if t is not None]
+    how = [t for i in doing.values() for t in (i.directions, i.readers, i.biases, i.shift, i.gain)]
+    return content_hash(subject.hash, layer, cfg.max_new_tokens or subject.max_report_tokens, cfg.batch_size, cfg.positions, cfg.from_sentence,
+                        float(sae.threshold), [vars(r) for r in rows], file_hash(interventions.__file__), *seen, *how)
+
+# %% ../nbs/10_steering.ipynb #05a90d65
+def _kept(path: Path, key: str) -> pa.Table | None:
+    "The table that was made under this key, if it is there."
+    there = read_table(path) if path.exists() else None
+    return there if there is not None and (there.schema.metadata or {}).get(b"key") == key.encode() else None
+
+# %% ../nbs/10_steering.ipynb #9387f61b
+def _generated(source: Source, subject: Subject, sae: MatryoshkaSAE, cfg: SteeringConfig, seed: int, out: Path, layer: int,
+               targets: Mapping[int, Target], members: Mapping[int, Sequence[int]], means: Mapping[int, Tensor],
+               others: Mapping[int, int]) -> pa.Table:
+    "`generations.parquet`, from the disk if it was made in just this way."
+    studies = {s.study: s for s in choose_studies(source, cfg.studies, seed)} if targets else {}
+    rows = plan_rows(targets, list(studies.values()), cfg, means, others)
+    doing = interventions_of(rows, sae, members, means, cfg, seed)
+    prompts, path = prompts_of(rows, studies, targets, subject, cfg), out / "generations.parquet"
+    key = _key(subject, layer, sae, cfg, rows, prompts, doing)
+    if (there := _kept(path, key)) is not None: return there
+    done = write_rows(subject, layer, prompts, rows, doing, cfg, out / f"parts-{key[:12]}")
+    table = generations_table(done, studies, doing, members, cfg).replace_schema_metadata({"key": key})
+    write_table(path, table)
+    for old in out.glob("parts-*"): shutil.rmtree(old)
+    return table
+
+# %% ../nbs/10_steering.ipynb #cf2cec71
+def _all_judged(generations: pa.Table, targets: Mapping[int, Target], others: Mapping[int, int], judges: Sequence[str], source: Source,
+                cfg: SteeringConfig, out: Path) -> tuple[pa.Table, pa.Table]:
+    "`judgements.parquet` and `verdicts.parquet`."
+    reader = reader_named(next((j for j in judges if j != "openai"), judges_of(source, JudgeConfig())[0]))
+    judgements = judgements_table(generations, targets, reader, cfg, others)
+    write_table(out / "judgements.parquet", judgements)
+    verdicts = verdicts_table(generations, judgements, targets, judges, source, cfg, out / "ledger.sqlite")
+    if judges[0] == "openai": judgements = first_verdicts(judgements, verdicts, "openai")
+    write_table(out / "judgements.parquet", judgements)
+    write_table(out / "verdicts.parquet", verdicts)
+    return judgements, verdicts
 
 # %% ../nbs/10_steering.ipynb #d2d98bf7
 def steer(source: Source, subject: Subject, sae: MatryoshkaSAE, interpretations: pa.Table, cfg: SteeringConfig, seed: int, out: Path | str,
@@ -420,59 +496,12 @@ def steer(source: Source, subject: Subject, sae: MatryoshkaSAE, interpretations:
     alive = sorted(r["feature"] for r in interpretations.to_pylist() if r.get("f1") is not None)
     others = other_features(targets, alive, seed)
     generations = _generated(source, subject, sae, cfg, seed, out, layer, targets, members, means, others)
-    reader = reader_named(next((j for j in judges if j != "openai"), judges_of(source, JudgeConfig())[0]))
-    judgements = judgements_table(generations, targets, reader, cfg, others)
-    write_table(out / "judgements.parquet", judgements)
-    verdicts = verdicts_table(generations, judgements, targets, judges, source, cfg, out / "ledger.sqlite")
-    if judges[0] == "openai": judgements = first_verdicts(judgements, verdicts, "openai")
-    write_table(out / "judgements.parquet", judgements)
-    write_table(out / "verdicts.parquet", verdicts)
+    judgements, verdicts = _all_judged(generations, targets, others, judges, source, cfg, out)
     notes = notes_of(judgements, targets, means, cfg)
     told = agreement(verdicts.to_pandas(), seed) if len(verdicts) else pd.DataFrame()
     write_json(out / "steering.json", {"judges": judges, "agreement": told.round(4).to_dict("records"), "notes": notes})
     for note in notes: print(f"steering: {note}")
     return judgements
-
-# %% ../nbs/10_steering.ipynb #232c8b90
-def _joined(targets: Sequence[Target]) -> Target:
-    "One target for several features that are pushed together."
-    kinds, words = (frozenset().union(*(getattr(t, name) for t in targets)) for name in ("kinds", "words"))
-    return Target(kinds, words, all(t.less for t in targets))
-
-# %% ../nbs/10_steering.ipynb #ddd86df8
-def _generated(source: Source, subject: Subject, sae: MatryoshkaSAE, cfg: SteeringConfig, seed: int, out: Path, layer: int,
-               targets: Mapping[int, Target], members: Mapping[int, Sequence[int]], means: Mapping[int, Tensor],
-               others: Mapping[int, int]) -> pa.Table:
-    "`generations.parquet`, from the disk if it was made in just this way."
-    studies = {s.study: s for s in choose_studies(source, cfg.studies, seed)} if targets else {}
-    rows = plan_rows(targets, list(studies.values()), cfg, means, others)
-    doing = interventions_of(rows, sae, members, means, cfg, seed)
-    prompts = prompts_of(rows, studies, targets, subject, cfg)
-    seen = [t for p in dict.fromkeys(prompts.values()) for t in (p.ids, p.pixels) if t is not None]
-    how = [t for i in doing.values() for t in (i.directions, i.readers, i.biases, i.shift, i.gain)]
-    key = content_hash(subject.hash, layer, cfg.max_new_tokens or subject.max_report_tokens, cfg.batch_size, cfg.positions, cfg.from_sentence,
-                       float(sae.threshold), [vars(r) for r in rows], file_hash(interventions.__file__), *seen, *how)
-    path, parts = out / "generations.parquet", out / f"parts-{key[:12]}"
-    if path.exists():
-        there = read_table(path)
-        if (there.schema.metadata or {}).get(b"key") == key.encode(): return there
-    done = write_rows(subject, layer, prompts, rows, doing, cfg, parts)
-    table = generations_table(done, studies, doing, members, cfg).replace_schema_metadata({"key": key})
-    write_table(path, table)
-    for old in out.glob("parts-*"): shutil.rmtree(old)
-    return table
-
-# %% ../nbs/10_steering.ipynb #eb66b3cb
-def prompts_of(rows: Sequence[Row], studies: Mapping[str, Study], targets: Mapping[int, Target], subject: Subject,
-               cfg: SteeringConfig) -> dict[Row, Prompt]:
-    """The prompt of every row; raises `UserError` where a picture is needed and there is none."""
-    plain = {s: subject.prompt(study) for s, study in studies.items()}
-    if cfg.without_image and any(p.pixels is None for p in plain.values()):
-        raise UserError(f"steering.without_image needs pictures, and {subject.name} is shown none; set it to false.")
-    blank = {s: replace(p, pixels=torch.zeros_like(p.pixels)) for s, p in plain.items()} if cfg.without_image else {}
-    asked = {(r.study, r.feature, r.alpha): subject.prompt(asking(studies[r.study], targets[r.feature], sign_of(r.alpha, cfg.method)))
-             for r in rows if r.method == "prompt"}
-    return {r: asked[r.study, r.feature, r.alpha] if r.method == "prompt" else (blank if r.image == "blank" else plain)[r.study] for r in rows}
 
 # %% ../nbs/10_steering.ipynb #5194f33f
 def steering_summary(judgements: pa.Table, control: bool = False) -> dict[str, Any]:
@@ -520,6 +549,7 @@ class Page(str):
     """Text that a notebook shows as HTML."""
     def _repr_html_(self) -> str: return str(self)
 
+# %% ../nbs/10_steering.ipynb #f09aae76
 def show_pair(generations: pd.DataFrame, judgements: pd.DataFrame, row: int) -> Page:
     """The pair behind one row of the judgements: baseline and steered report with the changes marked, verdict and findings."""
     j = judgements.iloc[row]
