@@ -1,7 +1,7 @@
 """Exemplars of 16,384 features at k = 256: seconds and bytes on disk, beside delphi's latent cache and constructor over the same tokens.
 
-With `SAERAD_BENCH_TOKENS=10000000` we read that many tokens and delphi the first 102,400 of them, counted in proportion; it has as much to do for
-every token and for every firing (`a quarter, in proportion` shows how far that holds). Needs 1 KB of disk a token.
+With `SAERAD_BENCH_TOKENS=10000000` we read that many tokens. Delphi reads a quarter of 102,400 and all of them, and what more tokens would cost it is
+on the line through the two; it has as much to do for every token and for every firing. Needs 1 KB of disk a token, in `SAERAD_BENCH_FOLDER`.
 """
 import multiprocessing
 import os
@@ -155,14 +155,16 @@ def delphi(out, store, sae, studies):
 
 
 def beside(folder, store, sae, studies, tokens):
-    """delphi's numbers over some studies, and in proportion over `tokens`."""
+    """delphi's numbers over some studies and, by the line through those of a quarter of them and of all, over `tokens`."""
     cached, constructed, disk = delphi(folder / "delphi", store, sae, studies)
-    more = tokens / (studies * LENGTH)
-    told = {"delphi_time": (cached + constructed) * more, "delphi_disk": disk / 1e6 * more, "tokens": studies * LENGTH, "cache": cached,
-            "constructor": constructed, "MB": disk / 1e6, "MB at 10 M tokens, in proportion": disk / 1e6 * 10_000_000 / (studies * LENGTH)}
-    if studies < 800: return told      # too few windows for delphi
+    told = {"delphi_time": cached + constructed, "delphi_disk": disk / 1e6, "tokens": studies * LENGTH, "cache": cached, "constructor": constructed}
+    if tokens == studies * LENGTH: return told
     part = delphi(folder / "quarter", store, sae, studies // 4)
-    return told | {"a quarter, in proportion": 4 * (part[0] + part[1]), "MB, a quarter, in proportion": 4 * part[2] / 1e6}
+    known = {"delphi_time": part[0] + part[1], "delphi_disk": part[2] / 1e6}
+    more = (tokens / LENGTH - studies) / (studies - studies // 4)
+    far = {name: told[name] + more * (told[name] - known[name]) for name in known}
+    return told | far | {"measured": told["delphi_time"], "measured MB": told["delphi_disk"], "a quarter": known["delphi_time"],
+                         "a quarter MB": known["delphi_disk"]}
 
 
 def measure(quick):
@@ -179,7 +181,7 @@ def measure(quick):
         except ImportError: peers, ratios = {}, {"delphi_time": None, "delphi_disk": None}
         else: ratios = {key: peers[key] / mine[key] for key in ("delphi_time", "delphi_disk")}
     shape = f"{many * LENGTH} tokens, {features} features, k {sae.k}, width {sae.d}; seconds, MB (delphi reads {studies * LENGTH} tokens"
-    return shape + f", constructs {min(CONSTRUCTED, features)} features, in proportion)", mine, peers, ratios
+    return shape + f", constructs {min(CONSTRUCTED, features)} features)", mine, peers, ratios
 
 
 if __name__ == "__main__": report("exemplars", measure)
