@@ -51,7 +51,7 @@ bench: $(VENV)/.installed
 # The peers ask for other versions of torch and of each other: they get an environment of their own and no say in it.
 bench-env: $(VENV)/.installed
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/python -m pip install --quiet -c constraints.txt -e .
+	.venv-bench/bin/python -m pip install --quiet -c constraints.txt -e . playwright
 	.venv-bench/bin/python -m pip install --quiet --no-deps -r benchmarks/peers.txt
 	.venv-bench/bin/python -m pip install --quiet -c constraints.txt -r benchmarks/peers-import.txt
 
