@@ -479,6 +479,17 @@ def test_every_control_has_a_name_and_every_picture_says_what_it_is(built, brows
     assert unnamed == 0 and page.get_attribute("html", "lang") == "en" and page.locator("main").count() == 1
 
 
+@pytest.mark.parametrize("width", [800, 900, 1280, 1900])
+def test_the_table_leaves_room_for_descriptions_and_every_heading(built, browser, width):
+    page = browser.page(width=width)
+    page.goto((built[0] / "atlas/index.html").as_uri())
+    page.wait_for_selector("#table .tabulator-row")
+    columns = page.evaluate("""[...document.querySelectorAll(".tabulator-col")].filter(c => c.offsetWidth).map(c => [c.getAttribute("tabulator-field"),
+        c.offsetWidth, c.querySelector("button").getBoundingClientRect().width <= c.querySelector(".tabulator-col-title").clientWidth + 1])""")
+    assert {name: wide for name, wide, _ in columns}["description"] >= 200
+    assert all(fits for _, _, fits in columns), columns
+
+
 def test_a_phone_scrolls_down_and_never_sideways(built, browser):
     run, best = built
     page = browser.page(width=390)

@@ -93,7 +93,7 @@ function build() {
     placeholder: "No feature fits. Clear a filter.", columnHeaderSortMulti: false, rowHeight: 50, initialSort: sorted(), renderVerticalBuffer: 300,
     columns: saerad.columns.filter(column => !column.hidden).map(column => ({
       field: column.name, title: column.title, visible: !narrow || Boolean(column.narrow),
-      width: narrow && column.name === "description" ? 216 : column.width, widthGrow: column.name === "description" ? 4 : undefined, minWidth: column.width || 58,
+      width: narrow && column.name === "description" ? 216 : column.width, widthGrow: column.name === "description" ? 4 : undefined, minWidth: column.width || (column.name === "description" ? 216 : 58),
       hozAlign: column.text ? "left" : "right", headerHozAlign: column.text ? "left" : "right", resizable: !narrow && "header",
       headerSortStartingDir: column.text ? "asc" : "desc", titleFormatter: () => el("button", { type: "button", title: column.about }, column.title),
       sorter: column.text ? "string" : "number", sorterParams: { alignEmptyValues: "bottom" },
