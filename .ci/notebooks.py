@@ -74,7 +74,7 @@ def check_notebook(path: Path) -> list[str]:
     if nb.metadata.get("kernelspec") != KERNEL: problems.append(f"{name}: kernelspec {nb.metadata.get('kernelspec')}, not {KERNEL}")
     code = [c for c in nb.cells if c.cell_type == "code" and not SKIP.search(c.source)]
     shown = [c for c in code if not re.search(r"(?m)^#\|\s*(export|hide|default_exp)", c.source)]
-    problems += check_opening(nb, name)
+    problems += check_opening(nb, name) + check_picture(nb, name)
     if any(last_is_a_value(c.source) for c in shown) and not any(c.outputs for c in shown): problems.append(f"{name}: was never executed")
     for i, cell in enumerate(nb.cells):
         if cell.cell_type != "code": continue
@@ -90,6 +90,20 @@ def check_opening(nb, name: Path) -> list[str]:
     first = next((c.source.strip() for c in nb.cells if c.cell_type == "markdown"), "")
     if re.fullmatch(r"# .+(\n> .+)?(\n- [\w-]+: .+)*", first): return []
     return [f"{name}: the first Markdown cell must hold the title and a line of description after `>`, and nothing else"]
+
+
+def shows(cell) -> bool:
+    """Whether a reader sees a picture there, drawn by the cell or put into its prose."""
+    if cell.cell_type == "markdown": return bool(re.search(r"!\[|<img|<svg", cell.source))
+    data = [o.get("data", {}) for o in cell.get("outputs", [])]
+    return any(key.startswith("image/") for d in data for key in d) or any(re.search("<img|<svg", d.get("text/html", "")) for d in data)
+
+
+def check_picture(nb, name: Path) -> list[str]:
+    """A chapter opens with a picture: one of its first cells shows it, before any code that is exported but imports."""
+    exported = next((i for i, c in enumerate(nb.cells) if re.match(r"#\| ?exports?\b(?!\n(import|from) )", c.source)), len(nb.cells))
+    if any(shows(c) for c in nb.cells[:min(exported, 13)]): return []
+    return [f"{name}: no picture before its first function and among its first 13 cells"]
 
 
 TEXT = {"Float", "Int", "Int32", "Int64", "Bool", "UInt8", "Shaped", "Literal", "Annotated"}  # whose brackets hold text that is no name

@@ -484,8 +484,9 @@ def test_the_table_leaves_room_for_descriptions_and_every_heading(built, browser
     page = browser.page(width=width)
     page.goto((built[0] / "atlas/index.html").as_uri())
     page.wait_for_selector("#table .tabulator-row")
-    columns = page.evaluate("""[...document.querySelectorAll(".tabulator-col")].filter(c => c.offsetWidth).map(c => [c.getAttribute("tabulator-field"),
-        c.offsetWidth, c.querySelector("button").getBoundingClientRect().width <= c.querySelector(".tabulator-col-title").clientWidth + 1])""")
+    columns = page.evaluate("""[...document.querySelectorAll(".tabulator-col")].filter(c => c.offsetWidth).map(c => {
+        const button = c.querySelector("button"), title = c.querySelector(".tabulator-col-title");
+        return [c.getAttribute("tabulator-field"), c.offsetWidth, button.getBoundingClientRect().width <= title.clientWidth + 1] })""")
     assert {name: wide for name, wide, _ in columns}["description"] >= 200
     assert all(fits for _, _, fits in columns), columns
 
