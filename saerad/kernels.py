@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOURCE', 'FLAGS', 'native', 'quantised', 'rough_products', 'bfloat16_cut', 'as_float', 'as_bits', 'Places',
-           'places_above', 'places_of', 'block_shape', 'blocks', 'in_rows', 'Step', 'exact_values', 'Measured', 'bound',
-           'measure', 'clipping', 'gradients', 'apply']
+           'places_above', 'places_of', 'block_shape', 'blocks', 'in_rows', 'room', 'Step', 'exact_values', 'Measured',
+           'bound', 'measure', 'clipping', 'gradients', 'apply']
 
 # %% ../nbs/06a_kernels.ipynb #b080f4b7
 import ctypes
@@ -194,6 +194,13 @@ def in_rows(x: Float[Tensor, "blocks n 128"], d: int) -> Float[Tensor, "n d"]:
     """What `blocks` was given: vectors of width `d`, one a row."""
     return x.transpose(0, 1).flatten(1)[:, :d].contiguous()
 
+# %% ../nbs/06a_kernels.ipynb #9b7f6e2b
+def room(scratch: dict[str, Tensor], name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An array with anything in it, the same one whenever `name` is asked for with the same shape and kind of number."""
+    kept = scratch.get(name)
+    if kept is None or kept.shape != tuple(shape) or kept.dtype != dtype: scratch[name] = torch.empty(tuple(shape), dtype=dtype)
+    return scratch[name]
+
 # %% ../nbs/06a_kernels.ipynb #923d75c8
 class Step:
     """One training step behind the selection, on the CPU, for float32 or float64 weights laid out [width, d].
@@ -219,10 +226,8 @@ class Step:
             setattr(self.record, name, tensor.data_ptr())
 
     def room(self, name: str, *shape: int) -> Tensor:
-        """An array with anything in it, the same one in every step that shares `scratch`: fresh memory costs as much as using it."""
-        kept = self.scratch.get(name)
-        if kept is None or kept.shape != shape or kept.dtype != self.dtype: self.scratch[name] = torch.empty(shape, dtype=self.dtype)
-        return self.scratch[name]
+        """An array of the step's own kind of number, the same one in every step that shares `scratch`."""
+        return room(self.scratch, name, shape, self.dtype)
 
     def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """An array of the step's own kind of number, or of `dtype`."""

@@ -320,10 +320,8 @@ def normalised(self: Trainer, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
 # %% ../nbs/06_training.ipynb #ee9c3bd5
 @patch
 def room(self: Trainer, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """An array with anything in it, the same one in every step: where arrays are large, fresh memory costs as much as what is done in it."""
-    kept = self.scratch.get(name)
-    if kept is None or kept.shape != tuple(shape): self.scratch[name] = torch.empty(tuple(shape), dtype=dtype)
-    return self.scratch[name]
+    """An array with anything in it, the same one in every step."""
+    return kernels.room(self.scratch, name, shape, dtype)
 
 # %% ../nbs/06_training.ipynb #d1d26de7
 @patch

@@ -1,4 +1,4 @@
-"""How the cost of a training step grows with k, width, batch and the width of the stream: one of them doubled at a time.
+"""How the cost of a training step grows with k, width, batch and the width of the stream: one of them changed at a time.
 
     python benchmarks/studies/sae_growth.py [--rounds N]        some two minutes on 2 cores
 
