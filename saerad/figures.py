@@ -7,20 +7,21 @@ __all__ = ['WORDS', 'OUTCOMES', 'NEGATIVES', 'FINDINGS', 'PLACES', 'BLUE', 'ORAN
            'SHADES', 'PLOTS', 'plot_overview', 'plot_training', 'plot_fidelity', 'plot_sweep', 'plot_density',
            'plot_sections', 'plot_f1', 'plot_precision_recall', 'plot_negatives', 'plot_frequency_f1', 'plot_f1_levels',
            'plot_steering', 'plot_signs', 'plot_doses', 'plot_effects', 'plot_predicted', 'plot_concepts', 'plot_film',
-           'invent_run', 'RunTables', 'house_style', 'FiguresConfig', 'Plot', 'draw_plot', 'collect_overview',
-           'draw_overview', 'collect_training', 'draw_training', 'collect_fidelity', 'draw_fidelity', 'collect_sweep',
-           'draw_sweep', 'collect_density', 'draw_density', 'collect_sections', 'draw_sections', 'collect_f1',
-           'draw_f1', 'draw_precision_recall', 'collect_negatives', 'draw_negatives', 'collect_frequency',
-           'draw_frequency', 'collect_levels', 'draw_levels', 'alpha_unit', 'collect_steering', 'draw_steering',
-           'collect_signs', 'draw_signs', 'collect_doses', 'draw_doses', 'collect_effects', 'draw_effects',
-           'collect_predicted', 'draw_predicted', 'collect_concepts', 'draw_concepts', 'phantom_studies',
-           'collect_film', 'draw_film', 'Drawn', 'draw_figures']
+           'invent_run', 'RunTables', 'own_letters', 'house_style', 'FiguresConfig', 'Plot', 'draw_plot',
+           'collect_overview', 'draw_overview', 'collect_training', 'draw_training', 'collect_fidelity',
+           'draw_fidelity', 'collect_sweep', 'draw_sweep', 'collect_density', 'draw_density', 'collect_sections',
+           'draw_sections', 'collect_f1', 'draw_f1', 'draw_precision_recall', 'collect_negatives', 'draw_negatives',
+           'collect_frequency', 'draw_frequency', 'collect_levels', 'draw_levels', 'alpha_unit', 'collect_steering',
+           'draw_steering', 'collect_signs', 'draw_signs', 'collect_doses', 'draw_doses', 'collect_effects',
+           'draw_effects', 'collect_predicted', 'draw_predicted', 'collect_concepts', 'draw_concepts',
+           'phantom_studies', 'collect_film', 'draw_film', 'Drawn', 'draw_figures']
 
 # %% ../nbs/11_figures.ipynb #8601b980
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import pandas as pd
 import pyarrow as pa
 import seaborn as sns
 import yaml
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
@@ -202,9 +204,20 @@ BLUE, ORANGE, GREEN, RUST, GREY = "#0072B2", "#E69F00", "#2A9D78", "#A03C14", "#
 OUTCOME_COLOURS = {"unchanged": "#E9E4DA", "on_target_only": GREEN, "mixed": ORANGE, "off_target_only": RUST, "degenerate": "#2B2B2B"}
 SHADES = tuple(sns.color_palette("cividis", 7).as_hex())
 
+# %% ../nbs/11_figures.ipynb #0e1a406e
+@cache
+def own_letters() -> None:
+    """Put matplotlib's own files of its font before those of the same name that a machine may have."""
+    fonts = font_manager.fontManager
+    found = len(fonts.ttflist)
+    for path in sorted((Path(mpl.get_data_path()) / "fonts/ttf").glob("DejaVuSans*.ttf")): fonts.addfont(path)
+    fonts.ttflist[:] = fonts.ttflist[found:] + fonts.ttflist[:found]
+
+# %% ../nbs/11_figures.ipynb #8bc83de7
 @contextmanager
 def house_style() -> Iterator[None]:
     """Fonts, lines and colours of every figure; the salt makes two drawings of the same numbers the same bytes."""
+    own_letters()
     sizes = {"font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7}
     look = {"axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "lines.linewidth": 1.3, "legend.frameon": False,
             "axes.grid": False, "font.family": "DejaVu Sans", "svg.hashsalt": "saerad", "svg.fonttype": "path",

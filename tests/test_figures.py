@@ -1,5 +1,7 @@
 """Figures of a run: drawn from its tables, skipped with a reason, and the same bytes every time."""
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib as mpl
@@ -224,3 +226,24 @@ def test_a_run_judged_in_several_ways_has_a_bar_for_each(tmp_path):
             for method, image in (("add", "shown"), ("add", "blank"), ("other_feature", "shown"), ("random", "shown"))]
     write_table(tmp_path / "steering/judgements.parquet", pa.Table.from_pylist(rows))
     assert collect_steering(RunTables(tmp_path)).pushed.tolist() == ["feature", "blank picture", "other feature", "random"]
+
+
+def test_letters_are_matplotlibs_own_whatever_the_machine_has(tmp_path):
+    """A font of the same name that is found first, as on a machine with an edition of its own, draws nothing."""
+    code = """
+import shutil, sys
+from pathlib import Path
+import matplotlib
+from matplotlib import font_manager
+own = Path(matplotlib.get_data_path(), "fonts/ttf")
+other = shutil.copy(own / "DejaVuSans.ttf", sys.argv[1])
+fonts = font_manager.fontManager
+fonts.addfont(other)
+fonts.ttflist.insert(0, fonts.ttflist.pop())
+assert font_manager.findfont("DejaVu Sans") == other
+from saerad.figures import house_style
+with house_style():
+    for weight in ("normal", "bold"):
+        assert Path(font_manager.findfont(font_manager.FontProperties("DejaVu Sans", weight=weight))).parent == own
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "other.ttf")], check=True, timeout=120)
