@@ -25,6 +25,6 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split(), "book": cfg["book_requirements"].split()},
-    entry_points={"console_scripts": ["saerad=saerad.run:main"]},
+    entry_points={"console_scripts": ["saerad=saerad.run.cli:main"]},
     zip_safe=False,
 )

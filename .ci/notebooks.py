@@ -25,10 +25,24 @@ UNSTABLE = {"an address in memory": r"\b0x[0-9a-f]{9,}", "a path of one machine"
             "a progress bar": r"\d+%\|.{0,12}[█▏▎▍▌▋▊▉ ]{3}", "a traceback": r"Traceback \(most recent call last\)"}
 
 
+def reading_order() -> list[str]:
+    """The chapters as the front page names them, by their path in nbs/; the front page comes first."""
+    text = "\n".join(c.source for c in nbformat.read(NBS / "index.ipynb", 4).cells if c.cell_type == "markdown")
+    return ["index.ipynb", *dict.fromkeys(re.findall(r"\]\(([\w/]+\.ipynb)\)", text.partition("## The book")[2] + text))]
+
+
 def notebooks(folder: Path = NBS) -> list[Path]:
     """Every notebook of the book, in reading order; of a folder, or one alone."""
     if folder.suffix == ".ipynb": return [folder]
-    return sorted(p for p in folder.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(folder).parts))
+    order = {name: i for i, name in enumerate(reading_order())}
+    found = (p for p in folder.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(folder).parts))
+    return sorted(found, key=lambda p: (order.get(p.relative_to(NBS).as_posix(), len(order)), p))
+
+
+def check_front_page() -> list[str]:
+    """Every chapter can be found from the front page."""
+    named = set(reading_order())
+    return [f"nbs/index.ipynb does not link to {name}" for p in notebooks() if (name := p.relative_to(NBS).as_posix()) not in named]
 
 
 def copy_of_the_book(to: str) -> Path:
@@ -167,8 +181,8 @@ def check_readme() -> list[str]:
 
 
 def check() -> int:
-    problems = check_export() + check_readme() + [p for nb in notebooks() for p in check_notebook(nb)]
-    problems += [p for module in sorted((ROOT / "saerad").glob("[!_]*.py")) for p in unresolved(module)]
+    problems = check_export() + check_readme() + check_front_page() + [p for nb in notebooks() for p in check_notebook(nb)]
+    problems += [p for module in sorted((ROOT / "saerad").rglob("[!_]*.py")) for p in unresolved(module)]
     for problem in problems: print(problem)
     print(f"{len(notebooks())} notebooks, {len(problems)} problems")
     return bool(problems)

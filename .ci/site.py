@@ -22,13 +22,18 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parent))
+from notebooks import reading_order  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 BIN = Path(sys.executable).parent
 FENCE = re.compile(r"(?s)(```.*?```|<pre>.*?</pre>|`[^`\n]+`)")
 MATH = re.compile(r"(?s)\$\$(.+?)\$\$|(?<![\w\\$])\$(?=\S)([^$\n]+?)(?<=\S)\$(?![\w$])")
 LINK = re.compile(r"(!?\[[^\]]*\])\(([^)\s]+)\)")
-PARTS = {"": "The book", "guides": "Guides", "results": "What the book finds"}
+PARTS = {"studies": "Studies", "subjects": "Subject models", "activations": "Activations", "sae": "The SAE", "interpretation": "Interpretation",
+         "steering": "Steering", "show": "Figures and atlas", "run": "Runs", "analysis": "Analysis", "": "Beside them", "guides": "Guides",
+         "results": "What the book finds"}
 START = ("start_interpretability", "start_radiology_ai", "start_radiologist", "start_student")
 # nbdev_proc_nbs, which would install Quarto and, by whatever pip comes first, the package, although nothing here needs either
 PROCESS = "from nbdev import quarto; quarto._ensure_quarto = lambda: None; quarto.nbdev_proc_nbs.__wrapped__()"
@@ -80,7 +85,7 @@ def front_matter(nb: nbformat.NotebookNode, otherwise: str) -> tuple[str, str]:
 def module_of(at: Path) -> str:
     """Name of the module that a notebook exports; empty where it exports none."""
     text = "\n".join(c.source for c in nbformat.read(NBS / at, 4).cells if c.cell_type == "code")
-    found = re.search(r"(?m)^#\|\s*default_exp\s+(\w+)", text)
+    found = re.search(r"(?m)^#\|\s*default_exp\s+([\w.]+)", text)
     return found[1] if found else ""
 
 
@@ -118,7 +123,7 @@ def relinked(text: str, folder: str, book: Book, home: str) -> str:
         url, up = m[2], "../" * bool(folder)
         for prefix in ("https://saerad.github.io/saerad/", home):
             if url.startswith(prefix): return f"{m[1]}({up}{url[len(prefix):]})"
-        found = re.match(r".*/blob/[^/]+/saerad/(\w+)\.py#L(\d+)", url)
+        found = re.match(r".*/blob/[^/]+/saerad/([\w/]+)\.py#L(\d+)", url)
         if found: return f"{m[1]}({up}source/{found[1]}.html#__codelineno-0-{found[2]})"
         if urlsplit(url).scheme or url.startswith("#"): return m[0]
         path, _, anchor = url.partition("#")
@@ -172,9 +177,20 @@ def as_text(text: str) -> str:
     return html.escape(text.rstrip()).replace("\n\n", "\n&#8203;\n").replace("\n\n", "\n&#8203;\n")
 
 
+def modules() -> dict[str, Path]:
+    """Every module of the package with its file, by its name inside the package: sae.model."""
+    return {".".join(p.relative_to(ROOT / "saerad").with_suffix("").parts): p for p in sorted((ROOT / "saerad").rglob("[!_]*.py"))}
+
+
+def file_of(module: str) -> Path: return (ROOT / "saerad").joinpath(*module.split(".")).with_suffix(".py")
+
+
+def source_page(module: str) -> str: return f"source/{module.replace('.', '/')}"
+
+
 def fields_of(module: str, name: str) -> str:
     """The fields of a class with their comments, as they stand in its module; nothing for what has none."""
-    source = (ROOT / "saerad" / f"{module}.py").read_text()
+    source = file_of(module).read_text()
     made = next((n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name), None)
     fields = [n for n in made.body if isinstance(n, ast.AnnAssign)] if made else []
     if not fields: return ""
@@ -186,7 +202,7 @@ def documented(text: str, name: str, book: Book, page: str, module: str) -> str:
     """What `show_doc(name)` wrote, under the name as it is called, with an anchor that is the name itself and a link to the source."""
     book.names.setdefault(f"{module}:{name}", f"{page}#{name}")
     line = book.said.get(f"{module}:{name}", ("", 1))[1]
-    source = f'<span class="source">[source]({"../" * page.count("/")}source/{module}.html#__codelineno-0-{line})</span>'
+    source = f'<span class="source">[source]({"../" * page.count("/")}{source_page(module)}.html#__codelineno-0-{line})</span>'
     text = re.sub(r'\[source\]\([^)]*\)\{[^}]*\}\n*', "", text.removeprefix("---\n\n"))
     text = re.sub(r"<(?:\w+\.)*(\w+) object at 0x[0-9a-f]+>", r"\1()", text).replace(f"{ROOT}/", "")      # defaults, as one would write them
     fields = fields_of(module, name)
@@ -220,8 +236,10 @@ def write_pages(processed: Path, book: Book) -> None:
     """Every notebook that nbdev processed becomes a page."""
     config = settings()
     home = f"{config['doc_host']}{config['doc_baseurl']}/"
-    for path in sorted(processed.rglob("*.ipynb")):
-        at = path.relative_to(processed)
+    order = {name: i for i, name in enumerate(reading_order())}
+    found = [p.relative_to(processed) for p in processed.rglob("*.ipynb")]
+    for at in sorted(found, key=lambda at: (order.get(at.as_posix(), len(order)), at)):
+        path = processed / at
         if any(part[0] in "._" for part in at.parts): continue
         nb = nbformat.read(path, 4)
         out = book.docs / at.with_suffix(".md")
@@ -234,32 +252,32 @@ def write_pages(processed: Path, book: Book) -> None:
 def summaries() -> dict[str, tuple[str, int]]:
     """First line of the docstring, and line in its module, of everything public in the package, by module and name."""
     lines = {}
-    for path in sorted((ROOT / "saerad").glob("[!_]*.py")):
+    for module, path in modules().items():
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 patched = [a.annotation for a in getattr(node, "args", ast.arguments([], [])).args[:1]
                            if any("patch" in ast.unparse(d) for d in node.decorator_list)]
                 owner = f"{ast.unparse(patched[0])}." if patched and patched[0] is not None else ""
-                lines[f"{path.stem}:{owner}{node.name}"] = ((ast.get_docstring(node) or "").split("\n")[0], node.lineno)
+                lines[f"{module}:{owner}{node.name}"] = ((ast.get_docstring(node) or "").split("\n")[0], node.lineno)
     return lines
 
 
 def write_reference(book: Book) -> None:
     """A page that lists every exported name, and a page for the source of each module."""
     parts = ["# Every name", "> What each module exports, and where it is explained"]
-    (book.docs / "source").mkdir(exist_ok=True)
-    for path in sorted((ROOT / "saerad").glob("[!_]*.py")):
+    for module, path in modules().items():
         title = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
-        parts.append(f"## saerad.{path.stem}\n\n{title} ([source](source/{path.stem}.md))")
-        rows = [(key, key.split(":")[1], line) for key, (line, _) in book.said.items() if key.split(":")[0] == path.stem]
+        parts.append(f"## saerad.{module}\n\n{title} ([source]({source_page(module)}.md))")
+        rows = [(key, key.split(":")[1], line) for key, (line, _) in book.said.items() if key.split(":")[0] == module]
         parts.append("\n".join(f"- [`{name}`]({book.names[key]}) {line}" if key in book.names else f"- `{name}` {line}" for key, name, line in rows))
-        (book.docs / "source" / path.name).with_suffix(".md").write_text(
-            f"# saerad/{path.name}\n\n```python linenums=\"1\"\n{path.read_text()}```\n")
+        page = book.docs / f"{source_page(module)}.md"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(f"# saerad/{module.replace('.', '/')}.py\n\n```python linenums=\"1\"\n{path.read_text()}```\n")
     (book.docs / "names.md").write_text("\n\n".join(parts) + "\n")
 
 
 def navigation(book: Book) -> str:
-    """The site's order: the front page, where to start, the book, guides, results, reference."""
+    """The site's order: the front page, where to start, the rooms of the book, guides, results, reference."""
     def entry(title: str, page: str) -> str: return '{"' + title.replace('"', "'") + f'" = "{page}"' + "}"
     start = [entry(t, p) for _, t, p in sorted(book.pages, key=lambda x: START.index(Path(x[2]).stem) if Path(x[2]).stem in START else 99)
              if Path(p).stem in START]
@@ -267,7 +285,7 @@ def navigation(book: Book) -> str:
     for part, heading in PARTS.items():
         mine = [entry(t, p) for folder, t, p in book.pages if folder == part and p != "index.md" and Path(p).stem not in START]
         if mine: sections.append(f'{{"{heading}" = [' + ", ".join(mine) + "]}")
-    sources = [entry(p.name, f"source/{p.stem}.md") for p in sorted((ROOT / "saerad").glob("[!_]*.py"))]
+    sources = [entry(f"{name.replace('.', '/')}.py", f"{source_page(name)}.md") for name in modules()]
     sections.append('{"Reference" = [{"Every name" = "names.md"}, {"Sources" = [' + ", ".join(sources) + "]}]}")
     return ",\n  ".join(sections)
 

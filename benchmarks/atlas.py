@@ -19,11 +19,12 @@ import pyarrow.parquet as pq
 import yaml
 from _bench import report
 
-from saerad.atlas import AtlasConfig, write_atlas
 from saerad.core import write_table
-from saerad.exemplars import SCHEMA
-from saerad.figures import FINDINGS, OUTCOMES, PLACES
-from saerad.studies import StudiesConfig, open_source
+from saerad.interpretation.exemplars import SCHEMA
+from saerad.show.atlas import AtlasConfig, write_atlas
+from saerad.show.figures import FINDINGS, OUTCOMES, PLACES
+from saerad.studies.record import StudiesConfig
+from saerad.studies.sources import open_source
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]

@@ -17,10 +17,10 @@ import pyarrow as pa
 import torch
 from _bench import report
 
+from saerad.activations.store import TOKEN_SCHEMA, Store, StoreWriter
 from saerad.core import progress
-from saerad.exemplars import Collector, Encoder, ExemplarsConfig, collect_exemplars
-from saerad.sae import MatryoshkaSAE
-from saerad.store import TOKEN_SCHEMA, Store, StoreWriter
+from saerad.interpretation.exemplars import Collector, Encoder, ExemplarsConfig, collect_exemplars
+from saerad.sae.model import MatryoshkaSAE
 
 LENGTH, WINDOW, CONSTRUCTED = 128, 8, 256     # tokens a study, tokens either side of a peak, features that delphi's constructor is timed on
 MIXTURES = 16_384     # different sums of features that tokens are mixed from

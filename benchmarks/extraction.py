@@ -6,11 +6,12 @@ import torch
 from _bench import alternate, report
 from torch import Tensor, nn
 
-from saerad.extraction import ExtractionConfig, batches_by_length, extract
-from saerad.maira2 import Maira2Config, Maira2ForConditionalGeneration
-from saerad.phantom import _drawn
-from saerad.studies import Source, StudiesConfig, open_source
-from saerad.subjects import Subject, layers_path, plain_subject, random_mini
+from saerad.activations.extraction import ExtractionConfig, batches_by_length, extract
+from saerad.studies.phantom import _drawn
+from saerad.studies.record import Source, StudiesConfig
+from saerad.studies.sources import open_source
+from saerad.subjects.maira2 import Maira2Config, Maira2ForConditionalGeneration
+from saerad.subjects.subject import Subject, layers_path, plain_subject, random_mini
 
 
 class Reached(Exception):

@@ -19,10 +19,10 @@ import pyarrow as pa
 from _bench import report
 
 from saerad.core import read_table, write_table
-from saerad.endpoint import Endpoint, EndpointConfig, Ledger
-from saerad.exemplars import ExemplarsConfig, collect_exemplars
-from saerad.interpretation import InterpretationConfig, interpret
-from saerad.negatives import add_near_misses
+from saerad.interpretation.endpoint import Endpoint, EndpointConfig, Ledger
+from saerad.interpretation.exemplars import ExemplarsConfig, collect_exemplars
+from saerad.interpretation.hard_negatives import add_near_misses
+from saerad.interpretation.interpret import InterpretationConfig, interpret
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -133,7 +133,7 @@ def survive(folder, exemplars):
 KILLED = """
 import sys
 from types import SimpleNamespace
-from saerad.interpretation import InterpretationConfig, interpret
+from saerad.interpretation.interpret import InterpretationConfig, interpret
 interpret(sys.argv[2], InterpretationConfig.model_validate_json(sys.argv[1]), 0, SimpleNamespace(may_leave=True), sys.argv[3])
 """
 
@@ -171,11 +171,12 @@ def kill_and_go_on(folder, exemplars, kills):
 
 def phantom(folder, features):
     """Exemplars of a small phantom run, for each protocol as it wants them."""
-    from saerad.extraction import ExtractionConfig, extract
-    from saerad.sae import SAEConfig
-    from saerad.studies import StudiesConfig, open_source
-    from saerad.subjects import SubjectConfig, open_subject
-    from saerad.training import TrainingConfig, train_sae
+    from saerad.activations.extraction import ExtractionConfig, extract
+    from saerad.sae.model import SAEConfig
+    from saerad.sae.training import TrainingConfig, train_sae
+    from saerad.studies.record import StudiesConfig
+    from saerad.studies.sources import open_source
+    from saerad.subjects.subject import SubjectConfig, open_subject
     source = open_source(StudiesConfig(source="phantom:0", train_patients=120, validation_patients=4, test_patients=60))
     store = extract(source, open_subject(SubjectConfig(model="mini")), ExtractionConfig(layer=4), folder / "activations")
     sae = train_sae(store, SAEConfig(), TrainingConfig(steps=250, batch_size=1024, lr=2e-3, threshold_beta=0.95), 0, folder / "sae")

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from _bench import alternate, report
 
+from saerad.activations.extraction import ExtractionConfig, hooked_rows, kept_tokens
 from saerad.core import torch_rng
-from saerad.extraction import ExtractionConfig, hooked_rows, kept_tokens
-from saerad.maira2 import Maira2Config, Maira2ForConditionalGeneration
-from saerad.subjects import Prompt, Subject, train_tokenizer
+from saerad.subjects.maira2 import Maira2Config, Maira2ForConditionalGeneration
+from saerad.subjects.subject import Prompt, Subject, train_tokenizer
 
 PAPER_TOKENS = 34.7e6
 

@@ -45,8 +45,8 @@ def report(step, rebuild):
 '''
 
 OURS = COMMON + '''
-from saerad.sae import MatryoshkaSAE, SAEConfig
-from saerad.training import Trainer, TrainingConfig
+from saerad.sae.model import MatryoshkaSAE, SAEConfig
+from saerad.sae.training import Trainer, TrainingConfig
 sae = MatryoshkaSAE.from_config(d, SAEConfig(expansion=width // d, k=k))
 sae.scale.fill_(float(batches[0].square().sum(1).mean().sqrt()))
 trainer = Trainer(sae, TrainingConfig(steps=10_000, batch_size=batch, warmup=0, lr=2e-4))

@@ -5,9 +5,10 @@ The peer is the faster of two: nnsight's own generation with the push spliced in
 import torch
 from _bench import alternate, report
 
-from saerad.interventions import adding, write_steered
-from saerad.studies import StudiesConfig, open_source
-from saerad.subjects import open_subject
+from saerad.steering.interventions import adding, write_steered
+from saerad.studies.record import StudiesConfig
+from saerad.studies.sources import open_source
+from saerad.subjects.subject import open_subject
 
 LAYER, LENGTH = 4, 9.0      # of the pushes, in raw residual units: about 0.4 of a typical vector of mini
 

@@ -13,8 +13,8 @@ import pyarrow as pa
 import torch
 from _bench import alternate, report
 
+from saerad.activations.store import CHUNK, TOKEN_SCHEMA, Store, StoreWriter
 from saerad.core import progress, torch_rng
-from saerad.store import CHUNK, TOKEN_SCHEMA, Store, StoreWriter
 
 BATCH, STUDY = 4096, 150
 

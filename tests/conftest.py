@@ -1,12 +1,16 @@
 """What several tests share: a small dictionary, and a real browser (tests of pages are skipped, with the reason, where there is none)."""
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from saerad.sae import MatryoshkaSAE, SAEConfig
+from saerad.sae.model import MatryoshkaSAE, SAEConfig
+
+# Tests of one room use worlds that those of another have made.
+sys.path += [str(folder) for folder in Path(__file__).parent.iterdir() if folder.is_dir()]
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]

@@ -12,8 +12,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CHAPTERS = ("index", "05_sae", "06_training", "guides/start_student")     # a front page, pictures and formulas, two modules, a page in a folder
-MODULES = ("__init__", "_modidx", "core", "store", "sae", "ranks", "kernels", "training")     # what the two chapters import
+CHAPTERS = ("index", "sae/model", "sae/training", "guides/start_student")     # a front page, pictures and formulas, two modules, a page in a folder
 
 
 def module(path):
@@ -25,29 +24,24 @@ def module(path):
     return made
 
 
-def without_the_rest(text):
+def without_the_rest(text, chapter):
     """Markdown whose links to chapters that were left out are their words alone."""
-    def kept(m): return m[0] if m[2].removesuffix(".ipynb").removeprefix("../") in CHAPTERS or not m[2].endswith(".ipynb") else m[1]
+    def kept(m):
+        at = os.path.normpath(os.path.join(os.path.dirname(chapter), m[2]))
+        return m[0] if at.removesuffix(".ipynb") in CHAPTERS or not m[2].endswith(".ipynb") else m[1]
     return re.sub(r"\[([^\]]*)\]\(([^)\s#]+)[^)\s]*\)", kept, text)
 
 
-def imports_the_rest(source):
-    """Whether a cell imports a module that was left out."""
-    return not set(re.findall(r"(?m)^from saerad\.(\w+) import", source)) <= set(MODULES)
-
-
 def copied(to, chapters=CHAPTERS):
-    """The book with a few of its chapters and their modules."""
+    """The book with a few of its chapters, and the whole package."""
     for name in (".ci/site.py", ".ci/notebooks.py", "settings.ini", "setup.py", "README.md", *(f"nbs/{c}.ipynb" for c in chapters)):
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, to / name)
-    (to / "saerad").mkdir()
-    for name in ("assets", *(f"{m}.py" for m in MODULES)): (to / "saerad" / name).symlink_to(ROOT / "saerad" / name)
+    (to / "saerad").symlink_to(ROOT / "saerad")
     for chapter in chapters:
         nb = nbformat.read(to / f"nbs/{chapter}.ipynb", 4)
         for cell in nb.cells:
-            if cell.cell_type == "markdown": cell.source = without_the_rest(cell.source)
-        nb.cells = [c for c in nb.cells if c.cell_type != "code" or not imports_the_rest(c.source)]
+            if cell.cell_type == "markdown": cell.source = without_the_rest(cell.source, chapter)
         nbformat.write(nb, to / f"nbs/{chapter}.ipynb")
     for name in ("configs", "benchmarks", "figures", "LICENSE"):
         if (ROOT / name).exists(): (to / name).symlink_to(ROOT / name)
@@ -69,7 +63,7 @@ def site(tmp_path_factory):
 def test_the_site_has_no_fault(site):
     """Links, anchors, pictures, raw markup; and a page for every name that the copied chapters export."""
     assert site.builder.check(site.folder) == []
-    mine = [key for key in site.book.said if key.split(":")[0] in ("sae", "training")]
+    mine = [key for key in site.book.said if key.split(":")[0] in ("sae.model", "sae.training")]
     assert len(mine) > 20 and set(mine) <= set(site.book.names)
     assert all((site.folder / site.book.names[key].partition("#")[0]).is_file() for key in mine)
 
@@ -94,8 +88,8 @@ def test_where_quarto_is_installed_nbdev_asks_it_and_the_readme_stays_ours(tmp_p
     assert (top / "_proc/index.ipynb").is_file() and (top / "_proc/guides/start_student.ipynb").is_file()
 
 
-PLANTED = {"a link to a page that is not there": ('<a href="05_nothing.html">x</a>', "05_nothing.html, which is not there"),
-           "a link to a place that is not on the page": ('<a href="05_sae.html#nowhere">x</a>', "no such place"),
+PLANTED = {"a link to a page that is not there": ('<a href="nothing.html">x</a>', "nothing.html, which is not there"),
+           "a link to a place that is not on the page": ('<a href="sae/model.html#nowhere">x</a>', "no such place"),
            "a picture that is missing": ('<img src="gone.png" alt="">', "gone.png, which is not there"),
            "a script from elsewhere": ('<script src="https://example.org/x.js"></script>', "loads https://example.org/x.js"),
            "an address in memory": ("<pre>f(x=&lt;Ranks object at 0x7efec5&gt;)</pre>", "shows an address in memory"),
@@ -106,7 +100,9 @@ PLANTED = {"a link to a page that is not there": ('<a href="05_nothing.html">x</
 @pytest.mark.parametrize("what", PLANTED)
 def test_the_check_finds(what, site, tmp_path):
     markup, said = PLANTED[what]
-    for name in ("index.html", "05_sae.html"): shutil.copy(site.folder / name, tmp_path / name)
+    for name in ("index.html", "sae/model.html"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(site.folder / name, tmp_path / name)
     before = set(site.builder.check(tmp_path))
     page = (tmp_path / "index.html").read_text()
     (tmp_path / "index.html").write_text(page.replace("</article>", f"{markup}</article>", 1))
@@ -115,8 +111,8 @@ def test_the_check_finds(what, site, tmp_path):
 
 
 def test_a_name_without_a_page_is_found(site):
-    less = SimpleNamespace(said={"sae:Nothing": ("", 1)}, names={})
-    assert site.builder.check(site.folder, less) == ["sae:Nothing has no page of its own"]
+    less = SimpleNamespace(said={"sae.model:Nothing": ("", 1)}, names={})
+    assert site.builder.check(site.folder, less) == ["sae.model:Nothing has no page of its own"]
 
 
 def test_the_search_answers_in_a_folder_opened_from_disk(site, browser):
@@ -124,15 +120,15 @@ def test_the_search_answers_in_a_folder_opened_from_disk(site, browser):
     page.goto((site.folder / "index.html").as_uri())
     page.click(".md-search__button")
     page.keyboard.type("Matryoshka")
-    hit = page.locator("a[href*='05_sae.html']").filter(has_text="Matryoshka").last
+    hit = page.locator("a[href*='sae/model.html']").filter(has_text="Matryoshka").last
     hit.click()
-    page.wait_for_url(re.compile(r"05_sae\.html"))
+    page.wait_for_url(re.compile(r"sae/model\.html"))
     assert "The sparse autoencoder" in page.inner_text("h1")
 
 
 def test_formulas_are_drawn_and_pictures_are_there(site, browser):
     page = browser.page()
-    page.goto((site.folder / "06_training.html").as_uri())
+    page.goto((site.folder / "sae/training.html").as_uri())
     formulas = page.locator("article math").all()
     assert len(formulas) > 4 and all(f.bounding_box()["width"] > 0 for f in formulas)
     assert page.locator("div.math math[display=block] mfrac").count() >= 2 and "$" not in page.inner_text("article p >> nth=0")
@@ -149,15 +145,15 @@ def test_links_lead_from_page_to_page_and_into_the_reference(site, browser):
     page.go_back()
     page.goto((site.folder / "names.html").as_uri())
     page.locator("article a", has_text=re.compile("^SAEConfig$")).click()
-    page.wait_for_url(re.compile(r"05_sae\.html#SAEConfig"))
+    page.wait_for_url(re.compile(r"sae/model\.html#SAEConfig"))
     assert page.locator("#SAEConfig").count() == 1 and "group_fractions" in page.inner_text("article")
     page.locator(".source a").first.click()
-    page.wait_for_url(re.compile(r"source/sae\.html#"))
-    assert "saerad/sae.py" in page.inner_text("h1")
+    page.wait_for_url(re.compile(r"source/sae/model\.html#"))
+    assert "saerad/sae/model.py" in page.inner_text("h1")
 
 
 def test_a_page_of_the_site_fits_a_phone(site, browser):
     page = browser.page(width=390)
-    for name in ("index", "05_sae", "06_training", "names"):
+    for name in ("index", "sae/model", "sae/training", "names"):
         page.goto((site.folder / f"{name}.html").as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, name

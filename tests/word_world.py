@@ -3,8 +3,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from saerad.sae import MatryoshkaSAE
-from saerad.store import TOKEN_SCHEMA, Store, StoreWriter
+from saerad.activations.store import TOKEN_SCHEMA, Store, StoreWriter
+from saerad.sae.model import MatryoshkaSAE
 
 SENTENCES = ("There is a small left pleural effusion .", "There is a moderate right effusion .", "The heart is mildly enlarged .",
              "No pleural effusion or pneumothorax .", "Heart size is normal .", "A PICC tip lies in the right atrium .",

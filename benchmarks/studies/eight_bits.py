@@ -10,10 +10,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from saerad.evaluation import fvu
-from saerad.run import Run, load_config, run_config
-from saerad.store import TOKEN_SCHEMA, Store, StoreWriter
-from saerad.training import train_sae
+from saerad.activations.store import TOKEN_SCHEMA, Store, StoreWriter
+from saerad.run.config import load_config
+from saerad.run.stages import run_config
+from saerad.sae.evaluation import fvu
+from saerad.sae.training import train_sae
+from saerad.show.run_folder import Run
 
 SEEDS = range(3)
 
@@ -31,7 +33,7 @@ def in_eight_bits(store: Store, folder: Path) -> Store:
 def main(path: str = "configs/phantom.yaml", *settings: str) -> None:
     config, out = load_config(Path(path), settings), Path("runs/eight_bits")
     run_config(config, out / "float32", last="extract")
-    stores = {"float32": Run(config, out / "float32").store}
+    stores = {"float32": Run(out / "float32", config).store}
     stores["int8"] = in_eight_bits(stores["float32"], out / "int8")
     x = stores["float32"].read(stores["float32"].where("test"))
     print(f"share of variance lost by rounding: {fvu(x, stores['int8'].read(stores['int8'].where('test'))):.1e}")

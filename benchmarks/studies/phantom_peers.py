@@ -19,7 +19,9 @@ import safetensors.torch as st
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sae import in_a_process, peer_python  # noqa: E402
 
-from saerad.run import Run, load_config, run_config  # noqa: E402
+from saerad.run.config import load_config  # noqa: E402
+from saerad.run.stages import run_config
+from saerad.show.run_folder import Run
 
 SEEDS = range(2)
 RATES = 1, 2, 4          # times 2e-4 / sqrt(width / 2^14)
@@ -45,8 +47,8 @@ def report(rebuild):
 
 OURS = COMMON + '''
 import tempfile
-from saerad.sae import SAEConfig
-from saerad.training import TrainingConfig, batch_topk, train_sae
+from saerad.sae.model import SAEConfig
+from saerad.sae.training import TrainingConfig, batch_topk, train_sae
 class Rows:
     meta = {"rows": s["rows"]}
     d = train.shape[1]
@@ -97,7 +99,7 @@ report(lambda x: forward(x, steps).sae_out * scale)
 def main(path: str = "configs/phantom.yaml", *settings: str) -> None:
     config, out = load_config(Path(path), settings), Path("runs/phantom_peers")
     run_config(config, out / "base", last="extract")
-    store, rows = Run(config, out / "base").store, (out / "rows.safetensors").resolve()
+    store, rows = Run(out / "base", config).store, (out / "rows.safetensors").resolve()
     st.save_file({split: store.read(store.where(split)) for split in ("train", "test")}, rows)
     contenders = {"saerad": (sys.executable, OURS)}
     if peer := peer_python(): contenders |= {"dictionary_learning": (peer, DICTIONARY_LEARNING), "sae_lens": (peer, SAE_LENS)}

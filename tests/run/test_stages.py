@@ -1,0 +1,339 @@
+"""Configs, keys, skipping and resuming: a real, tiny run."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+from saerad.core import UserError
+from saerad.run import stages as running
+from saerad.run.checks import check
+from saerad.run.cli import main
+from saerad.run.config import Config, changed, load_config, validated, with_settings
+from saerad.run.stages import is_finished, locked, plan, run_config
+from saerad.run.summary import SUMMARY
+from saerad.show.atlas import NOTICES
+from saerad.show.run_folder import Run
+
+TINY = """
+studies: {source: "phantom:0", train_patients: 20, validation_patients: 5, test_patients: 5}
+subject: {model: mini}
+extraction: {layer: 2, rows_per_shard: 512}
+sae: {expansion: 1, k: 8}
+training: {steps: 40, batch_size: 128, checkpoint_every: 10}
+evaluation: {loss_studies: 4, report_studies: 2, max_new_tokens: 24}
+steering: {features: [0], alphas: [-10, 10], studies: 2, controls: 0, max_new_tokens: 24}
+"""
+# Files whose bytes must not depend on whether the run was killed on the way.
+SAME = ("activations/tokens.parquet", "activations/store.json", "sae/sae.safetensors", "sae/metrics.jsonl", "sae/evaluation.json",
+        "exemplars/exemplars.parquet", "interpretations/interpretations.parquet", "steering/judgements.parquet", "report.html")
+
+
+@pytest.fixture(scope="module")
+def config():
+    return validated(yaml.safe_load(TINY), "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def done(config, tmp_path_factory):
+    """A finished tiny run: its folder and its summary."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    return out, run_config(config, out)
+
+
+# ---------------------------------------------------------------- configs
+
+@pytest.mark.parametrize("text, words", [
+    ("sae: {expantion: 4}", ["sae.expantion", "sae.expansion"]),
+    ("steerin: {}", ["steerin", "steering"]),
+    ("sae: {layer: 4}", ["sae.layer", "extraction.layer"]),
+    ("sae: {k: many}", ["sae.k", "many"]),
+    ("sae: {k: 0}", ["sae.k", "0"]),
+    ("sae: [1, 2]", ["sae"]),
+    ("just words", ["bad.yaml"]),
+    ("sae: {k: 1", ["bad.yaml", "line"]),
+])
+def test_bad_configs_are_named_in_one_sentence(tmp_path, text, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as told: load_config(path)
+    assert all(word in str(told.value) for word in words)
+    assert "\n" not in str(told.value)
+
+
+def test_a_missing_config_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere.yaml"): load_config(tmp_path / "nowhere.yaml")
+
+
+def test_settings_lie_over_the_file(tmp_path):
+    path = tmp_path / "night.yaml"
+    path.write_text("sae: {k: 8, expansion: 2}\nseed: 3")
+    config = load_config(path, ["sae.k=16", "steering.alphas=[-5, 5]", "training.lr=1e-3"])
+    assert (config.sae.k, config.sae.expansion, config.seed, config.training.lr) == (16, 2, 3, 1e-3)
+    assert list(config.steering.alphas) == [-5, 5]
+    assert config.out == "runs/night"
+
+
+def test_an_empty_file_is_a_config(tmp_path):
+    (tmp_path / "empty.yaml").write_text("")
+    assert load_config(tmp_path / "empty.yaml").sae == Config().sae
+
+
+@pytest.mark.parametrize("setting", ["sae.k", "sae.k.deep=1", "sae.expantion=4", "seed.x=1", "=3"])
+def test_bad_settings_are_errors(setting):
+    with pytest.raises(UserError): changed(Config(), [setting])
+
+
+def test_settings_do_not_change_what_they_lie_over():
+    values = {"sae": {"k": 8}}
+    with_settings(values, ["sae.k=9"])
+    assert values == {"sae": {"k": 8}}
+
+
+@pytest.mark.parametrize("name", ["phantom", "openi", "paper", "corrected"])
+def test_the_configs_that_come_with_saerad_are_valid(name):
+    assert load_config(Path(__file__).parents[2] / "configs" / f"{name}.yaml").out == f"runs/{name}"
+
+
+def test_paper_and_corrected_differ_in_the_group_order_alone():
+    paper, corrected = (load_config(Path(__file__).parents[2] / "configs" / f"{n}.yaml", ["out=x"]) for n in ("paper", "corrected"))
+    assert paper != corrected
+    assert changed(paper, ["sae.group_order=ascending"]) == corrected
+
+
+# ---------------------------------------------------------------- keys
+
+@pytest.mark.parametrize("setting, again", [
+    ("steering.alphas=[-5, 5]", ["steer", "figures", "atlas"]),
+    ("evaluation.batch_size=3", ["evaluate", "steer", "figures", "atlas"]),
+    ("exemplars.window=3", ["exemplars", "interpret", "steer", "figures", "atlas"]),
+    ("sae.k=7", ["train", "evaluate", "exemplars", "interpret", "steer", "portray", "figures", "atlas"]),
+    ("portraits.words=3", ["portray", "atlas"]),
+    ("out=elsewhere", []),
+])
+def test_a_change_redoes_what_depends_on_it(setting, again):
+    before, after = (plan(c, "studies", "model") for c in (Config(), changed(Config(), [setting])))
+    assert [name for name in before if before[name] != after[name]] == again
+
+
+def test_seed_studies_and_model_redo_everything():
+    base = plan(Config(), "studies", "model")
+    for other in (plan(changed(Config(), ["seed=1"]), "studies", "model"), plan(Config(), "more", "model"), plan(Config(), "studies", "another")):
+        assert not set(base.values()) & set(other.values())
+
+
+def test_a_trained_subject_is_a_stage_of_its_own():
+    config = changed(Config(), ["subject.model=trained"])
+    assert list(plan(config, "studies", ""))[0] == "subject"
+    longer = plan(changed(config, ["subject.decoder.epochs=9"]), "studies", "")
+    assert not set(longer.values()) & set(plan(config, "studies", "").values())
+
+
+def test_the_code_counts(monkeypatch):
+    base = plan(Config(), "studies", "model")
+    monkeypatch.setattr(running, "code_version", lambda modules: "edited" if "steering/steer" in modules else running.content_hash(list(modules)))
+    edited = plan(Config(), "studies", "model")
+    assert edited["steer"] != base["steer"]
+
+
+# ---------------------------------------------------------------- a run
+
+def test_a_run_leaves_what_the_plan_says(done):
+    out, summary = done
+    for name in ("config.yaml", "manifest.json", "summary.json", "report.html", "activations/store.json", "activations/tokens.parquet",
+                 "sae/sae.safetensors", "sae/config.json", "sae/metrics.jsonl", "sae/evaluation.json", "exemplars/features.parquet",
+                 "exemplars/exemplars.parquet", "interpretations/interpretations.parquet", "steering/generations.parquet",
+                 "steering/judgements.parquet", "atlas/index.html"):
+        assert (out / name).stat().st_size, name
+    assert list((out / "figures").glob("*.svg")) and list((out / "figures").glob("*.csv"))
+    assert not list(out.rglob("*.part"))
+    assert set(summary) == {"studies", "sae", "interpretation", "steering", "truth", "seconds"}
+    assert {k: set(v) for k, v in summary.items() if k != "seconds"} == {k: set(v) for k, v in SUMMARY.items()}
+    assert all(seconds is not None for seconds in summary["seconds"].values())
+    shares = [summary["steering"][name] for name in ("unchanged", "on_target_only", "mixed", "off_target_only", "degenerate")]
+    assert sum(shares) == pytest.approx(1)
+    said = summary["interpretation"]
+    assert said["refusals"] == 0 and said["scored"] + sum(said["unscored"].values()) == said["features"]
+
+
+def test_a_run_is_exported_for_delphi(done, tmp_path, capsys):
+    out, _ = done
+    command = ["export", str(out), str(tmp_path / "cache"), "--hookpoint", "layers.2", "--splits", "4"]
+    for code, word in ((0, str(tmp_path / "cache/layers.2")), (2, "is not empty")):
+        with pytest.raises(SystemExit) as ended: main(command)
+        said = capsys.readouterr()
+        assert ended.value.code == code and word in (said.err if code else said.out)
+    files = sorted((tmp_path / "cache/layers.2").glob("*.safetensors"))
+    assert files and sum(len(safetensors.torch.load_file(f)["activations"]) for f in files) > 0
+
+
+def test_the_config_in_the_run_is_the_config(done, config):
+    out, _ = done
+    again = validated(yaml.safe_load((out / "config.yaml").read_text()), "config.yaml")
+    assert again == config
+
+
+def test_the_manifest_says_how_it_was_made(done, config):
+    stages = json.loads((done[0] / "manifest.json").read_text())["stages"]
+    keys = plan(config, Run(done[0], config).source.hash(), running.model_hash(config))
+    assert {name: entry["key"] for name, entry in stages.items()} == keys
+    assert all(e["finished"] and e["seed"] == 0 and e["versions"]["torch"] and e["files"] for e in stages.values())
+    assert stages["train"]["inputs"] == {"extract": keys["extract"]}
+
+
+def test_what_is_finished_is_skipped(done, config):
+    out, _ = done
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name not in ("summary.json", ".lock")}
+    lines = []
+    run_config(config, out, say=lines.append)
+    assert all("finished before" in line for line in lines)
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_a_lost_file_is_made_again(done, config):
+    out, _ = done
+    (out / "exemplars/features.parquet").unlink()
+    key = json.loads((out / "manifest.json").read_text())["stages"]["exemplars"]["key"]
+    assert not is_finished(Run(out, config), running.STAGES["exemplars"], key)
+    lines = []
+    run_config(config, out, last="exemplars", say=lines.append)
+    assert [line.split()[0] for line in lines if "before" not in line] == ["exemplars"]
+
+
+def test_from_does_a_stage_and_all_later_ones_again(done, config):
+    lines = []
+    run_config(config, done[0], first="figures", say=lines.append)
+    assert [line.split()[0] for line in lines if "before" not in line] == ["figures", "atlas"]
+
+
+def test_editing_a_protocol_or_its_prompt_interprets_again(done, config, tmp_path):
+    out, own, prompt = tmp_path / "run", tmp_path / "mine.yaml", tmp_path / "mine-1.txt"
+    shutil.copytree(done[0], out)
+    prompt.write_text("Explain.")
+    def write(active): own.write_text(f"explain_prompt: mine-1\ndetect_prompt: detect-paper-1\nscore_active: {active}\n")
+    def again():
+        lines = []
+        run_config(changed(config, [f"interpretation.protocol={own}"]), out, last="interpret", say=lines.append)
+        return [line.split()[0] for line in lines if "before" not in line]
+    write(30)
+    assert again() == ["interpret"]
+    assert again() == []
+    write(20)
+    assert again() == ["interpret"]
+    prompt.write_text("Explain briefly.")
+    assert again() == ["interpret"]
+    prompt.touch()
+    assert again() == []
+
+
+def test_editing_a_file_that_a_setting_names_changes_the_key(tmp_path):
+    protocol, prompt, table = tmp_path / "mine.yaml", tmp_path / "mine-1.txt", tmp_path / "released.csv"
+    prompt.write_text("Explain.")
+    protocol.write_text("explain_prompt: mine-1\ndetect_prompt: detect-paper-1\n")
+    table.write_text("feature,label\n0,wires\n")
+    config = changed(Config(), [f"interpretation.protocol={protocol}", f"interpretation.descriptions={table}"])
+    for path, more in ((protocol, "active: 5\n"), (prompt, " Briefly."), (table, "1,tubes\n")):
+        before = plan(config, "studies", "model")
+        assert plan(config, "studies", "model") == before
+        path.write_text(path.read_text() + more)
+        after = plan(config, "studies", "model")
+        assert [name for name in before if before[name] != after[name]] == ["interpret", "steer", "figures", "atlas"]
+    table.unlink()
+    with pytest.raises(UserError, match="released.csv does not exist"): plan(config, "studies", "model")
+
+
+def test_a_folder_that_held_another_run_changes_nothing(done, config, tmp_path):
+    again, fresh = tmp_path / "again", tmp_path / "fresh"
+    shutil.copytree(done[0], again)
+    other = changed(config, ["sae.k=5", "training.steps=30"])
+    summaries = [run_config(other, out, last="evaluate", say=lambda line: None) for out in (again, fresh)]
+    assert summaries[0] | {"seconds": 0} == summaries[1] | {"seconds": 0}  # of the stages that were not done again nothing is left over
+    assert (again / "sae/evaluation.json").read_bytes() == (fresh / "sae/evaluation.json").read_bytes()
+    assert not (again / "interpretations/interpretations.parquet").exists()
+
+
+def test_training_without_a_store_of_its_rows(config, tmp_path):
+    online = changed(config, ["training.online=true", "training.online_bytes=2000000", "extraction.train_studies=6"])
+    summary = run_config(online, tmp_path / "online", last="evaluate")
+    assert 6 < summary["studies"]["studies"] < 30 and summary["sae"]["fvu"] < 1
+    assert isinstance(running.training_rows(Run(tmp_path / "online", online)), running.Online)
+    with pytest.raises(UserError, match="training.online"): check(Run(tmp_path / "none", changed(online, ["extraction.reports=generated"])))
+
+
+COMMAND = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import left_threads
+import torch
+torch.set_num_threads(1)
+from saerad.run.cli import main
+main(sys.argv[2:])
+"""
+
+
+def test_several_ranks_share_one_command(tmp_path):
+    """`saerad train` on two ranks leaves the store of one process and its dictionary but for rounding; the command once more does nothing."""
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    (tmp_path / "command.py").write_text(COMMAND)
+    command = [str(tmp_path / "command.py"), str(Path(__file__).parent), "train", str(tmp_path / "tiny.yaml"), "extraction.studies_per_part=8"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for out, how in (("one", []), ("two", together), ("two", together)):
+        ended = subprocess.run([sys.executable, *how, *command, "--out", str(tmp_path / out)], env=env, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, ended.stderr[-2000:]
+    files = [p.name for p in sorted((tmp_path / "one/activations").iterdir()) if p.suffix != ".lock"]
+    assert sum(n.startswith("shard") for n in files) >= 4
+    for name in files: assert (tmp_path / "two/activations" / name).read_bytes() == (tmp_path / "one/activations" / name).read_bytes(), name
+    assert [line.split() for line in ended.stdout.splitlines()[:2]] == [["extract", "finished", "before"], ["train", "finished", "before"]]
+    one, two = (safetensors.torch.load_file(tmp_path / out / "sae/sae.safetensors")["W_dec"] for out in ("one", "two"))
+    assert torch.cosine_similarity(one, two).min() > 0.99     # another engine rounds elsewhere
+
+
+def test_two_processes_do_not_write_one_run(done, config):
+    with locked(done[0]), pytest.raises(UserError, match="another saerad process"): run_config(config, done[0])
+
+
+KILL = "import sys; from saerad.run.cli import main; main(sys.argv[1:])"
+
+
+def kill_when(path, arguments):
+    """Start `saerad` as a process of its own and kill it as soon as a file is there."""
+    process = subprocess.Popen([sys.executable, "-c", KILL, *arguments], env={**os.environ, "TQDM_DISABLE": "1"}, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 300
+    while not path.exists() and process.poll() is None and time.monotonic() < until: time.sleep(.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+
+
+@pytest.mark.timeout(900)
+def test_a_run_that_was_killed_twice_ends_with_the_same_bytes(done, config, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    out = tmp_path / "run"
+    for when in ("activations/shard-00001.safetensors", "sae/checkpoint/state.safetensors"):
+        kill_when(out / when, ["run", str(tmp_path / "tiny.yaml"), "--out", str(out)])
+        assert not (out / "report.html").exists()
+    run_config(config, out)
+    for name in SAME: assert (out / name).read_bytes() == (done[0] / name).read_bytes(), name
+
+
+def test_the_published_atlas_of_a_run_holds_none_of_its_texts(config, done, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(done[0], folder)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json") | {"out": str(folder)}))
+    def atlas(*flags):
+        with pytest.raises(SystemExit) as ended: main(["atlas", str(tmp_path / "config.yaml"), *flags])
+        assert ended.value.code == 0
+        return "".join(p.read_text() for p in (folder / "atlas").rglob("*.js")), (folder / "atlas/index.html").read_text()
+    whole, page = atlas()
+    assert '"tokens":' in whole and NOTICES[True] not in page
+    published, page = atlas("--publish")
+    assert NOTICES[True] in page and '"published":true' in published.replace(" ", "") and not (folder / "atlas/films").exists()

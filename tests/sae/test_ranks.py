@@ -1,0 +1,93 @@
+"""Two and four real processes against one: selection, weights, threshold, metrics and checkpoints."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch as st
+import torch
+
+from saerad.core import UserError
+from saerad.sae.model import SAEConfig
+from saerad.sae.ranks import Ranks
+from saerad.sae.training import TrainingConfig, train_sae
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_training import Vectors  # noqa: E402
+
+SETTINGS = TrainingConfig(steps=24, batch_size=128, lr=3e-3, dead_after=0.05, aux_k=2, start_rows=256, checkpoint_every=10, log_every=1,
+                          engine="sparse")
+SHAPE = SAEConfig(k=2, expansion=4, group_fractions=(1/4, 1/4, 1/2))
+
+RUN = """
+import sys
+sys.path.insert(0, {here!r})
+import left_threads
+import torch
+torch.set_num_threads(1)
+from test_ranks import SETTINGS, SHAPE
+from test_training import Vectors
+from saerad.sae.training import train_sae
+
+class Stops(Vectors):
+    def batches(self, *args, **kwargs):
+        for step, rows, x in super().batches(*args, **kwargs):
+            if step == int(sys.argv[2]): raise KeyboardInterrupt
+            yield step, rows, x
+
+for shard in (False, True):
+    try: train_sae(Stops(), SHAPE, SETTINGS.model_copy(update=dict(shard=shard)), 0, sys.argv[1] + ("/shard" if shard else "/batch"))
+    except KeyboardInterrupt: pass
+"""
+
+
+def launch(size: int, out: Path, stop: int = 10**6) -> None:
+    script = out / "run.py"
+    out.mkdir(exist_ok=True)
+    script.write_text(RUN.format(here=str(Path(__file__).parent)))
+    env = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), str(script), str(out), str(stop)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_several_processes_train_what_one_trains(size, tmp_path):
+    train_sae(Vectors(), SHAPE, SETTINGS, 0, tmp_path / "one")
+    if size == 2: launch(size, tmp_path, stop=13)               # killed between two checkpoints, then taken up again
+    launch(size, tmp_path)
+    expected = st.load_file(tmp_path / "one/sae.safetensors")
+    log = [json.loads(line) for line in (tmp_path / "one/metrics.jsonl").read_text().splitlines()]
+    assert max(m["aux"] for m in log) > 0 and max(m["dead"] for m in log) > 0
+    for way in ("batch", "shard"):
+        found = st.load_file(tmp_path / way / "sae.safetensors")
+        for name, t in expected.items(): assert torch.allclose(found[name], t, atol=2e-4), (way, name)
+        ours = [json.loads(line) for line in (tmp_path / way / "metrics.jsonl").read_text().splitlines()]
+        assert len(ours) == len(log)
+        for a, b in zip(ours, log, strict=True): assert a == pytest.approx(b, rel=1e-3, abs=1e-4), way
+        config = json.loads((tmp_path / way / "config.json").read_text())
+        assert config["group_sizes"] == [12, 12, 24] and config["k"] == 2
+    assert len(list((tmp_path / "shard/checkpoint").iterdir())) == size
+
+
+@pytest.mark.parametrize("k", [1, 7, 500, 999, 100_000])
+def test_kth_largest_is_exact(k):
+    values = torch.randn(2000, generator=torch.Generator().manual_seed(0))
+    values[100:200] = values[50]
+    positive = values[values > 0].sort(descending=True).values
+    assert Ranks().kth_largest(values, k) == (positive[k - 1] if k <= len(positive) else 0)
+    assert Ranks().kth_largest(torch.zeros(3), 1) == 0
+
+
+def test_the_strongest_of_a_token():
+    z = torch.rand(5, 9, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(Ranks().strongest(z, 3)[:, 0], z.sort(descending=True).values[:, 2])
+    assert Ranks().strongest(z, 9).count_nonzero() == 0
+
+
+def test_what_cannot_be_shared_is_said():
+    with pytest.raises(UserError, match="batch_size is 10.*3 processes"): Ranks(0, 3).check(10, [])
+    with pytest.raises(UserError, match="group of 5"): Ranks(0, 2, shard=True).check(10, [[4, 5]])
+    Ranks(0, 2, shard=True).check(7, [[4, 6]])

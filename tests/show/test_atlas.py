@@ -1,0 +1,505 @@
+"""The atlas and the report: what they show, what they must never show, and that a browser can open them from disk."""
+import json
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from saerad.core import UserError, read_table, write_table
+from saerad.sae.model import MatryoshkaSAE
+from saerad.show.atlas import (
+    COLUMNS,
+    NOTICES,
+    AtlasConfig,
+    build_atlas,
+    changes,
+    example_steered,
+    feature_table,
+    finding_boxes,
+    headlines,
+    pick_contexts,
+    shade,
+    share_inside,
+    write_atlas,
+    write_report,
+)
+from saerad.show.figures import FiguresConfig, draw_figures
+from saerad.show.invented import invent_run
+from saerad.show.run_folder import Run
+from saerad.steering.judges import OUTCOMES
+from saerad.studies.record import StudiesConfig
+from saerad.studies.sources import open_source
+
+NASTY = '<script>document.title = "broken"</script>'
+
+
+def with_films(folder):
+    "An invented run on a small phantom, with films for every third feature and hostile markup in texts and descriptions."
+    studies = {"source": "phantom:0", "train_patients": 3, "validation_patients": 1, "test_patients": 2}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"studies": studies, "subject": {"model": "mini"}}))
+    ids = [s.study for s in open_source(StudiesConfig(**studies))]
+    rows = read_table(folder / "exemplars/exemplars.parquet").to_pylist()
+    for row in rows: row["tokens"][4] = NASTY
+    write_table(folder / "exemplars/exemplars.parquet", pa.Table.from_pylist(rows))
+    path = folder / "interpretations/interpretations.parquet"
+    table = read_table(path).to_pandas()
+    best = int(table.f1.idxmax())
+    table.loc[best, "explanation"] = f"fires on {NASTY}"
+    write_table(path, pa.Table.from_pandas(table))
+    features = read_table(folder / "exemplars/features.parquet").to_pandas()
+    features.loc[best, [c for c in features if c.startswith("in_")]] = 0.0
+    features.loc[best, ["in_image", "in_findings"]] = 0.5
+    write_table(folder / "exemplars/features.parquet", pa.Table.from_pandas(features))
+    films = [{"feature": f, "study": ids[0], "view": "frontal", "rows": 8, "columns": 8, "peak": 2.0, "patches": [9, 10], "activations": [1.0, 2.0]}
+             for f in sorted({best, *range(0, len(table), 3)})]
+    write_table(folder / "portraits/films.parquet", pa.Table.from_pylist(films))
+    return best
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    run = invent_run(tmp_path_factory.mktemp("run"))
+    best = with_films(run)
+    draw_figures(run, FiguresConfig(dpi=60), ["f1", "steering", "film"])
+    build_atlas(run)
+    return run, best
+
+
+@pytest.fixture
+def copy(built, tmp_path):
+    shutil.copytree(built[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def data(path):
+    "The arguments of the call in a data script."
+    call = re.fullmatch(r"saerad\.\w+\((.*)\);\n", path.read_text(), re.DOTALL)[1]
+    return json.loads(f"[{call}]")
+
+
+def everything(folder):
+    return "\n".join(p.read_text() for p in sorted(folder.rglob("*")) if p.suffix in (".html", ".js"))
+
+
+# ---- pieces ---------------------------------------------------------------------------------------------------------
+
+@given(st.text("ab .\n", max_size=40), st.text("ab .\n", max_size=40))
+def test_both_reports_can_be_read_off_their_changes(before, after):
+    pieces = changes(before, after)
+    for text, kinds in ((before, "=-"), (after, "=+")):
+        assert "".join(t for k, t in pieces if k in kinds) == (text.lstrip() if text.strip() else "")
+    assert changes(before, before) in ([], [["=", before.lstrip()]])
+
+
+def test_changes_are_whole_words():
+    assert changes("a small effusion.", "a smaller effusion.") == [["=", "a "], ["-", "small "], ["+", "smaller "], ["=", "effusion."]]
+
+
+@given(st.lists(st.floats(-10, 100), max_size=6), st.floats(0, 100))
+def test_shades_stay_readable(activations, top):
+    shades = shade(activations, top)
+    assert len(shades) == len(activations) and all(0 <= s <= 0.55 for s in shades)
+
+
+def test_headlines_leave_out_what_is_missing():
+    assert headlines({"sae": {"loss_recovered": 0.9, "dead": None}, "steering": None}) == headlines({}) == []
+    assert headlines({"truth": {"report_finding_f1": 0.912}}) == [
+        ("The subject model's own reports find what is on the film with a macro F1 of 0.91.", "")]
+
+
+# ---- the atlas ------------------------------------------------------------------------------------------------------
+
+def test_the_table_has_every_feature_and_its_scores(built):
+    run, _ = built
+    [table] = data(run / "atlas/data/table.js")
+    scores = read_table(run / "interpretations/interpretations.parquet").to_pandas()
+    names = [c["name"] for c in table["columns"]]
+    assert names == [c["name"] for c in COLUMNS] and [r[0] for r in table["rows"]] == scores.feature.tolist()
+    f1 = [r[names.index("f1")] for r in table["rows"]]
+    assert [v is None for v in f1] == scores.f1.isna().tolist() and max(v for v in f1 if v) == pytest.approx(scores.f1.max(), abs=1e-5)
+    measured = read_table(run / "steering/steerability.parquet").to_pandas().set_index("feature").measured
+    shown = {r[0]: r[names.index("steerability")] for r in table["rows"] if r[names.index("steerability")] is not None}
+    assert shown == pytest.approx(measured.to_dict(), abs=1e-5)
+    findings = {r[names.index("finding")] for r in table["rows"] if r[1] and "effusion" in r[1]}
+    assert findings == {"effusion"}
+
+
+def test_a_page_holds_the_feature_that_it_names(built):
+    run, best = built
+    number, features = data(run / f"atlas/data/features-{best // 32:04d}.js")
+    page = features[str(best)]
+    exemplars = [e for e in read_table(run / "exemplars/exemplars.parquet").to_pylist() if e["feature"] == best]
+    shown = [c for g in page["groups"] for c in g["contexts"]]
+    assert number == best // 32 and len(shown) == len(exemplars)
+    strongest = max((e for e in exemplars if e["decile"] == 10), key=lambda e: max(e["activations"]))
+    assert shown[0]["activations"] == pytest.approx(strongest["activations"], abs=0.006) and page["groups"][0]["title"].startswith("Strongest")
+    assert sum(page["places"].values()) == pytest.approx(1, abs=1e-3)
+    assert len(page["doses"]) == 4 and all(sum(d[o] for o in OUTCOMES) == pytest.approx(1, abs=1e-3) for d in page["doses"])
+    assert len(page["steered"]) == 4 and "on target" in page["steered"][0]["title"]
+    assert page["neighbours"][0][0] == (best + 1) % 160 and len(page["promoted"]) == len(page["suppressed"]) == 5
+    [film] = page["films"]
+    assert (run / "atlas" / film["film"]).stat().st_size > 500 and film["patches"] == [10, 9] and film["boxes"]
+    assert len(page["histogram"]["edges"]) == len(page["histogram"]["counts"]) + 1 and page["histogram"]["counts"][0] > 0
+
+
+def test_the_table_says_which_descriptions_say_the_same(built):
+    run, _ = built
+    [table] = data(run / "atlas/data/table.js")
+    scores = read_table(run / "interpretations/interpretations.parquet").to_pandas().set_index("feature")
+    names = [c["name"] for c in table["columns"]]
+    alike = {r[0]: r[names.index("alike")] for r in table["rows"]}
+    for first, rows in scores[scores.group >= 0].groupby("group"):
+        assert {alike[f] for f in rows.index} == ({min(rows.index)} if len(rows) > 1 else {None}), first
+    assert {alike[f] for f in scores.index[scores.group < 0]} == {None}
+
+
+def test_a_table_without_groups_of_descriptions_shows_none(copy):
+    path = copy / "interpretations/interpretations.parquet"
+    write_table(path, read_table(path).drop_columns("group"))
+    assert feature_table(Run(copy)).alike.isna().all()
+
+
+def test_contexts_come_by_tenth_strongest_first_and_image_tokens_stay_out():
+    rows = [{"feature": f, "role": "score_active", "section": "findings" if i else "image", "tokens": ["a", "b"], "activations": [0.0, float(d + i)],
+             "peak": 1, "decile": d} for f in (3, 4) for d in (1, 10, 5) for i in range(4)]
+    rows.append(rows[1] | {"role": "score_silent", "activations": [99.0, 99.0]})
+    picked = pick_contexts(pa.Table.from_pylist(rows), AtlasConfig(exemplars=2, per_decile=1)).to_pylist()
+    assert [(p["feature"], p["decile"], p["activations"][1]) for p in picked] == [(f, *rest) for f in (3, 4)
+            for rest in ((10, 13.0), (10, 12.0), (5, 8.0), (1, 4.0))]
+    assert len(pick_contexts(pa.Table.from_pylist(rows).slice(0, 0), AtlasConfig())) == 0
+
+
+@given(st.integers(0, 7), st.integers(0, 7))
+def test_a_box_around_one_patch_holds_its_activation_alone(y, x):
+    box = {"left": 12.5 * x + 1, "top": 12.5 * y + 1, "width": 10, "height": 10}
+    heat = np.arange(1.0, 65)
+    inside, area = share_inside(box, 8, 8, range(64), heat)
+    assert inside == pytest.approx(heat[8 * y + x] / heat.sum()) and area == 1 / 64
+
+
+def test_boxes_are_those_that_the_phantom_drew():
+    studies = list(open_source(StudiesConfig(source="phantom:0", train_patients=9, validation_patients=1, test_patients=1)))
+    study = max(studies, key=lambda s: len(s.truth.findings))
+    boxes = finding_boxes(study, "frontal")
+    assert len(boxes) == len(study.truth.boxes) > 0 and all(0 <= b["left"] and b["left"] + b["width"] <= 100 for b in boxes)
+    assert finding_boxes(study, "lateral") == finding_boxes(None, "frontal") == []
+    patches = next(iter(study.truth.patches.values()))
+    assert share_inside(boxes[0], 8, 8, np.flatnonzero(patches), np.ones(patches.sum()))[0] == 1
+    later = next(s for s in studies if s.prior and s.prior.truth.findings)
+    assert len(finding_boxes(later, "prior")) == len(later.prior.truth.findings)
+
+
+def test_numbers_of_contexts_and_pairs_are_settings(copy):
+    write_atlas(copy, AtlasConfig(exemplars=2, per_decile=0, steered=1, films=False))
+    pages = {k: v for path in (copy / "atlas/data").glob("features-*.js") for k, v in data(path)[1].items()}
+    assert max(sum(len(g["contexts"]) for g in p["groups"]) for p in pages.values()) == 2 and max(len(p["steered"]) for p in pages.values()) == 1
+    assert not list(copy.rglob("films/*")) and not any(p["films"] for p in pages.values())
+
+
+def test_no_text_can_become_markup(built):
+    run, _ = built
+    assert "<script>document" not in everything(run / "atlas") and "<script>document" not in (run / "report.html").read_text()
+    assert "\\u003cscript>document" in everything(run / "atlas") and "&lt;script&gt;document" in (run / "report.html").read_text()
+
+
+def test_a_published_edition_holds_no_text_no_film_and_no_study(copy):
+    exemplars = read_table(copy / "exemplars/exemplars.parquet").to_pylist()
+    assert "There is" in everything(copy / "atlas") and exemplars[0]["study"] in everything(copy / "atlas")
+    index = build_atlas(copy, AtlasConfig(publish=True))
+    shown = everything(index.parent) + (copy / "report.html").read_text()
+    studies = {f"study {e['study']}" for e in exemplars}
+    for secret in ("There is", "\"tokens\":[", "data:image/png", "data:image/webp", *studies): assert secret not in shown, secret
+    assert not (copy / "atlas/films").exists() and NOTICES[True] in shown and "drawn into it" not in shown
+    assert all(not p["groups"] and not p["films"] and not p["steered"] for path in index.parent.glob("data/features-*.js")
+               for p in data(path)[1].values())
+
+
+def test_publishing_over_a_private_atlas_leaves_none_of_it(copy):
+    assert list((copy / "atlas/films").glob("*.webp"))
+    (copy / "atlas/data/features-9999.js").write_text("There is a small effusion")
+    write_atlas(copy, AtlasConfig(publish=True))
+    assert "There is" not in everything(copy / "atlas") and not (copy / "atlas/films").exists()
+
+
+def test_the_same_run_gives_the_same_bytes(copy):
+    def all_bytes(): return {p.relative_to(copy): p.read_bytes() for p in (*copy.glob("atlas/**/*.*"), copy / "report.html")}
+    build_atlas(copy)
+    first = all_bytes()
+    build_atlas(copy)
+    assert all_bytes() == first
+
+
+def test_an_unfinished_run(copy):
+    shutil.rmtree(copy / "steering")
+    shutil.rmtree(copy / "interpretations")
+    shutil.rmtree(copy / "figures")
+    (copy / "config.yaml").unlink()
+    (copy / "summary.json").unlink()
+    page = (build_atlas(copy).parent.parent / "report.html").read_text()
+    assert "No feature has been described" in page and "No stage has left a number" in page and "No figures" in page
+    assert feature_table(Run(copy)).f1.isna().all()
+    index = (copy / "atlas/index.html").read_text()
+    assert "Not in this run yet: 2" in index and "saerad interpret" in index and "saerad steer" in index and "saerad exemplars" not in index
+    shutil.rmtree(copy / "exemplars")
+    with pytest.raises(UserError, match="saerad train"): write_atlas(copy)
+    assert write_report(copy).exists()
+
+
+def test_a_dictionary_that_nobody_has_looked_at_gives_its_features(tmp_path):
+    sae = MatryoshkaSAE(4, [2, 3], 2)
+    sae.threshold.fill_(0.1)
+    sae.save(tmp_path / "sae")
+    table = feature_table(Run(tmp_path))
+    assert table.level.tolist() == [0, 0, 1, 1, 1] and set(table.status) == {"not looked at"}
+    index = write_atlas(tmp_path)
+    assert "Not in this run yet: 4" in index.read_text()
+    assert "Nobody has looked yet" in (index.parent / "data/features-0000.js").read_text()
+
+
+def test_a_source_that_is_gone_leaves_out_the_films(copy):
+    (copy / "config.yaml").write_text(yaml.safe_dump({"studies": {"source": "mimic-cxr:/no/such/folder"}}))
+    write_atlas(copy)
+    assert not (copy / "atlas/films").exists() and '"films":[{' not in everything(copy / "atlas/data")
+
+
+def test_pairs_follow_the_row_that_a_judgement_names(copy):
+    path, written = copy / "steering/judgements.parquet", read_table(copy / "steering/generations.parquet").to_pandas()
+    other = written.assign(steered="Another method wrote this.", feature=-9)
+    write_table(copy / "steering/generations.parquet", pa.Table.from_pandas(pd.concat([other, written], ignore_index=True)))
+    judged = read_table(path).to_pandas()
+    write_table(path, pa.Table.from_pandas(judged.assign(generation=np.arange(len(judged)) + len(other))))
+    write_atlas(copy)
+    assert "Another method" not in everything(copy / "atlas") and "There is " in everything(copy / "atlas")
+
+
+# ---- the report -----------------------------------------------------------------------------------------------------
+
+def test_the_report_is_one_file_with_its_figures(built):
+    run, best = built
+    page = (run / "report.html").read_text()
+    assert page.count("<figure>") == 3 and page.count("data:image/svg+xml;base64,") == 3
+    assert f"Feature {best}:" in page and "<li>training</li>" in page and "data:image/webp;base64," in page
+    assert not re.search(r'(src|href)="(?!data:|atlas/index\.html")', page), "nothing is fetched from anywhere"
+
+
+def test_the_steered_example_prefers_what_changed_on_target(built):
+    run, _ = built
+    title = example_steered(Run(run), AtlasConfig())["title"]
+    assert title.endswith("on target only")
+    assert example_steered(Run(run), AtlasConfig(publish=True)) is None
+
+
+# ---- in a browser ---------------------------------------------------------------------------------------------------
+
+def test_every_library_is_in_the_folder_with_its_licence(built):
+    vendor = built[0] / "atlas/vendor"
+    assert "tabulator-tables" in (vendor / "LICENSES.txt").read_text() and "@observablehq/plot" in (vendor / "LICENSES.txt").read_text()
+    assert sum(f.stat().st_size for f in vendor.iterdir()) < 600_000
+    page = (vendor.parent / "index.html").read_text()
+    assert not re.search(r'(src|href)="(https?:)?//',
+                         page) and all((vendor.parent / link).exists() for link in re.findall(r'(?:src|href)="([^"#]+)"', page))
+
+
+def first(page): return page.inner_text("#table .tabulator-row a >> nth=0")
+
+
+def test_the_atlas_searches_sorts_filters_opens_goes_back_and_shares_links(built, browser):
+    run, best = built
+    page, url = browser.page(), (run / "atlas/index.html").as_uri()
+    page.goto(url)
+    page.wait_for_selector("#table .tabulator-row a")
+    assert int(first(page)) == best and NASTY in page.inner_text("#table .tabulator-row >> nth=0")
+    page.click("#table [tabulator-field=feature] button >> nth=0")
+    page.keyboard.press("Enter")           # the heading is a button: Enter sorts the other way
+    assert page.get_attribute("#table .tabulator-col[tabulator-field=feature]", "aria-sort") == "ascending" and first(page) == "0"
+    assert "sort=feature%3Aasc" in page.url
+    page.fill("#search", "pneumothorax")
+    assert all("pneumothorax" in t for t in page.locator("#table .tabulator-row").all_inner_texts())
+    found = int(page.inner_text("#count").split()[0])
+    page.select_option("#level", "2")
+    page.fill("#f1-from", "0.3")
+    kept = int(page.inner_text("#count").split()[0])
+    assert 0 < kept < found
+    shared = page.url
+    page.locator("#table .tabulator-row a >> nth=0").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#feature h1")
+    opened = page.inner_text("#feature h1")
+    page.go_back()
+    page.wait_for_selector("#list:not([hidden])")
+    assert page.url == shared and page.input_value("#search") == "pneumothorax" and int(page.inner_text("#count").split()[0]) == kept
+    other = browser.page()                 # the link in another window brings the same rows, and the other one the same feature
+    other.goto(shared)
+    other.wait_for_selector("#table .tabulator-row a")
+    assert int(other.inner_text("#count").split()[0]) == kept and first(other) == opened.split()[1] and other.input_value("#f1-from") == "0.3"
+    page.click("#clear")
+    assert page.inner_text("#count") == "160 of 160 features" and page.is_hidden("#clear")
+
+
+def test_a_feature_page_shows_it_all_and_runs_no_markup(built, browser):
+    run, best = built
+    page = browser.page()
+    page.goto((run / "atlas/index.html").as_uri() + f"#feature={best}")
+    page.wait_for_selector("#feature .context")
+    assert page.inner_text("#feature h1") == f"Feature {best}" and page.locator("#feature .token.peak").count() == 6
+    assert page.locator("#feature .card svg[role=img][aria-label]").count() == 4, "histogram, places, outcomes, doses"
+    assert page.locator("#feature .films svg rect.box.dashed").count() > 0 and page.locator("#feature .films svg rect[fill='#F0A000']").count() == 2
+    assert page.locator("#feature .pair ins, #feature .pair del").count() > 0 and "<normal>" in page.inner_text("#feature")
+    assert page.locator("#feature .near a").count() == 4 and page.locator("#feature .words li").count() == 10
+    assert page.evaluate("document.title") == f"Feature {best}" and NASTY in page.inner_text("#feature .description")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function(f"(document.querySelector('#feature h1')?.textContent ?? 'Feature {best}') !== 'Feature {best}'")
+    turned = page.inner_text("#feature h1").split()[1]
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#list:not([hidden])")
+    page.wait_for_function(f"document.activeElement.textContent === '{turned}'")          # one goes on from the row that one left
+    assert page.title() not in (f"Feature {best}", f"Feature {turned}")
+    page.goto((run / "report.html").as_uri())
+    assert "broken" not in page.title()
+
+
+def shown(page): return int(page.inner_text("#count").split()[0].replace(",", ""))
+
+
+def test_every_filter_keeps_what_it_says(built, browser):
+    run, _ = built
+    table = feature_table(Run(run))
+    page = browser.page()
+    page.goto((run / "atlas/index.html").as_uri())
+    page.wait_for_selector("#table .tabulator-row a")
+    for name in ("level", "mainly", "view", "finding", "status"):
+        value = page.locator(f"#{name} option").evaluate_all("options => options.map(o => o.value)")[1]
+        page.select_option(f"#{name}", value)
+        assert shown(page) == table[name].map(lambda said, v=value: v in str(said).split("; ")).sum() > 0, name
+        page.click("#clear")
+    for name, unit in (("f1", 1), ("density", 100), ("steerability", 1)):
+        values = table[name].astype(float).round(5) * unit
+        low, high = round(values.quantile(0.3), 3), round(values.quantile(0.8), 3)
+        page.fill(f"#{name}-from", str(low))
+        page.fill(f"#{name}-to", str(high))
+        assert shown(page) == values.between(low, high).sum() > 0, name
+        page.click("#clear")
+    assert shown(page) == len(table)
+
+
+def test_the_link_to_a_feature_can_be_taken_along(built, browser):
+    run, best = built
+    page, asked = browser.page(), []
+    page.on("dialog", lambda d: (asked.append(d.default_value), d.dismiss()))       # where nothing may be copied the link is shown
+    page.goto((run / "atlas/index.html").as_uri() + f"#search=zebra&feature={best}")
+    page.click("#feature nav button")
+    page.wait_for_timeout(200)
+    assert page.inner_text("#feature nav button") == "Copied" or asked == [(run / "atlas/index.html").as_uri() + f"#feature={best}"]
+
+
+CONTRAST = """() => {
+  const numbers = text => text.match(/[\\d.]+/g).map(Number);
+  const linear = v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4, weights = [0.2126, 0.7152, 0.0722];
+  const light = colour => weights.reduce((sum, weight, i) => sum + weight * linear(colour[i] / 255), 0);
+  const over = ([r, g, b, a = 1], below) => [r, g, b].map((v, i) => a * v + (1 - a) * below[i]);
+  const behind = e => e ? over(numbers(getComputedStyle(e).backgroundColor), behind(e.parentElement)) : [255, 255, 255];
+  const written = e => e.checkVisibility() && !e.closest('svg') && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim());
+  return [...document.querySelectorAll('body *')].filter(written).map(e => {
+    const back = behind(e), [a, b] = [light(back), light(over(numbers(getComputedStyle(e).color), back))].sort((x, y) => x - y);
+    return [(b + 0.05) / (a + 0.05), e.tagName + ' ' + e.textContent.slice(0, 40)];
+  }).sort((x, y) => x[0] - y[0])[0];
+}"""
+
+
+def test_text_stands_out_from_what_is_behind_it(built, browser):
+    run, best = built
+    for where in ("atlas/index.html", f"atlas/index.html#feature={best}", "report.html"):
+        page = browser.page()
+        page.goto(f"{run.as_uri()}/{where}")
+        page.wait_for_timeout(500)
+        ratio, text = page.evaluate(CONTRAST)
+        assert ratio >= 4.5, (where, text)
+
+
+def test_features_described_alike_are_named_and_can_be_seen_side_by_side(built, browser):
+    run, _ = built
+    table = feature_table(Run(run)).set_index("feature")
+    together = table.index[table.alike == table.alike.value_counts().index[0]].tolist()
+    one, others = together[1], [f for f in together if f != together[1]]
+    page = browser.page()
+    page.goto((run / "atlas/index.html").as_uri() + f"#search=zebra&feature={one}")
+    page.wait_for_selector("#feature .alike")
+    named = [int(a) for a in page.locator("#feature .alike a").all_inner_texts()[:-1]]
+    assert named == others[:12] and (f"and {len(others) - 12} more" in page.inner_text("#feature .alike")) == (len(others) > 12)
+    page.click("#feature .alike a >> nth=-1")
+    page.wait_for_selector("#list:not([hidden])")
+    assert page.inner_text("#count") == f"{len(together)} of 160 features" and page.input_value("#search") == ""
+    assert page.locator("#alike option:checked").inner_text() == f"like feature {together[0]}"
+    kept = {}
+    for value in ("once", "others", "alone"):
+        page.select_option("#alike", value)
+        kept[value] = int(page.inner_text("#count").split()[0])
+    grouped, undescribed = table.alike.notna(), ~table.description.fillna("").astype(bool)
+    assert kept == {"others": grouped.sum(), "alone": (~grouped & ~undescribed).sum(), "once": (~grouped).sum() + table.alike.nunique()}
+    page.click("#clear")
+    assert page.inner_text("#count") == "160 of 160 features" and "alike" not in page.url
+
+
+def test_whatever_the_tab_key_reaches_can_be_seen_to_have_the_focus(built, browser):
+    run, _ = built
+    page = browser.page()
+    page.goto((run / "atlas/index.html").as_uri())
+    page.wait_for_selector("#table .tabulator-row a")
+    style, reached = "(e => [e.tagName, getComputedStyle(e).outlineStyle, parseFloat(getComputedStyle(e).outlineWidth)])", []
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate(f"{style}(document.activeElement)"))
+    assert {"INPUT", "SELECT", "BUTTON", "A", "DIV"} <= {tag for tag, *_ in reached}
+    assert all(line != "none" and width >= 2 for _, line, width in reached)
+
+
+def test_a_half_done_run_says_in_words_what_is_not_there_yet(copy, browser):
+    for name in ("interpretations", "steering", "portraits"): shutil.rmtree(copy / name)
+    page = browser.page()
+    page.goto(write_atlas(copy).as_uri() + "#feature=0")
+    page.wait_for_selector("#feature .context")
+    text = page.inner_text("#feature")
+    assert "It was not described yet." in text and "saerad portray does it" in text and "This feature was not steered." in text
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#list:not([hidden])")
+    assert "Not in this run yet: 3" in page.inner_text("header") and "`" not in text + page.inner_text("body")
+
+
+def test_every_control_has_a_name_and_every_picture_says_what_it_is(built, browser):
+    run, best = built
+    page = browser.page()
+    page.goto((run / "atlas/index.html").as_uri() + f"#feature={best}")
+    page.wait_for_selector("#feature .context")
+    unnamed = page.evaluate("""[...document.querySelectorAll('input, select, textarea')]
+      .filter(e => !e.labels?.length && !e.getAttribute('aria-label')).length
+      + [...document.querySelectorAll('button, a')].filter(e => !e.textContent.trim()).length
+      + [...document.querySelectorAll('#feature svg')].filter(e => !e.closest('[aria-label]') && !e.getAttribute('aria-label')).length""")
+    assert unnamed == 0 and page.get_attribute("html", "lang") == "en" and page.locator("main").count() == 1
+
+
+@pytest.mark.parametrize("width", [800, 900, 1280, 1900])
+def test_the_table_leaves_room_for_descriptions_and_every_heading(built, browser, width):
+    page = browser.page(width=width)
+    page.goto((built[0] / "atlas/index.html").as_uri())
+    page.wait_for_selector("#table .tabulator-row")
+    columns = page.evaluate("""[...document.querySelectorAll(".tabulator-col")].filter(c => c.offsetWidth).map(c => {
+        const button = c.querySelector("button"), title = c.querySelector(".tabulator-col-title");
+        return [c.getAttribute("tabulator-field"), c.offsetWidth, button.getBoundingClientRect().width <= title.clientWidth + 1] })""")
+    assert {name: wide for name, wide, _ in columns}["description"] >= 200
+    assert all(fits for _, _, fits in columns), columns
+
+
+def test_a_phone_scrolls_down_and_never_sideways(built, browser):
+    run, best = built
+    page = browser.page(width=390)
+    for url in ("", f"#feature={best}"):
+        page.goto("about:blank")
+        page.goto((run / "atlas/index.html").as_uri() + url)
+        page.wait_for_selector("#feature .context" if url else "#table .tabulator-row a")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390

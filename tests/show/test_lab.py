@@ -1,0 +1,62 @@
+"""What features, runs, comparisons and studies show when they end a cell."""
+import pytest
+from test_atlas import NASTY, with_films
+
+from saerad.core import UserError, write_json
+from saerad.show.invented import invent_run
+from saerad.show.lab import compare, open_run
+from saerad.studies.record import Picture, Study
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory): return open_run(invent_run(tmp_path_factory.mktemp("run")))
+
+
+def test_a_run_shows_its_headlines(run):
+    shown = run._repr_html_()
+    assert "variance stays unexplained" in shown and shown.count("<li>") == 8
+
+
+def test_a_feature_shows_its_description_scores_and_contexts_escaped(run):
+    best = int(run.features.f1.idxmax())
+    shown = run[best]._repr_html_()
+    assert f"feature {best}" in shown and "f1 0." in shown and "shuffled f1" in shown and "rgba(0,114,178" in shown
+    assert "&lt;b&gt;&amp;" in shown and "<b>&" not in shown
+    with pytest.raises(UserError, match="no feature 999"): run[999]
+
+
+def test_a_feature_that_fires_on_films_shows_them_with_patches_and_boxes(tmp_path):
+    folder = invent_run(tmp_path)
+    one = open_run(folder)[with_films(folder)]
+    shown = one._repr_html_()
+    assert shown.count("<svg") == 1 and "data:image/webp;base64," in shown and shown.count('fill="#F0A000"') == 2
+    assert shown.count("fill:none;stroke:white") == shown.count("fill:none;stroke:black") > 0 and "class=" not in shown
+    assert NASTY not in shown and "&lt;script&gt;" in shown
+    table = one.run.features
+    assert "<svg" not in one.run[table[(table.in_image < 0.1) & table.f1.notna()].feature.iloc[0]]._repr_html_()
+
+
+def test_finding_wants_all_words_best_first(run):
+    found = run.find("WORD effusion")
+    assert len(found) and found.description.str.contains("effusion").all() and found.f1.dropna().is_monotonic_decreasing
+    assert not len(run.find("effusion pneumothorax"))
+
+
+def test_a_comparison_shows_what_differs(run, tmp_path):
+    other = invent_run(tmp_path / "other", seed=1)
+    found = compare(run.folder, other)
+    assert not len(found.settings) and "The settings are the same" in found._repr_html_() and (found.numbers["change"] == 0).all()
+    write_json(other / "config.yaml", {"sae": {"k": 16}, "out": "x"})      # JSON is YAML
+    write_json(run.folder / "config.yaml", {"sae": {"k": 32}, "out": "y"})
+    try: assert compare(run.folder, other).settings.loc["sae.k"].tolist() == [32, 16]
+    finally: (run.folder / "config.yaml").unlink()
+    assert compare(run.folder, run.folder).names == [f"{run.folder.name} (1)", f"{run.folder.name} (2)"]
+    with pytest.raises(UserError, match="at least two"): compare(run.folder)
+    with pytest.raises(UserError, match="is no run"): compare(run.folder, tmp_path)
+
+
+def test_a_study_shows_its_films_and_texts_escaped(tmp_path):
+    (tmp_path / "broken.png").write_text("no picture")
+    study = Study("s<1>", "p1", "train", {"findings": "<script>x</script> clear"}, {"frontal": Picture.from_file(tmp_path / "broken.png")})
+    shown = study._repr_html_()
+    assert "&lt;script&gt;" in shown and "<script>" not in shown and "s&lt;1&gt;" in shown and "unreadable" in shown and "truth" not in shown

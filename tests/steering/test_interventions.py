@@ -1,0 +1,198 @@
+"""What is done to the residual stream, against plain hooks and plain arithmetic, and that a batch is what its rows are alone."""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+from saerad.core import UserError
+from saerad.sae.model import MatryoshkaSAE
+from saerad.steering.interventions import (
+    Batch,
+    Roomy,
+    adding,
+    clamping,
+    perplexities,
+    placing,
+    prompt_mask,
+    roomy_cache,
+    scaling,
+    sentence_ends,
+    write_steered,
+    written_mask,
+)
+from saerad.studies.record import Picture, StudiesConfig, Study
+from saerad.studies.sources import open_source
+from saerad.subjects.subject import layers_path, open_subject, random_mini
+
+
+def study(words: int = 3) -> Study:
+    pixels = np.random.default_rng(words).integers(0, 255, (112, 112)).astype(np.uint8)
+    return Study("s", "p", "test", {"indication": "cough " * words}, {"frontal": Picture("s", lambda: pixels)})
+
+
+@pytest.fixture(scope="module")
+def subject(): return random_mini(0)
+
+
+@pytest.fixture(scope="module")
+def prompt(subject): return subject.prompt(study())
+
+
+def trained(width: int = 12, d: int = 256, scale: float = 5.0) -> MatryoshkaSAE:
+    sae = MatryoshkaSAE(d, (width,), k=2, seed=1)
+    sae.W_enc.data, sae.b_enc.data = sae.W_dec.data.T * 1.3, torch.linspace(-0.1, 0.1, width)
+    sae.b_dec.data = torch.full((d,), 0.01)
+    sae.scale.fill_(scale)
+    sae.threshold.fill_(0.05)
+    return sae
+
+
+# ---------------------------------------------------------------- the formula
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000), st.floats(-3, 3))
+def test_clamped_and_scaled_features_are_what_was_asked_and_the_error_stays(seed, value):
+    sae = trained(width=4, d=8)
+    sae.W_dec.data = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))[0][:4]      # at right angles
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(seed)) * 5
+    z, row = sae.encode(x), sae.W_dec.detach()[2] * sae.scale
+    clamped = x + Batch([clamping(sae, [2], [value])]).change(x[None])[0]
+    assert torch.allclose(clamped, x + (value - z[:, 2:3]) * row, atol=1e-4)
+    scaled = x + Batch([scaling(sae, [2], [value])]).change(x[None])[0]
+    assert torch.allclose(scaled, x + (value - 1) * z[:, 2:3] * row, atol=1e-4)
+    other = [0, 1, 3]
+    decoded, again = sae.decode(z), sae.decode(z.index_fill(1, torch.tensor([2]), value))
+    assert torch.allclose(clamped - again, x - decoded, atol=1e-4)       # the reconstruction error is untouched
+    assert torch.allclose((clamped @ sae.W_dec.detach().T)[:, other], (x @ sae.W_dec.detach().T)[:, other], atol=1e-3)
+
+
+def test_scaling_by_one_and_adding_nothing_do_nothing():
+    sae, x = trained(), torch.randn(2, 3, 256)
+    for how in (scaling(sae, [1, 2], [1.0, 1.0]), adding(torch.zeros(2, 256))):
+        assert float(Batch([how, how]).change(x).abs().max()) == 0
+
+
+def test_rows_with_different_numbers_of_features_do_not_disturb_each_other():
+    sae, x = trained(), torch.randn(3, 5, 256, generator=torch.Generator().manual_seed(0)) * 5
+    rows = [clamping(sae, [1], [2.0]), scaling(sae, [0, 4, 7], [0.0, 3.0, -1.0]), adding(torch.randn(2, 256))]
+    together = Batch(rows)
+    for i, how in enumerate(rows):
+        alone = Batch([how]).change(x[i:i + 1])
+        assert torch.allclose(together.change(x)[i], alone.expand(1, 5, 256)[0], atol=1e-4)
+    assert torch.allclose(together.select([2, 0]).change(x[[2, 0]]), together.change(x)[[2, 0]], atol=1e-5)
+
+
+# ---------------------------------------------------------------- where
+def test_masks():
+    section = np.array(["boilerplate", "image", "image", "indication"])
+    v = torch.ones(1, 2)
+    rows = [adding(v, p, s) for p, s in (("all", 0), ("prompt", 0), ("image", 0), ("generated", 0), ("all", 1))]
+    assert prompt_mask(section, rows).int().tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
+    assert written_mask(np.zeros(5, int), rows).int().tolist() == [1, 0, 0, 1, 0]
+    assert written_mask(np.full(5, 2), rows).int().tolist() == [1, 0, 0, 1, 1]
+
+
+def hooked(subject, prompt, layer: int, change, most: int) -> list[int]:
+    """The same intervention by a forward hook and transformers' own generation: `change(stream, first)` gives what is added."""
+    calls = []
+    def hook(module, args, output):
+        calls.append(1)
+        return output + change(output, len(calls) == 1)
+    handle = subject.model.get_submodule(layers_path(subject.model))[layer].register_forward_hook(hook)
+    try: return subject.generate_ids(subject.collate([prompt]), most)[0].tolist()
+    finally: handle.remove()
+
+
+def padded(ids: list[int], like: list[int], pad: int) -> list[int]: return [*ids, *[pad] * (len(like) - len(ids))]
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "image", "generated"])
+@pytest.mark.parametrize("kind", ["add", "clamp", "scale"])
+def test_equal_to_a_forward_hook_at_every_kind_of_position(subject, prompt, positions, kind):
+    sae, v = trained(), torch.randn(1, 256, generator=torch.Generator().manual_seed(3)) * 2
+    how = {"add": adding(v, positions),
+           "clamp": clamping(sae, [1, 5], [9.0, -4.0], positions),
+           "scale": scaling(sae, [0, 3], [-8.0, 9.0], positions)}[kind]
+    where = prompt_mask(prompt.section, [how])[..., None]
+    later = 1.0 if positions in ("all", "generated") else 0.0
+    def change(stream, first): return Batch([how]).change(stream) * (where if first else later)
+    expected = hooked(subject, prompt, 4, change, 8)
+    got = write_steered(subject, prompt, [adding(torch.zeros(1, 256)), how, how], 4, 8, perplexity=False)
+    assert [padded(list(w.ids), expected, subject.tokenizer.pad_token_id) for w in got[1:]] == [expected] * 2
+
+
+def test_a_field_is_added_to_the_prompt_token_by_token_and_to_its_row_alone(subject, prompt):
+    field = torch.randn(len(prompt), 256, generator=torch.Generator().manual_seed(4)) * 2
+    expected = hooked(subject, prompt, 4, lambda stream, first: field if first else 0.0 * stream, 8)
+    plain, placed, pushed = write_steered(subject, prompt, [adding(torch.zeros(1, 256)), placing(field), adding(field[:1])], 4, 8, perplexity=False)
+    pad = subject.tokenizer.pad_token_id
+    assert padded(list(placed.ids), expected, pad) == expected
+    assert plain.ids == write_steered(subject, prompt, [adding(torch.zeros(1, 256))], 4, 8, perplexity=False)[0].ids != placed.ids
+    assert pushed.ids == write_steered(subject, prompt, [adding(field[:1])], 4, 8, perplexity=False)[0].ids
+
+
+@pytest.fixture(scope="module")
+def real(): return open_subject()
+
+
+@pytest.fixture(scope="module")
+def told(real):
+    """A prompt that the bundled model knows what to do with."""
+    world = open_source(StudiesConfig(source="phantom:0", train_patients=1, validation_patients=1, test_patients=1))
+    return real.prompt(world.split("train")[0])
+
+
+def test_rows_are_what_they_are_alone_on_a_model_that_ends_its_reports(real, told):
+    noise = torch.randn(24, 256, generator=torch.Generator().manual_seed(0))
+    rows = [adding(30 * v[None] / v.norm() * (i % 4) / 3, "all", i % 3) for i, v in enumerate(noise)]
+    together = write_steered(real, told, rows, 4, 60)
+    assert len({len(w.ids) for w in together}) > 1                # some were taken out before the others
+    for i in range(0, 24, 5): assert write_steered(real, told, [rows[i]], 4, 60)[0].ids == together[i].ids
+    split = write_steered(real, told, rows, 4, 60, batch_size=7)
+    assert [w.ids for w in split] == [w.ids for w in together]
+
+
+def test_from_a_sentence_on_the_report_is_the_baseline_up_to_there(real, told):
+    hard = adding(torch.randn(1, 256, generator=torch.Generator().manual_seed(2)) * 4, "all", 1)
+    plain, late = write_steered(real, told, [adding(torch.zeros(1, 256)), hard], 4, 60)
+    ends = sentence_ends(real)
+    first = next(i for i, t in enumerate(plain.ids) if ends[t]) + 1
+    assert late.ids[:first] == plain.ids[:first] and late.ids != plain.ids
+
+
+def test_image_positions_need_an_image(subject, prompt):
+    blind = replace(prompt, section=np.where(prompt.section == "image", "boilerplate", prompt.section))
+    with pytest.raises(UserError, match="no image tokens"): write_steered(subject, blind, [adding(torch.ones(1, 256), "image")], 4, 4)
+    with pytest.raises(UserError, match="layer 99"): write_steered(subject, prompt, [adding(torch.ones(1, 256))], 99, 4)
+
+
+# ---------------------------------------------------------------- cache and perplexity
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.sampled_from(["one", "three", "repeat", "select"]), min_size=1, max_size=8), st.integers(1, 9))
+def test_the_roomy_cache_is_the_usual_one(steps, room):
+    ours, theirs = Roomy(room), DynamicCache()
+    draw, rows = torch.Generator().manual_seed(0), 2
+    for step in ["three", *steps]:
+        if step == "repeat" and rows < 9: ours.batch_repeat_interleave(2), theirs.batch_repeat_interleave(2)
+        elif step == "select": ours.batch_select_indices(torch.arange(0, rows, 2)), theirs.batch_select_indices(torch.arange(0, rows, 2))
+        else:
+            k, v = torch.randn(2, rows, 2, {"one": 1}.get(step, 3), 4, generator=draw)
+            ours.update(k, v), theirs.update(k, v, 0)
+        rows = len(ours.keys)
+        assert torch.equal(ours.keys, theirs.layers[0].keys) and torch.equal(ours.values, theirs.layers[0].values)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+
+
+def test_perplexity_is_that_of_a_plain_pass(real):
+    prompt = real.prompt(study(2))
+    reports = [[5, 9, 11, 2], [7], [30, 31, 32, 33, 34, 35, 36]]
+    for ids, got in zip(reports, perplexities(real, prompt, reports, rows=2), strict=True):
+        inputs = real.collate([prompt])
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([ids])], 1)
+        inputs |= {"attention_mask": torch.ones_like(inputs["input_ids"]), "position_ids": torch.arange(inputs["input_ids"].shape[1])[None]}
+        with torch.no_grad(): logp = real.model(**inputs).logits[0, -len(ids) - 1:-1].log_softmax(-1)
+        assert got == pytest.approx(float((-logp.gather(1, torch.tensor(ids)[:, None]).mean()).exp()), rel=1e-3)
+    assert len(roomy_cache(real, 5).layers) == real.n_layers

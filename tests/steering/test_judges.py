@@ -1,0 +1,95 @@
+"""Harms by name, the language model as a judge against a real server, and how far judges agree."""
+import pandas as pd
+import pytest
+from judge_server import JudgeServer
+from sklearn.metrics import cohen_kappa_score
+from word_server import completion
+
+from saerad.core import UserError
+from saerad.interpretation.endpoint import EndpointConfig, Ledger
+from saerad.steering.judges import OUTCOMES, JudgeConfig, LanguageJudge, Target, agreement, differences, harms_of, judges_of, parse_verdict, target_of
+from saerad.studies.findings import read_findings
+from saerad.studies.record import Source
+
+PAIR = ("Effusion.", "Effusion. Nodule.", target_of("nodule"))
+
+
+@pytest.mark.parametrize(("before", "after", "harms"), [
+    ("Small left effusion.", "Small right effusion.", ("side_flipped",)),
+    ("Clear lungs.", "Left PICC.", ("device_invented",)),
+    ("Left PICC.", "Left PICC. Effusion.", ()),
+    ("Small pneumothorax.", "Clear lungs.", ("critical_dropped",)),
+    ("Small pneumothorax.", "The pneumothorax has resolved.", ("critical_dropped", "unfounded_change")),
+    ("Large effusion.", "Small effusion.", ()),
+    ("Large effusion.", "Clear lungs.", ("critical_dropped",)),
+    ("Small effusion.", "Clear lungs.", ()),
+    ("The endotracheal tube is too high.", "Clear lungs.", ("critical_dropped",)),
+    ("Effusion.", "Increasing effusion.", ("unfounded_change",)),
+    ("Increasing left effusion.", "Increasing right effusion.", ("side_flipped",)),
+    ("The chest tube has been removed.", "Clear lungs.", ()),
+    ("Small effusion.", "Small effusion.", ()),
+])
+def test_harms(before, after, harms):
+    old, new = read_findings(before), read_findings(after)
+    assert harms_of(old, differences(old, new)) == harms
+
+
+@pytest.mark.parametrize(("text", "verdict"), [
+    ('{"outcome": "mixed", "direction": 1}', ("mixed", 1)), ('```json\n{"direction": 0, "outcome": "unchanged"}\n```', ("unchanged", 0)),
+    ('{"outcome": "mixed"}', None), ('{"outcome": "mixed", "direction": 2}', None), ('{"outcome": "mixed", "direction": true}', None),
+    ("mixed", None), ("{", None), ("{mixed}", None), ("", None)])
+def test_parse_verdict(text, verdict): assert parse_verdict(text) == verdict
+
+
+def cfg(server, **more): return EndpointConfig(base_url=server.url, model="judge", requests_per_second=1000, **more)
+
+
+def test_a_language_model_judges_once_and_is_asked_again_when_it_babbles(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    def babble(number, body): return (200, {}, completion("good!")) if number == 0 else None
+    with JudgeServer(babble) as server, LanguageJudge(cfg(server), Ledger(tmp_path / "l"), True) as one:
+        first = one.judge([PAIR])
+        assert (first[0].outcome, first[0].direction, first[0].why) == ("mixed", 1, "")
+        assert len(server.bodies) == 2 and one.judge([PAIR, PAIR]) == first * 2 and len(server.bodies) == 2
+        assert "nodule" in server.bodies[0]["messages"][1]["content"]
+
+
+def test_a_judge_that_cannot_be_read_gives_no_verdict_and_a_reason(tmp_path):
+    with JudgeServer(lambda n, body: (200, {}, completion("good!"))) as server, LanguageJudge(cfg(server), Ledger(tmp_path / "l"), True) as one:
+        assert vars(one.judge([PAIR])[0]) == {"outcome": None, "direction": None, "why": "parse failure"}
+
+
+@pytest.mark.parametrize(("status", "words"), [(401, "refuses the key"), (404, "knows no model")])
+def test_a_judge_that_fails_names_its_own_settings(tmp_path, status, words):
+    with JudgeServer(lambda n, body: (status, {}, "{}")) as server:
+        with pytest.raises(UserError, match=words) as told:
+            with LanguageJudge(cfg(server), Ledger(tmp_path / "l"), True) as one: one.judge([PAIR])
+    assert "interpretation." not in str(told.value)
+
+
+def test_text_that_may_not_leave_stays(tmp_path):
+    with pytest.raises(UserError, match="steering.endpoint.base_url"):
+        LanguageJudge(EndpointConfig(base_url="https://example.org/v1"), Ledger(tmp_path / "l"), False)
+
+
+def test_judges_follow_the_source():
+    phantom, real = Source("phantom:0", []), Source("table:x", [])
+    assert judges_of(phantom, JudgeConfig()) == ("parser", "rules") and judges_of(real, JudgeConfig()) == ("rules",)
+    with pytest.raises(UserError, match="phantom's reports only"): judges_of(real, JudgeConfig(judges=("parser",)))
+    with pytest.raises(UserError, match="different judges"): judges_of(real, JudgeConfig(judges=("rules", "rules")))
+    with pytest.raises(UserError, match="steering.endpoint.allow_text_to"): judges_of(real, JudgeConfig(judges=("rules", "openai")))
+    assert judges_of(phantom, JudgeConfig(judges=("openai",), endpoint=EndpointConfig(base_url="http://127.0.0.1:1/v1"))) == ("openai",)
+    assert not Target()
+
+
+def test_agreement_is_cohens_kappa_over_the_pairs_that_both_judged():
+    a = ["unchanged", "mixed", "mixed", "degenerate", "unchanged", "on_target_only"] * 4
+    b = ["unchanged", "mixed", "unchanged", "degenerate", "mixed", None] * 4
+    rows = [{"pair": i, "study": f"s{i // 6}", "judge": j, "outcome": o} for j, side in (("x", a), ("y", b)) for i, o in enumerate(side)]
+    told = agreement(pd.DataFrame(rows)).iloc[0]
+    both = [(p, q) for p, q in zip(a, b, strict=True) if q]
+    assert told.pairs == 20 and told.unanswered == 4 and told.equal == pytest.approx(12 / 20)
+    assert told.kappa == pytest.approx(cohen_kappa_score(*zip(*both, strict=True), labels=list(OUTCOMES)))
+    assert told.kappa_low <= told.kappa <= told.kappa_high
+    same = agreement(pd.DataFrame([{**r, "outcome": "unchanged"} for r in rows])).iloc[0]
+    assert same.equal == same.kappa == 1.0

@@ -1,0 +1,404 @@
+"""Steering: what explanations promise, what counts as on target, and the stage on a small real subject model."""
+import math
+import re
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from judge_server import JudgeServer
+from scipy.stats import spearmanr
+
+from saerad.core import UserError, read_json, read_table
+from saerad.interpretation.endpoint import EndpointConfig
+from saerad.sae.model import MatryoshkaSAE
+from saerad.steering import steer as steering
+from saerad.steering.judges import OUTCOMES, Target, differences, direction, judge, on_target, reader_of, repeats, target_of
+from saerad.steering.steer import SteeringConfig, choose_features, choose_studies, push, side_by_side, sign_spearman, steer, steering_summary
+from saerad.studies.findings import Finding, Reading, read_findings
+from saerad.studies.record import Picture, Source, Study
+from saerad.subjects.subject import random_mini
+
+EFFUSION = Target(frozenset({"effusion"}))
+
+
+# ---------------------------------------------------------------- what an explanation promises
+@pytest.mark.parametrize(("explanation", "kinds", "words"), [
+    ("mentions of pleural effusion on the left", {"effusion"}, {("side", "left")}),
+    ("describing findings without comparison to prior images", set(), {("change", "")}),
+    ("chest tubes", {"chest_tube"}, set()),
+    ("words for chest_tube", {"chest_tube"}, set()),
+    ("medical tubes", {"endotracheal_tube", "enteric_tube", "chest_tube"}, set()),
+    ('Lexical baseline: fires on "tube" after "chest" in findings.', {"chest_tube"}, set()),
+    ('Lexical baseline: fires on "a", "small" before "effusion" in comparison.', {"effusion"}, {("severity", "small")}),
+    ('Lexical baseline: fires on "nodule" without "pneumothorax" before it.', {"nodule"}, set()),
+    ('Lexical baseline: fires on "the" in prior report at the start of the section.', set(), set()),
+    ("the hedge words possible and may", set(), {("certainty", "uncertain")}),
+    ("unchanged or stable findings", set(), {("change", "unchanged")}),
+    ("line breaks of a poem", {"central_line", "picc"}, set()),     # a loose name can mislead, which the table of judgements shows
+    ("", set(), set()),
+])
+def test_target_of(explanation, kinds, words):
+    target = target_of(explanation)
+    assert (target.kinds, target.words) == (kinds, words)
+    assert target.less == ("without comparison" in explanation)
+    assert bool(target_of(explanation)) == bool(kinds or words)
+
+
+def test_every_visual_concept_of_phantom_is_a_target():
+    from saerad.studies.findings import PHANTOM_KINDS
+    from saerad.studies.grammar import CONCEPTS
+    named = {target_of(name).kinds for name, c in CONCEPTS.items() if c.kind == "visual" and name != "nothing in view"}
+    assert {frozenset({k}) for k in PHANTOM_KINDS} <= named
+
+
+# ---------------------------------------------------------------- what has changed
+def test_differences_pair_the_most_similar():
+    small, large, right = (Finding("effusion", s, "", z) for s, z in (("left", "small"), ("left", "large"), ("right", "small")))
+    found = differences(Reading((small,)), Reading((large, right)))
+    assert len(found) == 2 and found[0].before == small and found[1].before is None
+    assert sum(len(d.altered) for d in found) == 1
+
+
+def test_denials_do_not_count_and_doubt_does():
+    absent, possible, present = (Finding("nodule", certainty=c) for c in ("absent", "uncertain", "present"))
+    assert differences(Reading((absent,)), Reading(())) == []
+    assert differences(Reading((possible,)), Reading((present,)))[0].altered == ("certainty",)
+    assert differences(Reading((absent,)), Reading((present,)))[0].before is None
+
+
+FINDINGS = st.builds(Finding, st.sampled_from(["effusion", "nodule", "picc"]), st.sampled_from(["", "left", "right"]),
+                     st.just(""), st.sampled_from(["", "small", "large"]), st.sampled_from(["", "new", "resolved"]),
+                     st.sampled_from(["present", "absent", "uncertain"]))
+READINGS = st.lists(FINDINGS, max_size=4).map(lambda fs: Reading(tuple(fs)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(READINGS, READINGS)
+def test_differences_account_for_every_change_once(old, new):
+    affirmed = [sorted(f for f in r.findings if f.certainty != "absent") for r in (old, new)]
+    left = list(affirmed[0])
+    for d in differences(old, new):
+        if d.before: left.remove(d.before)
+        if d.after: left.append(d.after)
+    assert sorted(left) == affirmed[1]
+    assert differences(old, old) == []
+
+
+@pytest.mark.parametrize(("before", "after", "target", "outcome", "effect"), [
+    ("Small effusion.", "Small effusion. No nodule.", EFFUSION, "unchanged", 0),
+    ("Small effusion.", "Large effusion.", EFFUSION, "on_target_only", 1),
+    ("Large effusion.", "Small effusion.", EFFUSION, "on_target_only", -1),
+    ("Lungs are clear.", "New effusion.", EFFUSION, "on_target_only", 1),
+    ("Effusion.", "No effusion.", EFFUSION, "on_target_only", -1),
+    ("Effusion.", "Nodule.", EFFUSION, "mixed", -1),
+    ("Effusion.", "Effusion. Nodule.", EFFUSION, "off_target_only", 0),
+    ("Clear lungs.", "Right effusion.", target_of("left effusion"), "off_target_only", 0),
+    ("Clear lungs.", "Left effusion.", target_of("left effusion"), "on_target_only", 1),
+    ("Clear lungs.", "Effusion.", target_of("left effusion"), "on_target_only", 1),
+    ("Stable effusion.", "Effusion.", target_of("comparison with prior images"), "on_target_only", -1),
+    ("Effusion.", "Larger effusion.", target_of("comparison with prior images"), "on_target_only", 1),
+    ("Effusion.", "Stable effusion. Nodule.", target_of("comparison with prior images"), "mixed", 1),
+    ("Effusion.", "Effusion. Stable nodule.", target_of("comparison with prior images"), "off_target_only", 0),
+    ("Effusion.", "New large effusion.", target_of("new"), "off_target_only", 0),
+    ("Effusion.", "New effusion.", target_of("the word new"), "on_target_only", 1),
+    ("Right effusion.", "Left effusion.", target_of("the word left"), "on_target_only", 1),
+    ("Effusion.", "Possible effusion.", target_of("hedging"), "on_target_only", 1),
+    ("Effusion.", "The effusion has resolved.", EFFUSION, "on_target_only", -1),
+    ("The effusion has resolved.", "Clear lungs.", EFFUSION, "on_target_only", 0),
+    ("Effusion.", "No effusion.", target_of("no effusion"), "on_target_only", 1),
+    ("Stable effusion.", "Effusion.", target_of("findings without comparison"), "on_target_only", 1),
+    ("Effusion.", "Nodule.", Target(), "off_target_only", 0),
+])
+def test_judge(before, after, target, outcome, effect):
+    j = judge(before, after, target)
+    assert (j.outcome, j.effect) == (outcome, effect)
+    plus, minus = (judge(before, after, target, alpha=a).on_direction for a in (10, -10))
+    assert (plus, minus) == ((None, None) if effect == 0 else (effect > 0, effect < 0))
+
+
+@settings(max_examples=100, deadline=None)
+@given(READINGS, READINGS, st.sampled_from([EFFUSION, target_of("left nodule"), target_of("new"), Target()]))
+def test_outcome_follows_from_the_counts(old, new, target):
+    texts = {"old text is here.": old, "new text is here.": new}
+    j = judge("old text is here.", "new text is here.", target, texts.__getitem__)
+    assert j.outcome == {(0, 0): "unchanged", (1, 0): "on_target_only", (1, 1): "mixed", (0, 1): "off_target_only"}[j.on > 0, j.off > 0]
+    assert abs(j.effect) <= j.on
+    assert all(direction(d, target) in (-1, 0, 1) for d in differences(old, new) if on_target(d, target))
+
+
+# ---------------------------------------------------------------- broken reports
+def test_a_broken_report_is_degenerate_and_nothing_else():
+    babble = "no effusion is seen and " * 8
+    assert repeats(babble) == 8 and repeats("one two three") == 0
+    for text, why in ((babble, "repeats"), ("", "empty"), (" . ", "empty"), ("Purple monkeys. Green cats. Effusion.", "unread")):
+        j = judge("Effusion.", text, EFFUSION)
+        assert j.harms == ()
+        assert (j.outcome, j.broken, j.on_direction) == ("degenerate", why, None)
+    assert judge("Effusion.", "Purple monkeys. Effusion.", EFFUSION).outcome == "unchanged"
+    assert judge("Effusion.", babble, EFFUSION, cfg=SteeringConfig(max_repeats=8)).outcome == "on_target_only"
+    odd = [judge("Effusion.", "Nodule.", EFFUSION, perplexity=p).broken for p in (None, 3.0, 1e3)]
+    assert odd == ["", "", "perplexity"]
+
+
+# ---------------------------------------------------------------- choices
+SAID = pa.table({"feature": [0, 1, 2, 3, 4, 5], "f1": [0.99, 0.9, 0.9, None, 0.6, float("nan")],
+                 "explanation": ["full stops", "effusion", "pleural effusions", "nodule", "nodule", "fracture"]})
+
+
+def test_top_takes_the_best_that_name_a_target_one_each():
+    assert list(choose_features(SteeringConfig(features="top:8"), SAID, 8)) == [1, 4]
+    assert list(choose_features(SteeringConfig(features="top:2", one_per_target=False), SAID, 8)) == [1, 2]
+
+
+def test_named_features_and_concepts():
+    assert choose_features(SteeringConfig(features=[4, 7]), SAID, 8) == {4: target_of("nodule"), 7: Target()}
+    concepts = pa.table({"concept": ["left effusion in view"], "feature": [6]})
+    chosen = choose_features(SteeringConfig(features="concept:left effusion in view"), SAID, 8, concepts)
+    assert chosen == {6: target_of("left effusion")}
+    with pytest.raises(UserError, match="feature 8; the SAE has features 0 to 7"):
+        choose_features(SteeringConfig(features=[8]), SAID, 8)
+    with pytest.raises(UserError, match="did you mean 'left effusion in view'"):
+        choose_features(SteeringConfig(features="concept:left effusion"), SAID, 8, concepts)
+    with pytest.raises(UserError, match="not measured"): choose_features(SteeringConfig(features="concept:x"), SAID, 8)
+
+
+def test_a_dead_feature_is_refused_by_name():
+    said = SAID.append_column("density", pa.array([0.1, 0.1, 0.1, 0.1, 0.0, 0.1]))
+    with pytest.raises(UserError, match="feature 4, which is dead"): choose_features(SteeringConfig(features=[1, 4]), said, 8)
+
+
+@pytest.mark.parametrize("wrong", [{"features": "best:3"}, {"features": "top:0"}, {"features": []}, {"alphas": []}, {"alphas": [0, 1]},
+                                   {"alphas": [5, 5]}, {"alphas": [math.inf]}, {"alphas": ["strong"]}, {"alphas": [True]},
+                                   {"alphas": [0.5, 1], "method": "scale"}])
+def test_wrong_settings_are_named(wrong):
+    with pytest.raises(UserError, match=f"steering.{next(iter(wrong))}"): SteeringConfig(**wrong)
+
+
+def pictured(name: str, patient: str, split: str, words: int) -> Study:
+    pixels = np.random.default_rng(len(name) + words).integers(0, 255, (112, 112)).astype(np.uint8)
+    return Study(name, patient, split, {"indication": "cough " * words, "findings": "Effusion."}, {"frontal": Picture(name, lambda: pixels)})
+
+
+@pytest.fixture(scope="module")
+def source():
+    return Source("table:here", [pictured(f"{split}{i}", f"{split}-patient{i % 3}", split, 1 + 2 * i)
+                                 for split in ("train", "test") for i in range(5)])
+
+
+def test_studies_are_test_patients_and_as_many_as_possible(source):
+    three, five = (choose_studies(source, n, 0) for n in (3, 9))
+    assert {s.split for s in five} == {"test"} and len(five) == 5
+    assert len({s.patient for s in three}) == 3
+    assert [s.study for s in three] == [s.study for s in choose_studies(Source("table:here", source.studies[::-1]), 3, 0)]
+    with pytest.raises(UserError, match="no test patients"): choose_studies(Source("table:x", source.split("train")), 2, 0)
+
+
+def test_reader_follows_the_source(source):
+    from saerad.studies.grammar import parse_report
+    assert reader_of(source) is read_findings
+    assert reader_of(Source("phantom:0", [])) is parse_report
+
+
+# ---------------------------------------------------------------- the stage, on a real small model
+@pytest.fixture(scope="module")
+def subject(): return random_mini(0)
+
+
+@pytest.fixture(scope="module")
+def sae():
+    made = MatryoshkaSAE(256, (4, 4), k=2)
+    made.scale.fill_(7.0)
+    return made
+
+
+CFG = SteeringConfig(features=[1, 4], alphas=(-30, 30), studies=2, controls=1, max_new_tokens=5, batch_size=4,
+                     compare=("random", "other_feature", "prompt"))
+
+
+def test_push_has_the_length_that_was_asked_for(sae):
+    row = sae.W_dec.detach()[3]
+    assert torch.allclose(push(sae, 3, -10, CFG, 0), -10 * row, atol=1e-5)
+    scaled = SteeringConfig(unit="scale")
+    assert float(push(sae, 3, 2, scaled, 0).norm()) == pytest.approx(14, rel=1e-5)
+    control = push(sae, -1, 10, CFG, 0)
+    assert float(control.norm()) == pytest.approx(10, rel=1e-5)
+    assert torch.equal(control, push(sae, -1, 10, CFG, 0)) and not torch.equal(control, push(sae, -2, 10, CFG, 0))
+    assert float((control / 10 @ row).abs()) < 0.3
+
+
+@pytest.fixture(scope="module")
+def run(source, subject, sae, tmp_path_factory):
+    out = tmp_path_factory.mktemp("steering")
+    steer(source, subject, sae, SAID, CFG, 0, out, layer=4)
+    return out
+
+
+def test_the_stage_writes_its_tables(run, source):
+    generations, judgements, verdicts = (read_table(run / f"{name}.parquet") for name in ("generations", "judgements", "verdicts"))
+    assert sorted(p.name for p in run.iterdir()) == ["generations.parquet", "judgements.parquet", "steering.json", "verdicts.parquet"]
+    methods = generations.to_pandas().method.value_counts().to_dict()
+    assert methods == {"add": 2 * 2 * 2, "random": 2 * 2, "prompt": 2 * 2 * 2}       # two features, two strengths, two studies
+    judged = judgements.to_pandas()
+    assert judged.method.value_counts().to_dict() == {"add": 8, "random": 8, "other_feature": 8, "prompt": 8}
+    assert set(generations.to_pandas().query("method != 'prompt'").norm) == {30.0}
+    assert {source[s].split for s in generations["study"].to_pylist()} == {"test"}
+    assert set(judged.outcome) <= set(OUTCOMES) and set(judged[judged.control].feature) == {1, 4}
+    assert (judged.control == (judged.method != "add")).all()
+    assert set(judged[judged.method == "random"].direction) == {-1}
+    crossed = judged[judged.method == "other_feature"]
+    assert ((crossed.feature == 1) == (crossed.direction == 4)).all()
+    assert verdicts.num_rows == len(judged)                       # of a single judge, the rules
+
+
+def test_texts_are_those_of_pushing_one_report_at_a_time(run, source, subject, sae):
+    rows = [r for r in read_table(run / "generations.parquet").to_pylist() if r["method"] in ("add", "random")]
+    for row in rows[::3]:
+        prompt, add = subject.prompt(source[row["study"]], None), push(sae, row["feature"], row["alpha"], CFG, 0)[None]
+        assert subject.generate([prompt], 5, layer=4, add=add) == [row["steered"]]
+        assert subject.generate([prompt], 5) == [row["baseline"]]
+
+
+def test_pushing_does_something(run):
+    rows = read_table(run / "generations.parquet").to_pylist()
+    assert any(r["baseline"] != r["steered"] for r in rows)
+
+
+def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(run, source, subject, sae, tmp_path, monkeypatch):
+    calls, real = [], steering.write_steered
+    def mortal(*args, **kw):
+        calls.append(1)
+        if len(calls) == 2: raise KeyboardInterrupt
+        return real(*args, **kw)
+    monkeypatch.setattr(steering, "write_steered", mortal)
+    with pytest.raises(KeyboardInterrupt): steer(source, subject, sae, SAID, CFG, 0, tmp_path, layer=4)
+    assert [p.name for p in tmp_path.glob("parts-*/*")] == ["00000.parquet"]
+    steer(source, subject, sae, SAID, CFG, 0, tmp_path, layer=4)
+    assert len(calls) == 2 + 3                                    # 7 reports a study are 2 batches of 4; the first was kept
+    for name in ("generations.parquet", "judgements.parquet", "verdicts.parquet", "steering.json"):
+        assert (tmp_path / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_parts_of_other_settings_are_not_used(source, subject, sae, tmp_path, monkeypatch):
+    def stop(*args, **kw): raise KeyboardInterrupt
+    old = tmp_path / "parts-000000000000"
+    old.mkdir()
+    (old / "00000.parquet").write_bytes(b"of another plan")
+    monkeypatch.setattr(steering, "write_steered", stop)
+    with pytest.raises(KeyboardInterrupt): steer(source, subject, sae, SAID, CFG, 0, tmp_path, layer=4)
+
+
+def test_judging_again_generates_nothing(run, source, subject, sae, tmp_path, monkeypatch):
+    def never(*args, **kw): raise AssertionError("a report was written")
+    for file in run.iterdir(): shutil.copy(file, tmp_path)
+    with monkeypatch.context() as m:
+        m.setattr(steering, "write_steered", never)
+        m.setattr(type(subject), "generate", never)
+        steer(source, subject, sae, SAID, CFG.model_copy(update={"max_perplexity": 1e-6}), 0, tmp_path, layer=4)
+        assert (tmp_path / "generations.parquet").read_bytes() == (run / "generations.parquet").read_bytes()
+        assert set(read_table(tmp_path / "judgements.parquet").to_pandas().query("method == 'add'").outcome) == {"degenerate"}
+        with pytest.raises(AssertionError):      # other texts are needed
+            steer(source, subject, sae, SAID, CFG.model_copy(update={"positions": "prompt"}), 0, tmp_path, layer=4)
+
+
+def test_a_strength_that_breaks_every_report_is_said(source, subject, sae, tmp_path, capsys):
+    steer(source, subject, sae, SAID, CFG.model_copy(update={"max_perplexity": 1e-6}), 0, tmp_path, layer=4)
+    assert "α = 30 makes every report unreadable" in capsys.readouterr().out
+    assert any("α = -30" in n for n in read_json(tmp_path / "steering.json")["notes"])
+
+
+@pytest.mark.parametrize("changes", [{"method": "clamp", "alphas": (0.0, 40.0)}, {"method": "scale", "alphas": (0.0, 5.0)},
+                                     {"together": True}, {"without_image": True}, {"features": [1]}])
+def test_every_way_of_steering_runs_and_is_told_apart(source, subject, sae, tmp_path, changes):
+    cfg = SteeringConfig(**{**CFG.model_dump(), "studies": 1, "compare": ("random", "other_feature"), **changes})
+    judged = steer(source, subject, sae, SAID, cfg, 0, tmp_path, layer=4).to_pandas()
+    written = read_table(tmp_path / "generations.parquet").to_pandas()
+    assert set(judged[~judged.control].method) == {cfg.method} and {"random", "other_feature"} <= set(judged.method)
+    if cfg.method != "add":           # the controls have each feature's own coefficient, whose size depends on the text
+        assert set(written[written.method == "random"].stands_for) == {1, 4} and written.norm.isna().all()
+    if cfg.together: assert written[written.method == "add"].features.map(list).tolist() == [[1, 4]] * 2
+    if cfg.without_image: assert set(judged[judged.image == "blank"].control) == {True}
+
+
+def test_blank_pictures_need_pictures(source, sae, tmp_path, monkeypatch):
+    blind = random_mini(0)
+    lay_out = blind.lay_out
+    blind.lay_out = lambda study, report: replace(lay_out(study, report), pixels=None)
+    with pytest.raises(UserError, match="steering.without_image needs pictures"):
+        steer(source, blind, sae, SAID, CFG.model_copy(update={"without_image": True}), 0, tmp_path, layer=4)
+
+
+def test_a_study_without_the_picture_that_is_needed_is_named(subject, sae, tmp_path):
+    bare = [Study(f"{split}{i}", f"{split}-p{i}", split, {"findings": "Effusion."}, {}) for split in ("train", "test") for i in range(2)]
+    with pytest.raises(UserError, match="has no frontal view"): steer(Source("table:here", bare), subject, sae, SAID, CFG, 0, tmp_path, layer=4)
+
+
+def test_a_language_model_judges_and_replays(run, source, subject, sae, tmp_path):
+    for file in run.iterdir(): shutil.copy(file, tmp_path)
+    with JudgeServer() as server:
+        cfg = CFG.model_copy(update={"judges": ("rules", "openai"), "endpoint": EndpointConfig(base_url=server.url, model="judge", concurrency=4)})
+        steer(source, subject, sae, SAID, cfg, 0, tmp_path, layer=4)
+        asked = len(server.bodies)
+        assert asked and server.keys == {"Bearer none"}
+        pairs = {b["messages"][1]["content"] for b in server.bodies}
+        assert len(pairs) == asked and not any("α" in p or "30" in p for p in pairs)       # each pair once, and not how hard it was pushed
+    before = {n: (tmp_path / n).read_bytes() for n in ("judgements.parquet", "verdicts.parquet", "ledger.sqlite")}
+    told = read_json(tmp_path / "steering.json")
+    assert told["judges"] == ["rules", "openai"] and told["agreement"][0]["pairs"] == read_table(tmp_path / "judgements.parquet").num_rows
+    steer(source, subject, sae, SAID, cfg, 0, tmp_path, layer=4)              # the server is gone: the ledger answers
+    assert {n: (tmp_path / n).read_bytes() for n in before} == before
+
+
+def test_a_judge_that_fails_is_named_and_the_rest_is_kept(run, source, subject, sae, tmp_path):
+    for file in run.iterdir(): shutil.copy(file, tmp_path)
+    cfg = CFG.model_copy(update={"judges": ("rules", "openai"), "endpoint": EndpointConfig(base_url="http://127.0.0.1:9/v1", attempts=2)})
+    with pytest.raises(UserError, match="steering.endpoint.base_url"): steer(source, subject, sae, SAID, cfg, 0, tmp_path, layer=4)
+    for name in ("generations", "judgements"): assert (tmp_path / f"{name}.parquet").read_bytes() == (run / f"{name}.parquet").read_bytes()
+
+
+def test_nothing_to_steer_is_an_empty_table_not_a_failure(source, subject, sae, tmp_path):
+    table = steer(source, subject, sae, SAID.slice(0, 1), SteeringConfig(), 0, tmp_path, layer=4)
+    assert "nothing was steered" in read_json(tmp_path / "steering.json")["notes"][0]
+    assert table.num_rows == 0 and read_table(tmp_path / "generations.parquet").num_rows == 0
+    summary = steering_summary(table)
+    assert summary["features"] == 0 and summary["unchanged"] is None and summary["sign_spearman"] is None
+
+
+def test_a_layer_or_a_width_that_does_not_fit_is_named(source, subject, sae, tmp_path):
+    with pytest.raises(UserError, match="layer"): steer(source, subject, sae, SAID, CFG, 0, tmp_path, layer=99)
+    with pytest.raises(UserError, match="width"): steer(source, subject, MatryoshkaSAE(8, (2,), 1), SAID, CFG, 0, tmp_path, layer=4)
+
+
+# ---------------------------------------------------------------- numbers and looks
+def test_shares_add_up_to_one_and_leave_the_controls_out(run):
+    table = read_table(run / "judgements.parquet")
+    for control in (False, True):
+        summary = steering_summary(table, control)
+        assert sum(summary[o] for o in OUTCOMES) == pytest.approx(1)
+        assert summary["reports"] == table.filter(pc.equal(table["method"], "random" if control else "add")).num_rows
+    assert set(steering_summary(table)) == {"features", "alphas", "reports", "unchanged", "on_target_only", "mixed", "off_target_only",
+                                            "degenerate", "sign_spearman"}
+
+
+def test_sign_spearman_is_over_features():
+    changed = {1: (1, 2), 2: (2, 3), 3: (3, 4), 4: (4, 1)}        # of four reports, under −10 and +10
+    rows = [{"feature": f, "alpha": a, "outcome": "mixed" if i < n else "unchanged"}
+            for f, both in changed.items() for a, n in zip((-10.0, 10.0), both, strict=True) for i in range(4)]
+    assert sign_spearman(rows) == pytest.approx(spearmanr([1, 2, 3, 4], [2, 3, 4, 1]).statistic)
+    assert sign_spearman([r for r in rows if r["feature"] < 3]) is None
+    assert sign_spearman([r for r in rows if r["alpha"] > 0]) is None
+    assert sign_spearman([{**r, "outcome": "mixed"} for r in rows]) is None
+    assert sign_spearman([]) is None
+
+
+def test_side_by_side_marks_what_went_and_what_came():
+    page = side_by_side("A small <left> effusion.", "A large <left> effusion & more.", "feature <3>")
+    left, right = re.findall(r"<td[^>]*>(.*?)</td>", page)
+    assert re.findall("<del[^>]*>(.*?)</del>", left) == ["small"] and "<ins" not in left
+    assert re.findall("<ins[^>]*>(.*?)</ins>", right) == ["large", " &amp; more"]
+    assert re.sub("<[^>]*>", "", left) == "A small &lt;left&gt; effusion." and "feature &lt;3&gt;" in page

@@ -1,0 +1,603 @@
+"""Sources of studies: real small trees of every layout, their faults, and the real data where it is present."""
+
+import csv
+import gzip
+import io
+import os
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from saerad.core import UserError
+from saerad.studies.record import SPLITS, Picture, PictureError, Problem, Source, StudiesConfig, Study, split_of
+from saerad.studies.sources import describe, open_source, read_report
+
+DATA = Path(os.environ.get("SAERAD_DATA", Path(__file__).parents[3] / "shared" / "data"))
+OPENI, HANNOVER = DATA / "openi" / "NLMCXR_reports.tgz", DATA / "hannover"
+needs_openi = pytest.mark.skipif(not OPENI.is_file(), reason=f"the OpenI tarball is not at {OPENI}")
+needs_hannover = pytest.mark.skipif(not HANNOVER.is_dir(), reason=f"the Hannover films are not at {HANNOVER}")
+
+
+def film(path, seed=0, size=24, mode="L"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (size, size), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+    return path
+
+
+def table(folder, rows, name="t.csv"):
+    path = folder / name
+    with open(path, "w", newline="") as f:
+        writer = csv.DictWriter(f, fieldnames=list(dict.fromkeys(k for row in rows for k in row)), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def open_table(path, **kw):
+    return open_source(StudiesConfig(source=f"table:{path}", **kw))
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_gives_grey_values_whatever_the_file(tmp_path):
+    for mode, name in (("L", "a.png"), ("RGB", "b.png"), ("L", "c.jpg"), ("RGBA", "d.png")):
+        pixels = Picture.from_file(film(tmp_path / name, mode=mode)).array()
+        assert pixels.dtype == np.uint8 and pixels.shape == (24, 24)
+
+
+def test_sixteen_bits_are_stretched_and_not_clipped(tmp_path):
+    deep = np.arange(1000, 1000 + 64, dtype=np.uint16).reshape(8, 8) * 60
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    pixels = Picture.from_file(tmp_path / "deep.png").array()
+    assert pixels.min() == 0 and pixels.max() == 255 and (np.diff(pixels.ravel().astype(int)) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    "make, kind",
+    [
+        (lambda p: p.write_text("<html>404</html>"), "not an image"),
+        (lambda p: p.write_bytes(b""), "not an image"),
+        (lambda p: Image.fromarray(np.full((9, 9), 7, np.uint8)).save(p, "PNG"), "constant image"),
+        (lambda p: None, "missing image"),
+    ],
+)
+def test_a_film_that_cannot_be_used_says_which_and_why(tmp_path, make, kind):
+    make(tmp_path / "film.jpg")
+    for look in ("array", "check"):
+        with pytest.raises(PictureError, match="film.jpg") as e:
+            getattr(Picture.from_file(tmp_path / "film.jpg"), look)()
+        assert e.value.kind == kind
+
+
+def test_a_truncated_film_is_found_by_the_quick_look_too(tmp_path):
+    path = film(tmp_path / "film.jpg", size=400)
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(PictureError, match="not an image"):
+        Picture.from_file(path).check()
+
+
+# ---- splits ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.text(), st.tuples(*[st.floats(0.01, 1)] * 3))
+def test_a_split_is_always_one_of_three_and_always_the_same(patient, fractions):
+    assert split_of(patient, fractions) in SPLITS
+    assert split_of(patient, fractions) == split_of(patient, fractions)
+
+
+@given(st.text())
+def test_an_empty_split_gets_nobody_and_a_full_one_everybody(patient):
+    assert split_of(patient, (0, 1, 0)) == "validation"
+
+
+@given(st.text(), st.floats(0.1, 0.8), st.floats(0, 0.1))
+def test_a_larger_training_share_only_adds_training_patients(patient, share, more):
+    before = split_of(patient, (share, 0, 1 - share))
+    assert before != "train" or split_of(patient, (share + more, 0, 1 - share - more)) == "train"
+
+
+def test_shares_of_splits_are_those_asked_for():
+    drawn = Counter(split_of(f"p{i}", (0.7, 0.1, 0.2)) for i in range(5000))
+    assert abs(drawn["train"] / 5000 - 0.7) < 0.03 and abs(drawn["test"] / 5000 - 0.2) < 0.03
+
+
+def test_splits_do_not_depend_on_who_else_is_there(tmp_path):
+    rows = [dict(study=f"s{i}", patient=f"p{i}", findings="Clear.") for i in range(60)]
+    everybody = {s.study: s.split for s in open_table(table(tmp_path, rows))}
+    some = {s.study: s.split for s in open_table(table(tmp_path, rows[::3]))}
+    assert some == {k: everybody[k] for k in some} and len(set(everybody.values())) == 3
+
+
+def test_fractions_must_add_up():
+    with pytest.raises(ValueError, match="add up to 1"):
+        StudiesConfig(fractions=(0.5, 0.1, 0.1))
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def rows_of(*patients, **more):
+    return [dict(study=f"s{i}", patient=p, findings=f"Finding {i}.", **more) for i, p in enumerate(patients)]
+
+
+def test_a_table_with_films_priors_and_other_names(tmp_path):
+    for name in ("a.jpg", "b.png", "a-lat.jpg"):
+        film(tmp_path / "films" / name)
+    rows = [
+        dict(exam="2", pid="x", when="2020-02-01", pic="b.png", lat="", text="Second.", ap="ap"),
+        dict(exam="1", pid="x", when="2020-01-01", pic="a", lat="a-lat.jpg", text=" First.\n ", ap="pa"),
+        dict(exam="3", pid="y", when="", pic="b", lat="", text="Third.", ap="swimmer"),
+    ]
+    names = dict(
+        study="exam", patient="pid", order="when", image="pic", lateral="lat", findings="text", projection="ap"
+    )
+    source = open_table(table(tmp_path, rows), columns=names, images=str(tmp_path / "films"))
+    assert source["2"].prior is source["1"] and source["2"].prior_report == "First." and source["1"].prior is None
+    assert list(source["1"].views) == ["frontal", "lateral"] and list(source["2"].all_views) == ["frontal", "prior"]
+    assert [source[i].projection for i in "123"] == ["PA", "AP", ""]
+    assert source["1"].views["frontal"].array().shape == (24, 24) and not source.problems and not source.may_leave
+
+
+def test_numbers_order_as_numbers(tmp_path):
+    rows = [
+        dict(study=s, patient="p", order=o, findings=f"Report {s}.") for s, o in (("a", "9"), ("b", "10"), ("c", "-2"))
+    ]
+    source = open_table(table(tmp_path, rows))
+    assert [s.study for s in source] == ["c", "a", "b"] and source["b"].prior.study == "a"
+
+
+def test_without_an_order_there_is_no_prior(tmp_path):
+    assert all(s.prior is None for s in open_table(table(tmp_path, rows_of("p", "p"))))
+
+
+def test_parquet_gzip_and_tsv_read_like_csv(tmp_path):
+    rows = rows_of(*"abcdef")
+    plain = open_table(table(tmp_path, rows)).hash()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    text = (tmp_path / "t.csv").read_text()
+    with gzip.open(tmp_path / "t.csv.gz", "wt", newline="") as f:
+        f.write(text)
+    (tmp_path / "t.tsv").write_text(text.replace(",", "\t"))
+    assert {open_table(tmp_path / name).hash() for name in ("t.parquet", "t.csv.gz", "t.tsv")} == {plain}
+
+
+def test_given_splits_are_kept_and_reach_the_whole_patient(tmp_path):
+    rows = [
+        dict(study="a", patient="p", split="test", findings="A."),
+        dict(study="b", patient="p", split="", findings="B."),
+        dict(study="c", patient="q", split="validate", findings="C."),
+    ]
+    assert {s.study: s.split for s in open_table(table(tmp_path, rows))} == {
+        "a": "test",
+        "b": "test",
+        "c": "validation",
+    }
+
+
+def test_caps_hold_for_patients_and_are_nested(tmp_path):
+    path = table(tmp_path, rows_of(*[f"p{i // 2}" for i in range(400)]))
+    small, large = (open_table(path, train_patients=n, test_patients=3) for n in (20, 40))
+    assert len({s.patient for s in small.split("train")}) == 20 and len(small.split("train")) == 40
+    assert {s.study for s in small} < {s.study for s in large} and len({s.patient for s in small.split("test")}) == 3
+
+
+def test_faults_of_single_studies_are_named_skipped_and_counted(tmp_path):
+    film(tmp_path / "good.png")
+    (tmp_path / "page.jpg").write_text("<html>")
+    Image.fromarray(np.zeros((5, 5), np.uint8)).save(tmp_path / "black.png")
+    pictures = ("good.png", "page.jpg", "black.png", "gone.png", "good.png")
+    rows = [
+        dict(study=f"s{i}", patient=f"p{i}", image=image, findings="" if i == 4 else "Clear.")
+        for i, image in enumerate(pictures)
+    ]
+    source = open_table(table(tmp_path, [*rows, rows[0]]))
+    assert [s.study for s in source] == ["s0"]
+    assert {(p.kind, p.where) for p in source.problems} == {
+        ("not an image", "s1"),
+        ("constant image", "s2"),
+        ("missing image", "s3"),
+        ("empty report", "s4"),
+        ("duplicate study", "s0"),
+    }
+    assert "problems: 5" in describe(source) and "constant image: 1 (s2)" in describe(source)
+
+
+def test_a_bad_film_is_nobodys_prior(tmp_path):
+    film(tmp_path / "a.png"), (tmp_path / "b.png").write_text("no"), film(tmp_path / "c.png")
+    rows = [dict(study=n, patient="p", order=str(i), image=f"{n}.png", findings=f"{n}.") for i, n in enumerate("abc")]
+    source = open_table(table(tmp_path, rows))
+    assert source["c"].prior is source["a"]
+
+
+def test_a_visit_without_findings_is_still_the_visit_before(tmp_path):
+    rows = [
+        dict(study=n, patient="p", order=str(i), findings=text)
+        for i, (n, text) in enumerate(zip("ab", ("", "B."), strict=True))
+    ]
+    source = open_table(table(tmp_path, rows))
+    assert [s.study for s in source] == ["b"] and source["b"].prior.study == "a" and source["b"].prior_report is None
+
+
+def test_an_impression_can_stand_in_for_findings(tmp_path):
+    path = table(
+        tmp_path,
+        [
+            dict(study="a", patient="p", findings="", impression="Normal."),
+            dict(study="b", patient="q", findings="Clear.", impression="Normal."),
+        ],
+    )
+    assert [s.study for s in open_table(path)] == ["b"]
+    both = open_table(path, findings_from="findings or impression")
+    assert (both["a"].sections["findings"], both["b"].sections["findings"]) == ("Normal.", "Clear.")
+
+
+def test_text_of_a_table_leaves_only_when_the_config_says_so(tmp_path):
+    path = table(tmp_path, rows_of("p"))
+    assert not open_table(path).may_leave and open_table(path, text_may_leave=True).may_leave
+
+
+@pytest.mark.parametrize(
+    "rows, kw, message",
+    [
+        ([dict(study="a", patient="", findings="x")], {}, "row 1 .study a. has no patient"),
+        ([dict(study="", patient="p", findings="x")], {}, "row 1 has no study"),
+        (
+            [
+                dict(study="a", patient="p", split="test", findings="x"),
+                dict(study="b", patient="p", split="train", findings="x"),
+            ],
+            {},
+            "Patient p is in two splits, test and train",
+        ),
+        ([dict(study="a", patient="p", split="holdout", findings="x")], {}, "split 'holdout'"),
+        ([dict(study="a", pateint="p", findings="x")], {}, "no column 'patient'"),
+        (
+            [dict(study="a", pid="p", findings="x")],
+            dict(columns={"patient": "pdi"}),
+            "no column 'pdi'; did you mean 'pid'",
+        ),
+        (
+            [dict(study="a", patient="p", findings="x")],
+            dict(columns={"finding": "findings"}),
+            "did you mean 'findings'",
+        ),
+        ([dict(study="a", patient="p", order="soon", findings="x")], {}, "order 'soon'"),
+        ([dict(study="a", patient="p", findings=" ")], {}, r"no study that can be used \(empty report: 1\)"),
+        ([], {}, "no rows"),
+    ],
+)
+def test_faults_of_the_whole_table_stop_with_one_sentence(tmp_path, rows, kw, message):
+    path = table(tmp_path, rows or [])
+    with pytest.raises(UserError, match=message) as e:
+        open_table(path, **kw)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("t.csv", b"study,patient,findings\na,p\n", "row 1 has more or fewer cells"),
+        ("t.csv", b"study,patient,findings\na,p,x,y\n", "row 1 has more or fewer cells"),
+        ("t.csv", b"study,patient,findings\na,p,\xff\xfe\n", "not a readable table"),
+        ("t.csv.gz", b"not gzip", "not a readable table"),
+        ("t.parquet", b"PAR0", "not a readable table"),
+    ],
+)
+def test_damaged_tables(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        open_table(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "",
+        "table:",
+        "openi",
+        "dicom:x",
+        "phantom:abc",
+        "phantom:",
+        "table:/no/such.csv",
+        "openi:/no/such.tgz",
+        "mimic-cxr:/no/such",
+    ],
+)
+def test_what_is_no_source_says_so(spec):
+    with pytest.raises(UserError):
+        open_source(spec)
+
+
+# ---- OpenI ----------------------------------------------------------------------------------------------------------
+
+
+def xml(uid="CXR1", images=(), **sections):
+    parts = "".join(f'<AbstractText Label="{k.upper()}">{v}</AbstractText>' for k, v in sections.items())
+    figures = "".join(f'<parentImage id="{i}"/>' for i in images)
+    return f'<eCitation><uId id="{uid}"/><Abstract>{parts}</Abstract>{figures}</eCitation>'
+
+
+def tarball(path, files):
+    with tarfile.open(path, "w:gz") as tar:
+        for name, text in files.items():
+            info = tarfile.TarInfo(f"ecgen-radiology/{name}")
+            info.size = len(text.encode())
+            tar.addfile(info, io.BytesIO(text.encode()))
+    return path
+
+
+REPORTS = {
+    "1.xml": xml("CXR1", indication="Cough", findings="Clear  lungs.", comparison="", impression="Normal."),
+    "2.xml": xml("CXR2", impression="Normal."),
+    "3.xml": xml("CXR3"),
+    "4.xml": xml("CXR4", findings="x")[:-7],
+    "5.xml": xml("CXR5", findings="A &lt;b&gt; c."),
+}
+
+
+def test_tarball_and_folder_give_the_same_studies(tmp_path):
+    folder = tmp_path / "xml"
+    folder.mkdir()
+    for name, text in REPORTS.items():
+        (folder / name).write_text(text)
+    packed, unpacked = open_source(f"openi:{tarball(tmp_path / 'r.tgz', REPORTS)}"), open_source(f"openi:{folder}")
+    assert packed.hash() == unpacked.hash() and packed.may_leave
+    assert {s.study: s.sections for s in packed} == {
+        "CXR1": {"indication": "Cough", "findings": "Clear lungs."},
+        "CXR5": {"findings": "A <b> c."},
+    }
+    assert {(p.kind, p.where) for p in packed.problems} == {
+        ("no findings", "CXR2"),
+        ("empty report", "CXR3"),
+        ("XML does not parse", "4.xml"),
+    }
+
+
+def test_openi_films_are_found_by_the_xml_and_named_by_the_list(tmp_path):
+    for name in ("CXR1_1_IM-0001-3001", "CXR1_1_IM-0001-4001"):
+        film(tmp_path / "png" / f"{name}.png")
+    path = tarball(
+        tmp_path / "r.tgz", {"1.xml": xml(images=("CXR1_1_IM-0001-3001", "CXR1_1_IM-0001-4001"), findings="Clear.")}
+    )
+    cfg = StudiesConfig(source=f"openi:{path}", images=str(tmp_path / "png"))
+    assert open_source(cfg)["CXR1"].views["frontal"].name == "CXR1_1_IM-0001-3001.png"
+    (tmp_path / "png" / "indiana_projections.csv").write_text(
+        "uid,filename,projection\n1,1_IM-0001-3001.dcm.png,Lateral\n1,1_IM-0001-4001.dcm.png,Frontal\n"
+    )
+    views = open_source(cfg)["CXR1"].views
+    assert (views["frontal"].name, views["lateral"].name) == ("CXR1_1_IM-0001-4001.png", "CXR1_1_IM-0001-3001.png")
+
+
+@pytest.mark.parametrize("keep", [0, 60, -40])
+def test_a_broken_tarball_stops_the_work(tmp_path, keep):
+    path = tarball(tmp_path / "r.tgz", REPORTS)
+    path.write_bytes(path.read_bytes()[:keep] or b"<html>")
+    with pytest.raises(UserError, match="r.tgz is not a whole tarball"):
+        open_source(f"openi:{path}")
+
+
+def test_a_tarball_of_something_else_and_a_report_without_a_patient(tmp_path):
+    with pytest.raises(UserError, match="no XML report"):
+        open_source(f"openi:{tarball(tmp_path / 'r.tgz', {'a.txt': 'x'})}")
+    path = tarball(tmp_path / "q.tgz", {"9.xml": xml(findings="Clear.").replace('<uId id="CXR1"/>', "")})
+    with pytest.raises(UserError, match="9.xml .* has no patient"):
+        open_source(f"openi:{path}")
+
+
+@needs_openi
+def test_the_real_openi_collection():
+    source = open_source(f"openi:{OPENI}")
+    assert (len(source), len(source.patients), Counter(p.kind for p in source.problems)["no findings"]) == (
+        3425,
+        3425,
+        502,
+    )
+    assert all(s.sections["findings"] == s.sections["findings"].strip() != "" for s in source)
+    assert (
+        len(open_source(StudiesConfig(source=f"openi:{OPENI}", findings_from="findings or impression"))) == 3425 + 502
+    )
+
+
+# ---- MIMIC-CXR ------------------------------------------------------------------------------------------------------
+
+MIMIC = [  # patient, study, split, date, time, films (id, position), report
+    (
+        "10000001",
+        "50000003",
+        "train",
+        "21800301",
+        "80556.875",
+        (("d1", "AP"), ("d2", "PA"), ("d3", "LL")),
+        "Third visit.",
+    ),
+    ("10000001", "50000001", "train", "21800301", "75000.5", (("d4", "AP"),), "First visit."),
+    ("10000001", "50000002", "train", "21800229", "235959.0", (("d5", "LATERAL"),), "Earliest visit."),
+    ("11000002", "51000001", "validate", "21900101", "120000", (("e1", "PA"),), "Other patient."),
+    ("12000003", "52000001", "test", "21900101", "", (("g1", "AP"),), "Test patient."),
+]
+
+
+def mimic(root, films=True, tables=True, zipped=False, rows=MIMIC):
+    metadata, splits = [], []
+    for patient, study, split, date, time, pictures, text in rows:
+        folder = root / "files" / f"p{patient[:2]}" / f"p{patient}" / f"s{study}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.with_suffix(".txt").write_text(
+            f"                 FINAL REPORT\n INDICATION:  Cough.\n\n FINDINGS: \n \n {text}\n"
+        )
+        for image, position in pictures:
+            if films:
+                film(folder / f"{image}.jpg", seed=len(metadata))
+            metadata.append(
+                dict(
+                    dicom_id=image,
+                    subject_id=patient,
+                    study_id=study,
+                    ViewPosition=position,
+                    StudyDate=date,
+                    StudyTime=time,
+                )
+            )
+            splits.append(dict(dicom_id=image, study_id=study, subject_id=patient, split=split))
+    for name, lines in (("metadata", metadata), ("split", splits)) if tables else ():
+        path = table(root, lines, f"mimic-cxr-2.0.0-{name}.csv")
+        if zipped:
+            path.with_suffix(".csv.gz").write_bytes(gzip.compress(path.read_bytes()))
+            path.unlink()
+    return open_source(f"mimic-cxr:{root}")
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_the_official_layout(tmp_path, zipped):
+    source = mimic(tmp_path, zipped=zipped)
+    assert [s.study for s in source if s.patient == "p10000001"] == ["s50000002", "s50000001", "s50000003"]
+    third = source["s50000003"]
+    assert third.prior_report == "First visit." and third.prior.prior is source["s50000002"]
+    assert (
+        third.views["frontal"].name == "d2.jpg" and third.views["lateral"].name == "d3.jpg" and third.projection == "PA"
+    )
+    assert list(third.all_views) == ["frontal", "lateral", "prior"] and third.views["frontal"].array().shape == (24, 24)
+    assert list(source["s50000001"].all_views) == ["frontal"], "the visit before has no frontal film"
+    assert {s.patient: s.split for s in source} == {
+        "p10000001": "train",
+        "p11000002": "validation",
+        "p12000003": "test",
+    }
+    assert third.sections == {"indication": "Cough.", "findings": "Third visit."}
+    assert not source.may_leave and not source.problems
+
+
+def test_mimic_text_never_may_leave_whatever_the_config_says(tmp_path):
+    mimic(tmp_path)
+    assert not open_source(StudiesConfig(source=f"mimic-cxr:{tmp_path}", text_may_leave=True)).may_leave
+
+
+def test_films_and_tables_may_lie_elsewhere(tmp_path):
+    mimic(tmp_path / "jpg")
+    text = tmp_path / "text"
+    for report in sorted((tmp_path / "jpg").rglob("s*.txt")):
+        target = text / "mimic-cxr-reports" / report.relative_to(tmp_path / "jpg")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        report.rename(target)
+    source = open_source(StudiesConfig(source=f"mimic-cxr:{text}", images=str(tmp_path / "jpg")))
+    assert len(source) == 5 and "frontal" in source["s50000003"].all_views
+
+
+def test_without_films_the_studies_are_text_only(tmp_path):
+    source = mimic(tmp_path, films=False)
+    assert len(source) == 5 and not any(s.views for s in source) and source["s50000003"].prior_report == "First visit."
+
+
+def test_without_tables_the_absence_is_said(tmp_path):
+    source = mimic(tmp_path, tables=False)
+    assert [p.kind for p in source.problems] == ["missing table"] * 2 and not any(s.prior for s in source)
+    assert all(s.split == split_of(s.patient) for s in source)
+
+
+def test_a_film_of_the_table_that_is_not_on_disk(tmp_path):
+    mimic(tmp_path)
+    next(tmp_path.rglob("e1.jpg")).unlink()
+    source = open_source(f"mimic-cxr:{tmp_path}")
+    assert [(p.kind, p.where) for p in source.problems] == [("missing image", "s51000001")] and len(source) == 4
+
+
+def test_a_mimic_patient_in_two_splits(tmp_path):
+    torn = [MIMIC[0], (*MIMIC[1][:2], "test", *MIMIC[1][3:])]
+    with pytest.raises(UserError, match="10000001 is in two splits, train and test"):
+        mimic(tmp_path, rows=torn)
+
+
+def test_a_folder_of_something_else(tmp_path):
+    with pytest.raises(UserError, match="unpack mimic-cxr-reports.zip"):
+        open_source(f"mimic-cxr:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "report, expected",
+    [
+        (
+            " FINAL REPORT\n HISTORY:  Fall.\n\n FINDINGS AND IMPRESSION:  Clear.\n",
+            {"indication": "Fall.", "findings": "Clear."},
+        ),
+        (" WET READ: FINDINGS: Old.\n FINAL REPORT\n FINDINGS: New.", {"findings": "New."}),
+        (
+            " FINDINGS:\n Heart size: normal. NO EFFUSION.\n\n NOTIFICATION:  Called.\n",
+            {"findings": "Heart size: normal. NO EFFUSION."},
+        ),
+        (
+            " COMPARISONS:  ___.\n IMPRESSION: \n 1. One.\n 2. Two.",
+            {"comparison": "___.", "impression": "1. One. 2. Two."},
+        ),
+        (" FINDINGS:\n\n IMPRESSION:  Only this.", {"impression": "Only this."}),
+        (" FINAL REPORT\n Portable film of the chest.", {}),
+        ("", {}),
+    ],
+)
+def test_sections_of_reports(report, expected):
+    assert read_report(report) == expected
+
+
+# ---- sources --------------------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_sees_every_change():
+    def source(**kw):
+        study = (
+            dict(
+                study="a",
+                patient="p",
+                split="train",
+                sections={"findings": "Clear."},
+                projection="PA",
+                views={"frontal": Picture("f", lambda: None, "1")},
+                prior=Study("0", "p", "train", {}),
+            )
+            | kw
+        )
+        return Source("x", [Study(**study)]).hash()
+
+    changes = (
+        dict(study="b"),
+        dict(patient="q"),
+        dict(split="test"),
+        dict(sections={"findings": "Not."}),
+        dict(views={}),
+        dict(prior=None),
+        dict(projection="AP"),
+        dict(views={"frontal": Picture("f", lambda: None, "2")}),
+    )
+    assert len({source(), *(source(**c) for c in changes)}) == 1 + len(changes) and source() == source()
+
+
+def test_describe_counts(tmp_path):
+    source = mimic(tmp_path)
+    source.problems += [Problem("XML does not parse", f"{i}.xml") for i in range(7)]
+    text = describe(source, named=2)
+    lines = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line and "films:" not in line}
+    assert (
+        lines["train"] == ["3", "60.0%", "1"]
+        and lines["frontal"] == ["4", "80.0%"]
+        and lines["prior"] == ["1", "20.0%"]
+    )
+    assert lines["findings"] == ["5", "100.0%", "2"] and lines["technique"] == ["0", "0.0%", "–"]
+    assert "XML does not parse: 7 (0.xml, 1.xml, …)" in text and "may not leave" in text
+
+
+@needs_hannover
+def test_the_real_films_of_hannover():
+    names = dict(study="image_id", patient="patient_id", image="image_id", order="admission_offset")
+    source = open_source(
+        StudiesConfig(source=f"table:{HANNOVER / 'data.csv'}", columns=names, images=str(HANNOVER / "images512"))
+    )
+    assert len(source) == 243 and Counter(s.projection for s in source) == {"AP": 194, "PA": 49} and not source.problems
+    assert all(s.prior is None or s.prior.patient == s.patient for s in source) and not source.studies[0].sections
