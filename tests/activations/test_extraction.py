@@ -176,7 +176,7 @@ def test_longest_first() -> None:
 
 KILLED = """
     import sys
-    sys.path.insert(0, {tests!r})
+    sys.path[:0] = [{tests!r}, {tests!r} + "/.."]
     import torch
     torch.set_num_threads({threads})
     from test_extraction import SMALL, extract, random_mini, studies
@@ -414,7 +414,7 @@ def test_killed_at_twenty_random_moments(tmp_path: Path, monkeypatch: pytest.Mon
 
 TORCHRUN = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {tests!r} + "/.."]
 import left_threads
 import torch
 torch.set_num_threads(1)

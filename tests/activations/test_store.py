@@ -158,7 +158,7 @@ def test_resumes_with_the_same_bytes(whole: Path, tmp_path: Path, upto: int) -> 
 
 KILLED = """
     import sys
-    sys.path.insert(0, {tests!r})
+    sys.path[:0] = [{tests!r}, {tests!r} + "/.."]
     from pathlib import Path
     from test_store import STUDIES, study
     from saerad.activations.store import StoreWriter

@@ -270,7 +270,7 @@ def test_training_without_a_store_of_its_rows(config, tmp_path):
 
 COMMAND = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/.."]
 import left_threads
 import torch
 torch.set_num_threads(1)

@@ -23,7 +23,7 @@ SHAPE = SAEConfig(k=2, expansion=4, group_fractions=(1/4, 1/4, 1/2))
 
 RUN = """
 import sys
-sys.path.insert(0, {here!r})
+sys.path[:0] = [{here!r}, {here!r} + "/.."]
 import left_threads
 import torch
 torch.set_num_threads(1)

@@ -436,7 +436,7 @@ def test_wrong_inputs_are_refused_before_anything_is_written(tmp_path):
 
 RUN = """
 import sys
-sys.path.insert(0, {here!r})
+sys.path[:0] = [{here!r}, {here!r} + "/.."]
 from test_training import SETTINGS, Vectors
 from saerad.sae.model import SAEConfig
 from saerad.sae.training import train_sae
