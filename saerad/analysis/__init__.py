@@ -1,0 +1,1 @@
+"""What only the findings of the book need"""

@@ -1,0 +1,1 @@
+"""From a config to a run: settings, stages, checks, summary, command line"""

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STAGES', 'PACKAGE', 'SHARED', 'do_subject', 'do_extract', 'do_train', 'training_rows', 'do_evaluate', 'do_exemplars',
            'do_interpret', 'do_steer', 'do_portray', 'do_figures', 'do_atlas', 'Stage', 'code_version', 'plan',
-           'files_of', 'is_finished', 'dependents', 'remove', 'locked', 'run_config', 'assist', 'do_stage', 'versions',
-           'peak_memory', 'write_config', 'model_hash']
+           'files_of', 'is_finished', 'dependents', 'remove_outputs', 'locked', 'run_config', 'assist', 'do_stage',
+           'versions', 'peak_memory', 'write_config', 'model_hash']
 
 # %% ../../nbs/run/stages.ipynb #37843a81
 import fcntl
@@ -50,23 +50,23 @@ def do_extract(run: Run) -> None:
 
 # %% ../../nbs/run/stages.ipynb #0fbab179
 def do_train(run: Run) -> None:
-    """Train the dictionary on the store."""
+    """Train the SAE on the store."""
     from saerad.sae.training import train_sae
     train_sae(training_rows(run), run.config.sae, run.config.training, run.config.seed, run / "sae")
 
 def training_rows(run: Run) -> Store | Online:
-    """What the dictionary learns from: the store, or with `training.online` the model itself."""
+    """What the SAE learns from: the store, or with `training.online` the subject model itself."""
     cfg = run.config
     return Online(run.source, run.subject, cfg.extraction, cfg.training.online_bytes) if cfg.training.online else run.store
 
 def do_evaluate(run: Run) -> None:
-    """Measure the dictionary on test patients."""
+    """Measure the SAE on test patients."""
     from saerad.sae.evaluation import evaluate
     evaluate(run.store, run.sae, run.subject, run.source, run.config.evaluation, run / "sae")
 
 # %% ../../nbs/run/stages.ipynb #4d84250d
 def do_exemplars(run: Run) -> None:
-    """Collect the contexts of every feature, near misses among them."""
+    """Collect the contexts of every feature, hard negatives among them."""
     from saerad.interpretation.exemplars import collect_exemplars
     from saerad.interpretation.hard_negatives import add_near_misses
     collect_exemplars(run.store, run.sae, run.config.exemplars, run.config.seed, run / "exemplars")
@@ -74,7 +74,7 @@ def do_exemplars(run: Run) -> None:
 
 # %% ../../nbs/run/stages.ipynb #4bc7ed38
 def do_interpret(run: Run) -> None:
-    """Describe the features and score the descriptions."""
+    """Explain the features and score the explanations."""
     from saerad.interpretation.interpret import interpret
     interpret(run / "exemplars", run.config.interpretation, run.config.seed, run.source, run / "interpretations", run.sae)
 
@@ -83,10 +83,10 @@ def do_steer(run: Run) -> None:
     """Push on features, judge the reports, and analyse the verdicts."""
     from saerad.steering.effects import analyse, some_activations
     from saerad.steering.steer import reader_of, steer
-    said, concepts = (run / name for name in ("interpretations/interpretations.parquet", "sae/concepts.parquet"))
-    steer(run.source, run.subject, run.sae, read_table(said), run.config.steering, run.config.seed, run / "steering",
+    explanations, concepts = read_table(run / "interpretations/interpretations.parquet"), run / "sae/concepts.parquet"
+    steer(run.source, run.subject, run.sae, explanations, run.config.steering, run.config.seed, run / "steering",
           run.config.extraction.layer, read_table(concepts) if concepts.exists() else None)
-    analyse(run / "steering", run.subject, run.sae, read_table(said), reader_of(run.source), run.config.seed, some_activations(run.store, run.sae))
+    analyse(run / "steering", run.subject, run.sae, explanations, reader_of(run.source), run.config.seed, some_activations(run.store, run.sae))
 
 # %% ../../nbs/run/stages.ipynb #201d2356
 def do_portray(run: Run) -> None:
@@ -115,7 +115,7 @@ class Stage:
     modules: tuple[str, ...]        # whose code counts; or folders of the package
     owns: tuple[str, ...]           # files and folders of the run that only this stage writes
     outside: tuple[str, ...] = ()   # "studies", "model": what comes from outside the run
-    keeps: tuple[str, ...] = ()     # files that know themselves under which settings they were made: they stay when those change
+    keeps: tuple[str, ...] = ()     # files whose rows say under which settings they were made: they stay when those change
 
 # %% ../../nbs/run/stages.ipynb #66838347
 STAGES = {s.name: s for s in (
@@ -172,14 +172,14 @@ def is_finished(run: Run, stage: Stage, key: str) -> bool:
 
 # %% ../../nbs/run/stages.ipynb #b0d79113
 def dependents(stage: Stage) -> list[Stage]:
-    """A stage and all that need what it leaves, in order: what they left says nothing of what it will leave next."""
+    """A stage and all stages that need its output, in order; theirs is outdated once the stage is done again."""
     names = {stage.name}
     for later in STAGES.values(): names |= {later.name} if names & set(later.needs) else set()
     return [s for s in STAGES.values() if s.name in names]
 
 # %% ../../nbs/run/stages.ipynb #cc29411e
-def remove(run: Run, stage: Stage) -> None:
-    """Remove what a stage left under other settings."""
+def remove_outputs(run: Run, stage: Stage) -> None:
+    """Remove what a stage left under other settings, but for the files that it keeps."""
     kept = {run / keep for keep in stage.keeps}
     for path in (run / own for own in stage.owns):
         if not path.is_dir(): path.unlink(missing_ok=True)
@@ -203,7 +203,7 @@ def run_config(config: Config, out: Path | str | None = None, first: str | None 
                say: Callable[[str], None] = print) -> dict[str, Any]:
     """Do every stage up to `last` that is not finished under its key, and all from `first` on; returns the summary.
 
-    A stage that was killed goes on where it was. Raises `UserError` before anything is written when the config cannot work.
+    A stage that was killed is resumed. Raises `UserError` before anything is written when the config cannot work.
     """
     run = Run(out or config.out or "runs/run", config)
     keys = plan(config, run.source.hash(), model_hash(config))
@@ -238,7 +238,7 @@ def do_stage(run: Run, stage: Stage, keys: dict[str, str], forced: bool, say: Ca
     stages, key = run.manifest["stages"], keys[stage.name]
     begun = stages.get(stage.name, {})
     if forced or begun.get("key") != key:
-        for other in dependents(stage): remove(run, other)
+        for other in dependents(stage): remove_outputs(run, other)
         for opened in ("store", "sae"): run.__dict__.pop(opened, None)      # read again from what will lie there then
         begun = {}
     entry = {"key": key, "inputs": {n: keys[n] for n in stage.needs if n in keys}, "seed": run.config.seed, "versions": versions(),

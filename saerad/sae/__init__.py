@@ -1,0 +1,1 @@
+"""Sparse autoencoders: the model and its kinds, training, evaluation, others' checkpoints"""

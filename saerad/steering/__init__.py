@@ -1,0 +1,1 @@
+"""What reports do when a feature is pushed"""

@@ -1,0 +1,1 @@
+"""Radiology studies as data: the record and its splits, where studies come from, what a report says"""

@@ -1,0 +1,1 @@
+"""The model under study: its prompts, and where every token comes from"""

@@ -11,7 +11,7 @@ from PIL import Image
 
 from saerad.core import UserError
 from saerad.run import stages as running
-from saerad.run.cli import main, told
+from saerad.run.cli import main, print_error
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = ["studies.train_patients=6", "studies.validation_patients=2", "studies.test_patients=2"]
@@ -221,7 +221,7 @@ def test_bench_names_its_benchmarks(saerad):
 
 
 def test_user_errors_are_not_faults():
-    assert told("x.") == 2 and issubclass(UserError, Exception)
+    assert print_error("x.") == 2 and issubclass(UserError, Exception)
 
 
 def test_an_estimate_needs_neither_data_nor_hub(saerad, tmp_path, monkeypatch):

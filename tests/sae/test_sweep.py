@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from saerad.core import UserError, read_table
-from saerad.run.cli import sweep
+from saerad.run.cli import run_sweep
 from saerad.run.config import load_config, validated, with_settings
 from saerad.sae.model import MatryoshkaSAE
 from saerad.sae.sweep import combinations
@@ -30,7 +30,7 @@ def test_a_sweep_over_layers_and_seeds(tmp_path):
     run = Run(tmp_path, config)
     extract(run.source, run.subject, config.extraction, tmp_path / "activations")
     variants = {name: changed(config, values) for name, values in combinations(config.sweep.grid).items()}
-    table = sweep(run, variants).to_pandas()
+    table = run_sweep(run, variants).to_pandas()
     assert len(table) == 8 and table["name"].is_unique and set(table["k"]) == {8, 16} and table["store"].nunique() == 2
     assert np.isfinite(table[["fvu", "l0", "silent", "decoder_cosine", "seed_agreement"]].to_numpy()).all()
     assert (table["split"] == "validation").all() and (table["rows"] == 300).all()
@@ -46,7 +46,7 @@ def test_a_sweep_over_layers_and_seeds(tmp_path):
 def test_keys_that_cannot_vary_are_named(tmp_path):
     config = validated(SMALL, "the test")
     other = validated(with_settings(SMALL, ["figures={}", "steering.alphas=[1]"]), "the test")
-    with pytest.raises(UserError, match="sweep.grid"): sweep(Run(tmp_path, config), {"a": other})
+    with pytest.raises(UserError, match="sweep.grid"): run_sweep(Run(tmp_path, config), {"a": other})
 
 
 def test_the_shipped_configs_have_a_sweep():
