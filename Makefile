@@ -1,5 +1,5 @@
 # make run    the whole study on the synthetic phantom, into runs/phantom
-# make test   everything that must hold before a change lands
+# make test   everything that must hold before a change lands      make check   its core, in two minutes
 # make lab    the book in JupyterLab          make book   execute the book again and render it into _site/
 # make bench  every benchmark                 make results   execute the notebooks of findings in nbs/results/
 SHELL := bash
@@ -8,10 +8,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/phantom.yaml
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+HALF := $(shell echo $$(( ($$(nproc 2>/dev/null || echo 2) + 1) / 2 )))
+CORE := tests/test_house.py
 export PYTHONHASHSEED = 0
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: run test lab book readme export bench bench-env results clean
+.PHONY: run test test-book test-code check lab book readme export bench bench-env results clean
 .DEFAULT_GOAL := run
 
 $(VENV)/.installed: setup.py settings.ini constraints.txt
@@ -26,8 +28,19 @@ run: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python .ci/notebooks.py check
 	$(BIN)/ruff check .
+	@OMP_NUM_THREADS=$(HALF) $(MAKE) --no-print-directory --output-sync=target -j2 test-book test-code
+
+# The chapters and the tests side by side, each on half of the cores: much of both is plain Python, which uses one.
+test-book: $(VENV)/.installed
 	$(BIN)/python .ci/notebooks.py test
-	$(BIN)/python -m pytest -q tests
+
+test-code: $(VENV)/.installed
+	$(BIN)/python -m pytest -q --durations=15 tests
+
+check: export  ## before a commit: everything generated is written again, then the fast core of the tests
+	$(BIN)/ruff check .
+	$(BIN)/python .ci/notebooks.py check
+	$(BIN)/python -m pytest -q -m "not slow" $(CORE)
 
 lab: $(VENV)/.installed
 	$(BIN)/jupyter lab nbs

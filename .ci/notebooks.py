@@ -88,7 +88,7 @@ def check_notebook(path: Path) -> list[str]:
     if nb.metadata.get("kernelspec") != KERNEL: problems.append(f"{name}: kernelspec {nb.metadata.get('kernelspec')}, not {KERNEL}")
     code = [c for c in nb.cells if c.cell_type == "code" and not SKIP.search(c.source)]
     shown = [c for c in code if not re.search(r"(?m)^#\|\s*(export|hide|default_exp)", c.source)]
-    problems += check_opening(nb, name) + check_picture(nb, name)
+    problems += check_opening(nb, name) + check_picture(nb, name) + check_looks(nb, name)
     if any(last_is_a_value(c.source) for c in shown) and not any(c.outputs for c in shown): problems.append(f"{name}: was never executed")
     for i, cell in enumerate(nb.cells):
         if cell.cell_type != "code": continue
@@ -118,6 +118,17 @@ def check_picture(nb, name: Path) -> list[str]:
     exported = next((i for i, c in enumerate(nb.cells) if re.match(r"#\| ?exports?\b(?!\n(import|from) )", c.source)), len(nb.cells))
     if any(shows(c) for c in nb.cells[:min(exported, 13)]): return []
     return [f"{name}: no picture before its first function and among its first 13 cells"]
+
+
+def check_looks(nb, name: Path, most: int = 5) -> list[str]:
+    """No more than a handful of exported cells follow each other without something to look at; cells that only import do not count."""
+    unseen, problems = 0, []
+    for i, cell in enumerate(nb.cells):
+        if cell.cell_type != "code": continue
+        if re.match(r"#\| ?exporti?\b(?!\n(import|from) )", cell.source): unseen += 1
+        elif cell.outputs: unseen = 0
+        if unseen == most + 1: problems.append(f"{name}, cell {i}: {unseen} exported cells in a row without a look")
+    return problems
 
 
 TEXT = {"Float", "Int", "Int32", "Int64", "Bool", "UInt8", "Shaped", "Literal", "Annotated"}  # whose brackets hold text that is no name
