@@ -50,7 +50,8 @@ class Found:
 def sae(self: Found) -> MatryoshkaSAE:
     """The SAE itself; raises `UserError` when its threshold was never set."""
     check_tensors(f"this {self.format} checkpoint", self.tensors, *self.tensors["W_enc"].shape)
-    sae = MatryoshkaSAE(self.tensors["W_enc"].shape[0], self.group_sizes, self.k, self.level_weights, kind="topk" if self.selection == "token" else "batch_topk", drawn=False)
+    kind = "topk" if self.selection == "token" else "batch_topk"
+    sae = MatryoshkaSAE(self.tensors["W_enc"].shape[0], self.group_sizes, self.k, self.level_weights, kind=kind, drawn=False)
     sae.load_state_dict(self.tensors)
     return sae.eval().requires_grad_(False)
 

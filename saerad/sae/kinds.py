@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'Selected', 'selected', 'kth_largest', 'batch_topk', 'token_
 # %% ../../nbs/sae/kinds.ipynb #0a5b2386
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 

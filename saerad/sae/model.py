@@ -264,7 +264,8 @@ def load(cls: MatryoshkaSAE, folder: Path | str) -> MatryoshkaSAE:
     for key in ("d", "group_sizes", "k", "level_weights"):
         if key in cfg: continue
         raise UserError(f"{path.with_name('config.json')} has no {key}; use the one that was written with the SAE.")
-    sae = cls(cfg["d"], cfg["group_sizes"], cfg["k"], cfg["level_weights"], kind=saved_kind(cfg), kind_options=cfg.get("kind_options", {}), drawn=False)
+    sae = cls(cfg["d"], cfg["group_sizes"], cfg["k"], cfg["level_weights"], kind=saved_kind(cfg),
+              kind_options=cfg.get("kind_options", {}), drawn=False)
     check_tensors(str(path), tensors, sae.d, sae.width, sae.kind)
     sae.load_state_dict(tensors)
     return sae.eval().requires_grad_(False)

@@ -721,7 +721,8 @@ class _Run:
         metrics, cfg, step = self.trainer.advance(x), self.job.training, self.trainer.step
         last = step == cfg.steps
         if last or step % cfg.log_every == 0: log.write(metrics)
-        if last or step % cfg.checkpoint_every == 0: self.ranks.save_checkpoint(self.folder, step, lambda path: self.trainer.save(path, self.fingerprint))
+        if last or step % cfg.checkpoint_every == 0:
+            self.ranks.save_checkpoint(self.folder, step, lambda path: self.trainer.save(path, self.fingerprint))
 
     def finish(self) -> MatryoshkaSAE:
         sae = self.ranks.whole(self.trainer.sae)
