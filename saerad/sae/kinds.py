@@ -88,8 +88,8 @@ class Kind:
         """Parameters of its own as they are before training, by name; the first axis of each is the features."""
         return {}
 
-    def prepare(self, sae: Any, pre: Float[Tensor, "n width"]) -> None:
-        """Set its parameters by what the untrained SAE reads from the first vectors."""
+    def prepare(self, sae: Any, x: Float[Tensor, "n d"]) -> None:
+        """Set its parameters by what the untrained SAE reads from the first vectors, which are normalised."""
 
     @property
     def plain(self) -> bool:
@@ -138,8 +138,8 @@ class JumpReLU(Kind):
         return {"log_threshold": torch.full((width,), math.log(0.001))}
 
     @torch.no_grad()
-    def prepare(self, sae: Any, pre: Float[Tensor, "n width"]) -> None:
-        sae.log_threshold.fill_(math.log(max(batch_topk(pre, sae.k).cut, 1e-6)))
+    def prepare(self, sae: Any, x: Float[Tensor, "n d"]) -> None:
+        sae.log_threshold.fill_(math.log(max(batch_topk(sae.preactivations(x[:4096]), sae.k).cut, 1e-6)))
 
     def ramp(self, pre: Float[Tensor, "n width"], threshold: Float[Tensor, " width"]) -> Float[Tensor, "n width"]:
         """What replaces the slope of the step: 1 / bandwidth near the threshold, 0 elsewhere."""
