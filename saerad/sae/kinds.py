@@ -128,8 +128,8 @@ def kind_of(name: str, options: Mapping[str, float] = MappingProxyType({})) -> K
 @dataclass(frozen=True)
 class JumpReLU(Kind):
     """A threshold for every feature, learnt by straight-through gradients (Rajamanoharan et al. 2024); `k` is the L0 that is aimed at."""
-    bandwidth: float = 0.05        # width of the ramp, normalised units (ours; the paper has 0.001 for far more tokens)
-    l0_weight: float = 0.3         # λ (ours)
+    bandwidth: float = 0.1         # width of the ramp, normalised units (ours; the paper has 0.001 for far more tokens)
+    l0_weight: float = 3.0         # λ (ours)
 
     def activate(self, sae: Any, pre: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:
         return torch.where(pre > sae.log_threshold.exp(), pre, 0)
