@@ -51,11 +51,11 @@ sae = MatryoshkaSAE.from_config(d, SAEConfig(expansion=width // d, k=k))
 sae.scale.fill_(float(batches[0].square().sum(1).mean().sqrt()))
 trainer = Trainer(sae, TrainingConfig(steps=10_000, batch_size=batch, warmup=0, lr=2e-4))
 def rebuild(x):
-    kept = trainer.select(x / sae.scale, len(x))
+    selected = trainer.select(x / sae.scale, len(x))
     z = torch.zeros(len(x), width)
-    z[kept.row, kept.col] = kept.value
+    z[selected.row, selected.col] = selected.value
     return sae.decode(z)
-report(lambda i, x: trainer.advance(x), rebuild)
+report(lambda i, x: trainer.train_step(x), rebuild)
 '''
 
 DICTIONARY_LEARNING = COMMON + '''

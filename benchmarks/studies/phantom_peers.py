@@ -47,8 +47,9 @@ def report(rebuild):
 
 OURS = COMMON + '''
 import tempfile
+from saerad.sae.kinds import batch_topk
 from saerad.sae.model import SAEConfig
-from saerad.sae.training import TrainingConfig, batch_topk, train_sae
+from saerad.sae.training import TrainingConfig, train_sae
 class Rows:
     meta = {"rows": s["rows"]}
     d = train.shape[1]

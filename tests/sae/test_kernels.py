@@ -149,5 +149,5 @@ def test_bits_and_numbers():
 def test_without_a_compiler_there_are_no_kernels_and_no_error(setting, value, tmp_path):
     import os
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), setting: value}
-    done = subprocess.run([sys.executable, "-c", "from saerad import kernels; print(kernels.native())"], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", "from saerad.sae import kernels; print(kernels.native())"], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "None" and not done.stderr and not list(tmp_path.rglob("*.part"))

@@ -11,24 +11,24 @@ import pytest
 import safetensors.torch as st
 import torch
 
-from saerad.core import UserError, rng
+from saerad.core import UserError, prefetch, rng
 from saerad.sae import kernels
+from saerad.sae.kinds import batch_topk
 from saerad.sae.model import MatryoshkaSAE, SAEConfig
 from saerad.sae.training import (
     Job,
     Log,
+    MeasuredEngine,
     Trainer,
     TrainingConfig,
-    ahead,
     aux_gradients,
     aux_loss,
-    batch_topk,
-    begin,
     dense_loss,
     geometric_median,
+    initial_sae,
     memory_needed,
-    reconstruction_loss,
     reference_loss,
+    sparse_loss,
     train_sae,
     train_saes,
 )
@@ -84,7 +84,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("loss", [reference_loss, reconstruction_loss, dense_loss])
+@pytest.mark.parametrize("loss", [reference_loss, sparse_loss, dense_loss])
 def test_loss_and_gradients_are_those_of_the_definition(name, loss):
     sae, x = make(CASES[name])
     found = loss(sae, x, batch_topk(sae.preactivations(x).detach(), sae.k))
@@ -98,9 +98,9 @@ def test_loss_and_gradients_are_those_of_the_definition(name, loss):
 
 def test_a_small_step_down_the_gradient_lowers_the_loss():
     sae, x = make(SAEConfig(k=5))
-    before = reconstruction_loss(sae, x, batch_topk(sae.preactivations(x).detach(), 5))
+    before = sparse_loss(sae, x, batch_topk(sae.preactivations(x).detach(), 5))
     for n, p in sae.named_parameters(): p.data -= 1e-3 * before.gradients[n]
-    assert reconstruction_loss(sae, x, batch_topk(sae.preactivations(x).detach(), 5)).value < before.value
+    assert sparse_loss(sae, x, batch_topk(sae.preactivations(x).detach(), 5)).value < before.value
 
 
 def test_groups_do_not_change_the_size_of_the_loss():
@@ -110,7 +110,7 @@ def test_groups_do_not_change_the_size_of_the_loss():
     for fractions in ((1.0,), (0.5, 0.5), (1/16, 1/16, 1/8, 1/4, 1/2)):
         sae = MatryoshkaSAE.from_config(D, SAEConfig(k=5, group_fractions=fractions))
         sae.W_dec.data.zero_()
-        values.append(reconstruction_loss(sae, x, batch_topk(sae.preactivations(x).detach(), 5)).value)
+        values.append(sparse_loss(sae, x, batch_topk(sae.preactivations(x).detach(), 5)).value)
     assert values == pytest.approx([values[0]] * 3, rel=1e-6)
     assert values[0] == pytest.approx(float(x.square().sum(1).mean()), rel=1e-6)
 
@@ -119,7 +119,7 @@ def test_nothing_positive_is_a_loss_of_the_bias_alone():
     sae, x = make(SAEConfig(k=5))
     sae.b_enc.data.fill_(-100.0)
     kept = batch_topk(sae.preactivations(x).detach(), 5)
-    found = reconstruction_loss(sae, x, kept)
+    found = sparse_loss(sae, x, kept)
     assert len(kept.value) == 0 and kept.cut == 0
     assert found.gradients["W_enc"].count_nonzero() == 0
     assert torch.allclose(found.gradients["b_dec"], 2 * (sae.b_dec - x.mean(0)))
@@ -177,10 +177,10 @@ def test_dead_features_come_back():
     dead = {}
     for alpha in (1.0, 0.0):
         cfg = TrainingConfig(steps=250, batch_size=128, lr=5e-3, dead_after=0.1, aux_alpha=alpha, start_rows=512)
-        trainer = Trainer(begin(Vectors(), SAEConfig(k=1, group_fractions=(1.0,)), cfg, 0), cfg)
+        trainer = Trainer(initial_sae(Vectors(), SAEConfig(k=1, group_fractions=(1.0,)), cfg, 0), cfg)
         trainer.sae.b_enc.data[6:] = -0.3
         for _, _, x in Vectors().batches("train", 128, 0):
-            metrics = trainer.advance(x)
+            metrics = trainer.train_step(x)
             if trainer.step == cfg.steps: break
         dead[alpha] = metrics["dead"]
     assert dead[0.0] > 0.3 > 0.1 > dead[1.0]
@@ -203,15 +203,15 @@ def test_aux_gradients_by_hand_are_those_of_automatic_differentiation(k):
 
 ENGINES = ["reference", "dense", "sparse", *NATIVE]
 KINDS = {"matryoshka": SAEConfig(k=4), "reversed, weighted": SAEConfig(k=4, group_order="reversed", level_weights=(1, 0, 2, 1, 3)),
-         "batch topk": SAEConfig(k=4, group_fractions=(1.0,)), "topk": SAEConfig(k=4, group_fractions=(1.0,), selection="token"),
-         "matryoshka topk": SAEConfig(k=4, selection="token")}
+         "batch topk": SAEConfig(k=4, group_fractions=(1.0,)), "topk": SAEConfig(k=4, group_fractions=(1.0,), kind="topk"),
+         "matryoshka topk": SAEConfig(k=4, kind="topk")}
 
 
 def steps(engine: str, shape: SAEConfig, n: int = 12, **settings) -> tuple[MatryoshkaSAE, list[dict[str, float]]]:
     cfg = TrainingConfig(engine=engine, precision="float32", **({"steps": 60, "batch_size": 128, "lr": 3e-3, "start_rows": 512} | settings))
-    trainer, log = Trainer(begin(Vectors(), shape, cfg, 0), cfg), []
+    trainer, log = Trainer(initial_sae(Vectors(), shape, cfg, 0), cfg), []
     for _, _, x in Vectors().batches("train", 128, 0):
-        log.append(trainer.advance(x))
+        log.append(trainer.train_step(x))
         if trainer.step == n: return trainer, log
 
 
@@ -220,7 +220,7 @@ def steps(engine: str, shape: SAEConfig, n: int = 12, **settings) -> tuple[Matry
 def test_every_engine_takes_the_steps_of_the_reference(engine, kind):
     ours, log = steps(engine, KINDS[kind])
     theirs, expected = steps("reference", KINDS[kind])
-    assert ours.engine == engine
+    assert ours.engine.name == engine
     for a, b in zip(log, expected, strict=True): assert a == pytest.approx(b, rel=2e-4, abs=1e-6)
     for name, p in ours.sae.named_parameters(): assert torch.allclose(p, theirs.sae.get_parameter(name), atol=2e-4), name
 
@@ -235,7 +235,7 @@ def test_a_checkpoint_of_one_engine_is_taken_up_by_another(one, other, tmp_path)
         mine = here.sae.get_parameter(name)
         assert torch.equal(mine, p)
         for key, moment in there.optimizer.state[p].items():
-            assert moment.any() and torch.equal(here.plain(name, here.optimizer.state[mine][key]), there.plain(name, moment))
+            assert moment.any() and torch.equal(here.engine.to_rows(name, here.optimizer.state[mine][key]), there.engine.to_rows(name, moment))
 
 
 @pytest.mark.parametrize("engine", ENGINES[1:])
@@ -248,16 +248,16 @@ def test_every_engine_revives_as_the_reference_does(engine):
 
 
 @pytest.mark.skipif(not NATIVE, reason="no C++ compiler")
-@pytest.mark.parametrize("selection", ["batch", "token"])
+@pytest.mark.parametrize("kind", ["batch_topk", "topk"])
 @pytest.mark.parametrize("precision", ["int8", "bfloat16", "float32"])
-def test_a_rough_search_keeps_what_float32_keeps(selection, precision):
+def test_a_rough_search_keeps_what_float32_keeps(kind, precision):
     cfg = TrainingConfig(engine="native", precision=precision, steps=10, batch_size=256)
-    trainer = Trainer(MatryoshkaSAE.from_config(96, SAEConfig(k=9, selection=selection)), cfg)
+    trainer = Trainer(MatryoshkaSAE.from_config(96, SAEConfig(k=9, kind=kind)), cfg)
     for seed in range(4):
         x = torch.randn(256, 96, generator=torch.Generator().manual_seed(seed)) / 96 ** 0.5
         expected = trainer.select(x, 256)
         step = kernels.Step(x, trainer.sae.W_enc.detach().T, trainer.sae.W_dec.detach(), trainer.sae.group_sizes, trainer.sae.level_weights)
-        places, value, cut = (trainer.search if selection == "batch" else trainer.search_by_token)(step, x)
+        places, value, cut = getattr(trainer.engine.search, kind)(step, x)
         assert torch.equal(places.row_of() * 384 + places.col, expected.row * 384 + expected.col)
         assert torch.allclose(value, expected.value, rtol=1e-5) and cut == pytest.approx(expected.cut, rel=1e-5)
 
@@ -268,7 +268,7 @@ def test_a_margin_that_is_too_small_is_widened(precision):
     trainer = Trainer(MatryoshkaSAE.from_config(96, SAEConfig(k=9)), TrainingConfig(engine="native", precision=precision, batch_size=256))
     x = torch.randn(256, 96, generator=torch.Generator().manual_seed(0)) / 96 ** 0.5
     step = kernels.Step(x, trainer.sae.W_enc.detach().T, trainer.sae.W_dec.detach(), trainer.sae.group_sizes, trainer.sae.level_weights)
-    narrow, wide = trainer.search(step, x, margin=1e-6), trainer.search(step, x, margin=0.5)
+    narrow, wide = trainer.engine.search.batch_topk(step, x, margin=1e-6), trainer.engine.search.batch_topk(step, x, margin=0.5)
     assert torch.equal(narrow[0].col, wide[0].col) and narrow[2] == wide[2]
 
 
@@ -282,14 +282,14 @@ def test_a_stream_too_uneven_for_integers_is_searched_in_bfloat16_and_just_as_ex
         with torch.no_grad(): trainer.sae.W_enc[5] = 0
         expected = trainer.select(x, 256)
         step = kernels.Step(x, trainer.sae.W_enc.detach().T, trainer.sae.W_dec.detach(), trainer.sae.group_sizes, trainer.sae.level_weights)
-        places, value, _ = trainer.search(step, x)
-        assert torch.equal(places.row_of() * 384 + places.col, expected.row * 384 + expected.col) and not trainer.small, step_number
+        places, value, _ = trainer.engine.search.batch_topk(step, x)
+        assert torch.equal(places.row_of() * 384 + places.col, expected.row * 384 + expected.col) and not trainer.engine.search.use_int8, step_number
         assert torch.allclose(value, expected.value, rtol=1e-5)
 
 
 def test_the_faster_engine_is_measured():
     trainer = Trainer(MatryoshkaSAE.from_config(96, SAEConfig(k=9)), TrainingConfig(engine="dense", batch_size=256))
-    assert trainer.faster(torch.randn(64, 96)) in ("sparse", "dense")
+    assert MeasuredEngine(trainer).faster(torch.randn(64, 96)) in ("sparse", "dense")
 
 
 def test_threads_do_not_change_a_bit():
@@ -305,7 +305,7 @@ def test_threads_do_not_change_a_bit():
 def test_engines_and_devices_that_cannot_work_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(kernels, "native", lambda: None)
     sae = MatryoshkaSAE.from_config(D, SAEConfig(k=3))
-    assert Trainer(sae, TrainingConfig()).engine == "sparse"
+    assert Trainer(sae, TrainingConfig()).engine.name == "sparse"
     with pytest.raises(UserError, match="compiler"): Trainer(sae, TrainingConfig(engine="native"))
     for device, word in (("tpu", "use auto"), ("cuda:7" if not torch.cuda.is_available() else "meta", "CUDA|use auto")):
         with pytest.raises(UserError, match=word): train_sae(Vectors(), SAEConfig(k=3), TrainingConfig(device=device), 0, tmp_path / "a")
@@ -340,7 +340,7 @@ def test_the_next_batch_is_read_ahead_and_errors_arrive():
             made.append(i)
             yield i
         raise RuntimeError("the disk")
-    reader = ahead(items())
+    reader = prefetch(items())
     assert next(reader) == 0
     assert next(reader) == 1 and made[:2] == [0, 1]
     assert next(reader) == 2
@@ -365,13 +365,13 @@ def test_tensorboard_gets_every_metric_where_it_is_installed(tmp_path):
 @pytest.mark.parametrize("engine", ["sparse", *NATIVE])
 def test_decoder_rows_stay_at_length_one_and_move_sideways(engine):
     cfg = TrainingConfig(steps=50, batch_size=64, lr=1e-2, start_rows=256, engine=engine)
-    trainer = Trainer(begin(Vectors(), SAEConfig(k=3), cfg, 0), cfg)
+    trainer = Trainer(initial_sae(Vectors(), SAEConfig(k=3), cfg, 0), cfg)
     x = Vectors().x[:64]
     for _ in range(5):
         before = trainer.sae.W_dec.detach().clone()
-        trainer.advance(x)
+        trainer.train_step(x)
         assert torch.allclose(trainer.sae.W_dec.norm(dim=1), torch.ones(48), atol=1e-6)
-        if trainer.engine == "native": continue                      # it never writes gradients down
+        if trainer.engine.name == "native": continue                      # it never writes gradients down
         assert (trainer.sae.W_dec.grad * before).sum(1).abs().max() < 1e-6
         norm = torch.stack([p.grad.norm() for p in trainer.sae.parameters()]).norm()
         assert norm <= cfg.clip * 1.001
@@ -379,12 +379,12 @@ def test_decoder_rows_stay_at_length_one_and_move_sideways(engine):
 
 def test_threshold_is_one_average_a_step_and_float32():
     cfg = TrainingConfig(steps=20, batch_size=64, threshold_start=0.5, threshold_beta=0.9, start_rows=256, log_every=1)
-    trainer = Trainer(begin(Vectors(), SAEConfig(k=3), cfg, 0), cfg)
+    trainer = Trainer(initial_sae(Vectors(), SAEConfig(k=3), cfg, 0), cfg)
     expected = None
     for _, _, x in Vectors().batches("train", 64, 0):
         with torch.no_grad(): cut = batch_topk(trainer.sae.preactivations(x / trainer.sae.scale), 3).cut
         if trainer.step >= 10: expected = cut if expected is None else 0.9 * expected + 0.1 * cut
-        trainer.advance(x)
+        trainer.train_step(x)
         assert trainer.sae.threshold.dtype == torch.float32
         assert float(trainer.sae.threshold) == pytest.approx(-1.0 if expected is None else expected, rel=1e-5)
         if trainer.step == cfg.steps: break
@@ -392,10 +392,10 @@ def test_threshold_is_one_average_a_step_and_float32():
 
 def test_silence_is_counted_in_tokens():
     cfg = TrainingConfig(steps=20, batch_size=64, start_rows=256)
-    trainer = Trainer(begin(Vectors(), SAEConfig(k=3), cfg, 0), cfg)
+    trainer = Trainer(initial_sae(Vectors(), SAEConfig(k=3), cfg, 0), cfg)
     trainer.sae.b_enc.data[7] = -100.0
-    for _ in range(3): trainer.advance(Vectors().x[:64])
-    assert trainer.silent[7] == 3 * 64 and trainer.silent.min() == 0
+    for _ in range(3): trainer.train_step(Vectors().x[:64])
+    assert trainer.tokens_since_fired[7] == 3 * 64 and trainer.tokens_since_fired.min() == 0
 
 
 def test_inference_is_as_sparse_as_training(tmp_path):
@@ -406,7 +406,7 @@ def test_inference_is_as_sparse_as_training(tmp_path):
 
 def test_start_is_scale_and_geometric_median():
     store, cfg = Vectors(), TrainingConfig(steps=1, batch_size=100, start_rows=1000)
-    sae = begin(store, SAEConfig(k=3), cfg, 0)
+    sae = initial_sae(store, SAEConfig(k=3), cfg, 0)
     reader = store.batches("train", 100, 0)
     x = torch.cat([next(reader)[2] for _ in range(10)])
     assert float(sae.scale) == pytest.approx(float(x.square().sum(1).mean().sqrt()), rel=1e-6)
