@@ -209,7 +209,7 @@ def blocks(x: Float[Tensor, "n d"], out: Float[Tensor, "blocks n 128"] | None = 
 
 # %% ../../nbs/sae/kernels.ipynb #c98423c6
 def in_rows(x: Float[Tensor, "blocks n 128"], d: int) -> Float[Tensor, "n d"]:
-    """What `blocks` was given: vectors of width `d`, one a row."""
+    """What `blocks` was given: vectors of width `d`, one per row."""
     return x.transpose(0, 1).flatten(1)[:, :d].contiguous()
 
 # %% ../../nbs/sae/kernels.ipynb #9b7f6e2b
@@ -267,7 +267,7 @@ def exact_values(step: Step, places: Places, b_enc: Float[Tensor, " width"]) -> 
 # %% ../../nbs/sae/kernels.ipynb #248e0214
 @dataclass
 class Measured:
-    """What the first pass found; all in normalised units."""
+    """What the first pass measured; all in normalised units."""
     levels: Float[Tensor, " levels"]      # each level's squared error, summed over dimensions, mean over tokens
     residual: Float[Tensor, "n d"] | None # x minus the reconstruction from all features
     b_dec: Float[Tensor, " d"]            # gradient by what the decoder adds; the encoder's part is still to come
@@ -277,7 +277,7 @@ class Measured:
 def bound(step: Step) -> None:
     """After the first pass: slopes by feature, the encoder's bias gradient, and what the lengths of the gradients cannot exceed.
 
-    To be called again when gradients are added (`extra`, `extra_dec`, `extra_enc`).
+    Must be called again when gradients are added (`extra`, `extra_dec`, `extra_enc`).
     """
     step.hold(b_enc=step.zeros(step.width), **{name: step.zeros(step.width, dtype=torch.float64) for name in ("along", "square", "most")})
     step.call("bound")

@@ -85,7 +85,7 @@ def _check_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
 def _check_weights(weights: Sequence[float] | None, levels: int) -> None:
     if weights is None: return
     if len(weights) != levels:
-        raise UserError(f"sae.level_weights has {len(weights)} values for {levels} groups; give one a group.")
+        raise UserError(f"sae.level_weights has {len(weights)} values for {levels} groups; give one per group.")
     if min(weights) < 0 or weights[-1] <= 0:
         raise UserError(f"sae.level_weights is {list(weights)}; weights are at least 0, and the last one, "
                         "of all features, is above 0.")
@@ -236,9 +236,9 @@ def check_tensors(where: str, tensors: dict[str, Tensor], d: int, width: int, ki
         raise UserError(f"{where}: the threshold was never set; finish its training before using it.")
 
 # %% ../../nbs/sae/model.ipynb #29fdf666
-def _check_shape(where: str, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if found == expected: return
-    raise UserError(f"{where}: {name} has shape {found} where {expected} was expected; "
+def _check_shape(where: str, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if shape == expected: return
+    raise UserError(f"{where}: {name} has shape {shape} where {expected} was expected; "
                     "use the config.json that belongs to it.")
 
 # %% ../../nbs/sae/model.ipynb #72aa9a6c

@@ -606,7 +606,7 @@ class _Training:
             if self.ranks.all(self.trainer.restore(path, self.fingerprint)): return True
         return False
 
-    def train_step(self, x: Tensor, log: Log) -> None:
+    def step_and_log(self, x: Tensor, log: Log) -> None:
         metrics, cfg, step = self.trainer.train_step(x), self.job.training, self.trainer.step
         last = step == cfg.steps
         if last or step % cfg.log_every == 0: log.write(metrics)
@@ -632,4 +632,4 @@ def _loop(runs: Sequence[_Training], seed: int) -> None:
         for step in progress(range(first, steps), "training the SAE" if len(runs) == 1 else f"training {len(runs)} SAEs"):
             batches = {key: next(reader)[2] for key, reader in readers.items()}
             for run, log in zip(runs, logs, strict=True):
-                if step == run.trainer.step < run.job.training.steps: run.train_step(batches[id(run.job.store)], log)
+                if step == run.trainer.step < run.job.training.steps: run.step_and_log(batches[id(run.job.store)], log)

@@ -20,6 +20,7 @@ from test_training import Vectors  # noqa: E402
 SETTINGS = TrainingConfig(steps=24, batch_size=128, lr=3e-3, dead_after=0.05, aux_k=2, start_rows=256, checkpoint_every=10, log_every=1,
                           engine="sparse")
 SHAPE = SAEConfig(k=2, expansion=4, group_fractions=(1/4, 1/4, 1/2))
+JUMPS = (SHAPE.model_copy(update={"kind": "jumprelu"}), SETTINGS.model_copy(update={"engine": "auto"}))
 
 RUN = """
 import sys
@@ -27,7 +28,7 @@ sys.path[:0] = [{here!r}, {here!r} + "/.."]
 import left_threads
 import torch
 torch.set_num_threads(1)
-from test_ranks import SETTINGS, SHAPE
+from test_ranks import JUMPS, SETTINGS, SHAPE
 from test_training import Vectors
 from saerad.sae.training import train_sae
 
@@ -37,18 +38,20 @@ class Stops(Vectors):
             if step == int(sys.argv[2]): raise KeyboardInterrupt
             yield step, rows, x
 
+shape, settings = JUMPS if sys.argv[3] == "jumprelu" else (SHAPE, SETTINGS)
 for shard in (False, True):
-    try: train_sae(Stops(), SHAPE, SETTINGS.model_copy(update=dict(shard=shard)), 0, sys.argv[1] + ("/shard" if shard else "/batch"))
+    try: train_sae(Stops(), shape, settings.model_copy(update=dict(shard=shard)), 0, sys.argv[1] + ("/shard" if shard else "/batch"))
     except KeyboardInterrupt: pass
 """
 
 
-def launch(size: int, out: Path, stop: int = 10**6) -> None:
+def launch(size: int, out: Path, stop: int = 10**6, kind: str = "batch_topk") -> None:
     script = out / "run.py"
     out.mkdir(exist_ok=True)
     script.write_text(RUN.format(here=str(Path(__file__).parent)))
     env = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), str(script), str(out), str(stop)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), str(script),
+               str(out), str(stop), kind]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -70,6 +73,16 @@ def test_several_processes_train_what_one_trains(size, tmp_path):
         config = json.loads((tmp_path / way / "config.json").read_text())
         assert config["group_sizes"] == [12, 12, 24] and config["k"] == 2
     assert len(list((tmp_path / "shard/checkpoint").iterdir())) == size
+
+
+def test_thresholds_of_features_are_shared_out_and_put_together(tmp_path):
+    train_sae(Vectors(), *JUMPS, 0, tmp_path / "one")
+    launch(2, tmp_path, kind="jumprelu")
+    expected = st.load_file(tmp_path / "one/sae.safetensors")
+    for way in ("batch", "shard"):
+        found = st.load_file(tmp_path / way / "sae.safetensors")
+        assert found.keys() == expected.keys() and found["log_threshold"].std() > 0
+        for name, t in expected.items(): assert torch.allclose(found[name], t, atol=1e-3), (way, name)
 
 
 @pytest.mark.parametrize("k", [1, 7, 500, 999, 100_000])

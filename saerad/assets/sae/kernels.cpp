@@ -1,5 +1,5 @@
-// What a training step does behind the selection, for processors. saerad/kernels.py compiles this file once a machine and calls it;
-// nbs/06a_kernels.ipynb explains it, tests/test_kernels.py holds it to the plain formulas. No dependency but a C++17 compiler.
+// What a training step does after top-k, for processors. saerad/sae/kernels.py compiles this file once a machine and calls it;
+// nbs/sae/kernels.ipynb explains it, tests/sae/test_kernels.py holds it to the plain formulas. No dependency but a C++17 compiler.
 //
 // The residual stream is walked in blocks of BLOCK dimensions: one block of everything that is gathered fits a core's cache. Work is
 // split over tokens or over features, and what belongs to one token or feature is always added up in the same order by one thread:
