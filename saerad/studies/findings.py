@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PHANTOM_KINDS', 'KINDS', 'SIDES', 'ZONES', 'SEVERITIES', 'CHANGES', 'CERTAINTIES', 'NAMES', 'NOT_MEANT',
            'CLAUSE_STARTS', 'ADVICE', 'CUES', 'ATTRIBUTES', 'ATTRIBUTE_WORDS', 'ENDOTRACHEAL_ZONES', 'NORMAL_SUBJECTS',
-           'NORMAL_WORDS', 'OUTSIDE', 'CHEXPERT', 'MARKS', 'Finding', 'Reading', 'phrases', 'mentions', 'sentences',
-           'certainty_of', 'attributes_of', 'denied_by_normality', 'Statement', 'statements', 'read_findings',
-           'chexpert', 'describe_finding', 'marked']
+           'NORMAL_WORDS', 'OUTSIDE', 'CHEXPERT', 'CERTAINTY_COLOURS', 'Finding', 'Reading', 'phrases', 'mentions',
+           'sentences', 'certainty_of', 'attributes_of', 'denied_by_normality', 'Statement', 'statements',
+           'read_findings', 'chexpert', 'describe_finding', 'marked_findings']
 
 # %% ../../nbs/studies/findings.ipynb #9f6e7551
 import html
@@ -252,7 +252,7 @@ ATTRIBUTE_WORDS |= {
 _ATTRIBUTES = {a: _compiled(words) for a, words in ATTRIBUTE_WORDS.items()}
 _ENDOTRACHEAL = _compiled(ENDOTRACHEAL_ZONES)
 
-def _nearest(words: Mapping[str, re.Pattern], before: str, inside: str, after: str) -> str:
+def _nearest_value(words: Mapping[str, re.Pattern], before: str, inside: str, after: str) -> str:
     "The value whose word stands nearest to a mention `inside` a text; '' where there is none."
     at = [(0, value) for _, _, value in _longest(words, inside)]
     at += [(1 + len(before) - end, value) for _, end, value in _longest(words, before)]
@@ -263,9 +263,9 @@ def _nearest(words: Mapping[str, re.Pattern], before: str, inside: str, after: s
 def attributes_of(kind: str, before: str, after: str, inside: str = "") -> dict[str, str]:
     """Side, zone, severity and change of one mention, from the words before, after and `inside` it; '' if not said."""
     own = dict.fromkeys(("side", "zone", "severity"), "")
-    for a in ATTRIBUTES[kind]: own[a] = _nearest(_ATTRIBUTES[a], before, inside, after)
-    if kind == "endotracheal_tube": own["zone"] = _nearest(_ENDOTRACHEAL, before, inside, after)
-    return {**own, "change": _nearest(_ATTRIBUTES["change"], before, inside, after)}
+    for a in ATTRIBUTES[kind]: own[a] = _nearest_value(_ATTRIBUTES[a], before, inside, after)
+    if kind == "endotracheal_tube": own["zone"] = _nearest_value(_ENDOTRACHEAL, before, inside, after)
+    return {**own, "change": _nearest_value(_ATTRIBUTES["change"], before, inside, after)}
 
 # %% ../../nbs/studies/findings.ipynb #ddafdaed
 NORMAL_SUBJECTS: dict[tuple[str, ...], tuple[str, ...]] = {
@@ -392,14 +392,14 @@ def describe_finding(finding: Finding) -> str:
     return " ".join(w for w in words if w)
 
 # %% ../../nbs/studies/findings.ipynb #be1c4c03
-MARKS = {"present": "#f6b48f", "uncertain": "#f7dc8b", "absent": "#b5d9f0"}
+CERTAINTY_COLOURS = {"present": "#f6b48f", "uncertain": "#f7dc8b", "absent": "#b5d9f0"}
 
-def marked(text: str) -> str:
+def marked_findings(text: str) -> str:
     """`text` as HTML in which every statement is marked with the colour of its certainty."""
     out, done = [], 0
     for s in statements(text):
         if s.start < done: continue      # "heart and mediastinum are normal" states two things in one place
-        style = f"background:{MARKS[s.finding.certainty]};color:black"
+        style = f"background:{CERTAINTY_COLOURS[s.finding.certainty]};color:black"
         out += [html.escape(text[done:s.start]), f'<mark style="{style}" title="{describe_finding(s.finding)}">',
                 html.escape(text[s.start:s.end]), "</mark>"]
         done = s.end

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZE', 'Plane', 'PAINTERS', 'PATCH', 'Box', 'SIZES', 'Body', 'State', 'patient_states', 'Canvas', 'draw_anatomy',
-           'Drawing', 'draw_study', 'Truth', 'phantom_source', 'painted']
+           'Drawing', 'draw_study', 'Truth', 'drawing_of', 'phantom_source', 'painted']
 
 # %% ../../nbs/studies/phantom.ipynb #2d3696ab
 from collections.abc import Callable, Iterable
@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, UInt8
 from ..core import rng
 from .findings import PHANTOM_KINDS, SEVERITIES, Finding
 from .grammar import Word, visual_concepts, write_sections
-from .record import Picture, Source, StudiesConfig, Study, split_of
+from .record import Source, StudiesConfig, Study, View, split_of
 
 # %% ../../nbs/studies/phantom.ipynb #58521cfb
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _zone(kind: str, side: str, draw: np.random.Generator) -> str:
     return ""
 
 # %% ../../nbs/studies/phantom.ipynb #49afe88a
-def _begins(kind: str, side: str, chance: float, draw: np.random.Generator) -> Finding | None:
+def _new_finding(kind: str, side: str, chance: float, draw: np.random.Generator) -> Finding | None:
     "A new finding in a place, or nothing."
     hit, hedge, level = draw.random() < chance, draw.random() < .08, int(draw.integers(3))
     zone = _zone(kind, side, draw)
@@ -88,7 +88,7 @@ def _begins(kind: str, side: str, chance: float, draw: np.random.Generator) -> F
 def _onset(factors: dict[str, float], scale: float, there: Iterable[Finding], draw: np.random.Generator) -> list[Finding]:
     "Findings that begin now, one at most of a kind and side."
     taken = {(f.kind, f.side) for f in there}
-    begun = [_begins(kind, side, _CHANCE[kind] * factors.get(kind, 1.0) * scale, draw) for kind, side in _PLACES]
+    begun = [_new_finding(kind, side, _CHANCE[kind] * factors.get(kind, 1.0) * scale, draw) for kind, side in _PLACES]
     found = [f for f in begun if f and (f.kind, f.side) not in taken]
     paced = [f for f in [*there, *found] if f.kind == "pacemaker"]
     return [f for f in found if f.kind != "pacemaker" or f is paced[0]]
@@ -97,7 +97,7 @@ def _onset(factors: dict[str, float], scale: float, there: Iterable[Finding], dr
 _STAYS = {"sternotomy_wires": 1.0, "pacemaker": 1.0, "nodule": .9, "fracture": .8} | dict.fromkeys(_DEVICES, .6)
 
 # %% ../../nbs/studies/phantom.ipynb #6476f846
-def _step(finding: Finding, draw: np.random.Generator) -> Finding:
+def _next_step(finding: Finding, draw: np.random.Generator) -> Finding:
     "What became of one finding since the last study."
     stays, move = draw.random() < _STAYS.get(finding.kind, .68), draw.random()
     if not stays: return replace(finding, change="resolved", certainty="present")
@@ -115,7 +115,7 @@ def _visit(last: State, group: str, draw: np.random.Generator) -> State:
     "The study after `last`; before the first stands an empty one with the number -1."
     first, scale = last.number < 0, .25 if group == "well" else 1.0
     projection = "AP" if draw.random() < (.9 if group == "intensive" else .35) else "PA"
-    moved = [_step(f, draw) for f in last.findings]
+    moved = [_next_step(f, draw) for f in last.findings]
     begun = _onset(_GROUPS[group][1], scale if first else scale / 2.5, last.findings, draw)
     there = [f for f in moved if f.change != "resolved"] + [replace(f, change="" if first else "new") for f in begun]
     gone = [f for f in moved if f.change == "resolved"]
@@ -144,7 +144,7 @@ def _ellipse(x: Plane, y: Plane, cx: float, cy: float, a: float, b: float) -> Pl
     return (np.sqrt(((x - cx) / a) ** 2 + ((y - cy) / b) ** 2) - 1) * min(a, b)
 
 # %% ../../nbs/studies/phantom.ipynb #b602ea5d
-def _line(x: Plane, y: Plane, points: list[tuple[float, float]], width: float) -> Plane:
+def _stroke(x: Plane, y: Plane, points: list[tuple[float, float]], width: float) -> Plane:
     "A soft line through `points`; only the part of the picture around them is computed."
     p, reach = np.asarray(points), width * 7
     (left, top), (right, bottom) = p.min(0) - reach, p.max(0) + reach
@@ -266,7 +266,7 @@ def _ribs(c: Canvas) -> None:
         for i in range(9):
             line = .16 + i * c.body.rib_gap + c.body.rib_slope * across + .8 * (across - .2) ** 2
             c.add(.13 * _soft(np.abs(c.y - line) - .011, .004) * _soft(np.abs(c.x - cx) - c.body.lung - .012, .010))
-        c.add(.30 * _line(c.x, c.y, _curve((c.middle + out * .04, .19), (c.middle + out * .18, .15), (c.middle + out * .33, .10)), .014))
+        c.add(.30 * _stroke(c.x, c.y, _curve((c.middle + out * .04, .19), (c.middle + out * .18, .15), (c.middle + out * .33, .10)), .014))
 
 # %% ../../nbs/studies/phantom.ipynb #c1c1e797
 def _middle(c: Canvas) -> None:
@@ -355,7 +355,7 @@ def _atelectasis(c: Canvas, f: Finding, strength: float, draw: np.random.Generat
     cy = (.30 if f.zone == "upper" else c.dome(f.side) - .085) + draw.normal() * .008
     tilt = draw.uniform(-.02, .03)
     plates = [[(cx - .11, cy + gap), (cx + .11, cy + gap - c.out(f.side) * tilt)] for gap in (0, .035)]
-    mask = np.maximum(*(_line(c.x, c.y, plate, .009) for plate in plates)) * c.lungs[f.side]
+    mask = np.maximum(*(_stroke(c.x, c.y, plate, .009) for plate in plates)) * c.lungs[f.side]
     c.add(strength * .55 * mask)
     return mask
 
@@ -401,13 +401,13 @@ def _fracture(c: Canvas, f: Finding, strength: float, draw: np.random.Generator)
 # %% ../../nbs/studies/phantom.ipynb #139d0421
 def _broken(c: Canvas, out: int, x0: float, y0: float) -> tuple[Plane, Plane]:
     "The two ends of a rib that broke at a point, and the gap between them."
-    inner = _line(c.x, c.y, [(x0 - out * .075, y0 - .022), (x0 - out * .010, y0)], .010)
-    outer = _line(c.x, c.y, [(x0 + out * .012, y0 + .036), (x0 + out * .07, y0 + .060)], .010)
-    return np.maximum(inner, outer), _line(c.x, c.y, [(x0, y0 - .03), (x0 + out * .004, y0 + .065)], .007)
+    inner = _stroke(c.x, c.y, [(x0 - out * .075, y0 - .022), (x0 - out * .010, y0)], .010)
+    outer = _stroke(c.x, c.y, [(x0 + out * .012, y0 + .036), (x0 + out * .07, y0 + .060)], .010)
+    return np.maximum(inner, outer), _stroke(c.x, c.y, [(x0, y0 - .03), (x0 + out * .004, y0 + .065)], .007)
 
 # %% ../../nbs/studies/phantom.ipynb #03339a5d
 def _wire(c: Canvas, points: list[tuple[float, float]], width: float = .006, value: float = .97) -> Plane:
-    return c.paint(.9 * _line(c.x, c.y, points, width), value)
+    return c.paint(.9 * _stroke(c.x, c.y, points, width), value)
 
 # %% ../../nbs/studies/phantom.ipynb #246652be
 @_paints("endotracheal_tube")
@@ -534,23 +534,23 @@ def visual(self: Truth) -> frozenset[str]:
 
 # %% ../../nbs/studies/phantom.ipynb #27297e37
 @lru_cache(maxsize=8192)
-def _drawn(seed: int, state: State) -> Drawing:
+def drawing_of(seed: int, state: State) -> Drawing:
     return draw_study(seed, state)
 
 def _picture(seed: int, state: State) -> UInt8[np.ndarray, "112 112"]:
-    return _drawn(seed, state).film
+    return drawing_of(seed, state).film
 
 # %% ../../nbs/studies/phantom.ipynb #48d16656
 @patch(as_prop=True)
 def boxes(self: Truth) -> dict[Finding, Box]:
     """A box (left, top, right, bottom, in pixels) around each finding in the frontal view."""
-    return _drawn(self.seed, self.state).boxes
+    return drawing_of(self.seed, self.state).boxes
 
 # %% ../../nbs/studies/phantom.ipynb #b1ed904d
 @patch(as_prop=True)
 def patches(self: Truth) -> dict[Finding, Bool[np.ndarray, "8 8"]]:
     """The patches (rows, columns) of the frontal view that each finding touches."""
-    return _drawn(self.seed, self.state).patches
+    return drawing_of(self.seed, self.state).patches
 
 # %% ../../nbs/studies/phantom.ipynb #55acfe01
 def _study(seed: int, state: State, split: str, prior: Study | None) -> Study:
@@ -559,7 +559,7 @@ def _study(seed: int, state: State, split: str, prior: Study | None) -> Study:
     told = write_sections([*state.findings, *state.resolved], before, state.projection, rng(seed, "report", state.patient, state.number))
     words = {section: tagged.words for section, tagged in told.items()}
     if prior: words["prior_report"] = prior.truth.words["findings"]
-    film = Picture(f"phantom:{seed}/{name}", partial(_picture, seed, state), "1")
+    film = View(f"phantom:{seed}/{name}", partial(_picture, seed, state), "1")
     return Study(name, f"p{state.patient:06d}", split, {k: t.text for k, t in told.items()}, {"frontal": film}, prior, state.projection,
                  Truth(seed, state, words))
 
@@ -595,5 +595,5 @@ def painted(study: Study, *findings: Finding) -> Study:
     """
     state = replace(study.truth.state, painted=(*study.truth.state.painted, *findings))
     name = "+".join([study.views["frontal"].name, *(f"{f.side} {f.kind}".strip() for f in findings)])
-    film = Picture(name, partial(_picture, study.truth.seed, state), "1")
+    film = View(name, partial(_picture, study.truth.seed, state), "1")
     return replace(study, views={**study.views, "frontal": film}, truth=replace(study.truth, state=state))
