@@ -10,7 +10,7 @@ __all__ = ['EMPTY_WORDS', 'PRIOR', 'WELL', 'Words', 'FORMS', 'PHANTOM_DEVICES', 
            'REMAINING', 'ORDERS', 'REGIONS', 'REASONS', 'INDICATIONS', 'ASKED', 'QUESTIONS', 'TECHNIQUES',
            'COMPARISONS', 'CONCEPT_NAMES', 'CONCEPTS', 'NOTHING_IN_VIEW', 'Sign', 'StatedParts', 'Word', 'Tagged',
            'mark', 'fill', 'concept_of', 'Phrase', 'name_finding', 'name_pair', 'render', 'write_findings',
-           'write_sections', 'some_findings', 'Concept', 'visual_concepts', 'parse_report']
+           'write_sections', 'random_findings', 'Concept', 'visual_concepts', 'parse_report']
 
 # %% ../../nbs/studies/grammar.ipynb #b4c1fbc5
 import re
@@ -173,8 +173,8 @@ class Phrase:
     @property
     def slots(self) -> dict[str, Words]:
         """What a frame needs: the phrase, and the verbs and the article that agree with it."""
-        said = {"is": "are", "has": "have", "remains": "remain"} if self.plural else {}
-        verbs = {v: mark(said.get(v, v), "unchanged" if v == "remains" else "") for v in ("is", "has", "remains")}
+        plurals = {"is": "are", "has": "have", "remains": "remain"} if self.plural else {}
+        verbs = {v: mark(plurals.get(v, v), "unchanged" if v == "remains" else "") for v in ("is", "has", "remains")}
         return verbs | {"np": self.words, "a": () if self.plural or self.mass else (("{a}", ()),)}
 
 # %% ../../nbs/studies/grammar.ipynb #a0ecd611
@@ -391,28 +391,28 @@ def _list(units: Sequence[Unit], rng: np.random.Generator) -> Words:
 
 # %% ../../nbs/studies/grammar.ipynb #48060629
 def _contrast(units: Sequence[Unit], rng: np.random.Generator) -> Words:
-    "One sentence for two units of one kind whose fates differ."
-    one, other = (fill(CONTRAST[u[0].change], u[0].change, **_name_unit(u, rng).slots) for u in units)
-    return (*one, ("while", ()), *other, (".", ()))
+    "One sentence for two units of first kind whose fates differ."
+    first, second = (fill(CONTRAST[u[0].change], u[0].change, **_name_unit(u, rng).slots) for u in units)
+    return (*first, ("while", ()), *second, (".", ()))
 
 # %% ../../nbs/studies/grammar.ipynb #4e93043c
 def _sentences(findings: Sequence[Finding], terse: bool, listing: float, rng: np.random.Generator) -> list[Words]:
     "Sentences that state all of `findings`; `listing` is the chance that those with one fate share a sentence."
-    units, said = _paired(findings, rng), []
+    units, sentences = _paired(findings, rng), []
     while units:
         unit = units.pop(0)
         first, sure = unit[0], [u for u in units if u[0].certainty == unit[0].certainty == "present"]
         alike = [u for u in sure if u[0].change == first.change and (u[0].kind in PHANTOM_DEVICES) == (first.kind in PHANTOM_DEVICES)][:3]
         if alike and _chance(rng, listing):
-            said.append(_list([unit, *alike], rng))
+            sentences.append(_list([unit, *alike], rng))
             units = [u for u in units if u not in alike]
             continue
         rival = next((u for u in sure if u[0].kind == first.kind and first.change and u[0].change), None)
         if rival and _chance(rng, .5):
-            said.append(_contrast([unit, rival], rng))
+            sentences.append(_contrast([unit, rival], rng))
             units.remove(rival)
-        else: said.append(_state(first, name_pair(*unit, rng) if len(unit) == 2 else None, terse, rng))
-    return said
+        else: sentences.append(_state(first, name_pair(*unit, rng) if len(unit) == 2 else None, terse, rng))
+    return sentences
 
 # %% ../../nbs/studies/grammar.ipynb #a17ece3d
 NEGATED = (
@@ -472,17 +472,17 @@ def _optional(free: set[str], fresh: set[str], all_of_it: bool, rng: np.random.G
     "Statements of absence, a random few or as many as are true; `fresh` kinds were absent in the prior study, too."
     shares = {"lungs": .5, "heart": .55, "denial": .75, "pleura": .15, "bones": .25, "mediastinum": .2, "chest": .12,
               "lines": .06}
-    said: dict[str, Words] = {}
+    statements: dict[str, Words] = {}
     for place, share in shares.items():
         if not (_chance(rng, share) or all_of_it): continue
-        if place == "mediastinum" and ("mediastinal", ("normal mediastinum",)) in said.get("heart", ()): continue
+        if place == "mediastinum" and ("mediastinal", ("normal mediastinum",)) in statements.get("heart", ()): continue
         if place == "denial":
             if free.isdisjoint(NEGATABLE): continue
-            used, said[place] = _denial(free, rng)
+            used, statements[place] = _denial(free, rng)
         elif free.issuperset(used := set(NORMAL[place][1])):
-            said[place] = _normal(place, fresh.issuperset(used), rng)
-        free = free - used if place in said else free
-    return said
+            statements[place] = _normal(place, fresh.issuperset(used), rng)
+        free = free - used if place in statements else free
+    return statements
 
 # %% ../../nbs/studies/grammar.ipynb #ad16cbce
 ORDERS = (("devices", "lungs", "chest", "pleura", "heart", "mediastinum", "bones", "denial"),
@@ -506,12 +506,12 @@ def _draft(findings: Sequence[Finding], before: set[str] | None, terse: bool, le
         stated[region] = _sentences([f for f in findings if f.kind in kinds], terse, listing, rng)
     free = set(PHANTOM_KINDS) - {f.kind for f in findings}
     absent = {} if spare else _optional(free, set() if before is None else free - before, length == "full", rng)
-    said = []
+    sentences = []
     for place in order:
-        if place in absent and place != "chest": said.append(absent[place])
-        said += stated.get(place, [])
-        if _AFTER.get(place) in absent: said.append(absent[_AFTER[place]])
-    return said
+        if place in absent and place != "chest": sentences.append(absent[place])
+        sentences += stated.get(place, [])
+        if _AFTER.get(place) in absent: sentences.append(absent[_AFTER[place]])
+    return sentences
 
 # %% ../../nbs/studies/grammar.ipynb #24467ca5
 def render(sentences: Iterable[Words]) -> Tagged:
@@ -534,14 +534,14 @@ _RANK = {kind: i for i, kind in enumerate(kind for kinds in REGIONS.values() for
 
 def _sayable(findings: Iterable[Finding], with_prior: bool) -> list[Finding]:
     "Findings as the language can say them, in its order."
-    said = []
+    sayable = []
     for f in findings:
         if f.change == "resolved" and not with_prior: continue
         kept = {a: getattr(f, a) for a in PHANTOM_ATTRIBUTES[f.kind]}
         sides = ("left", "right") if kept.get("side") == "bilateral" else (kept.get("side", ""),)
         change = f.change if with_prior else ""
-        said += [Finding(f.kind, change=change, certainty=f.certainty, **(kept | {"side": s})) for s in sides]
-    return sorted(dict.fromkeys(said), key=lambda f: _RANK[f.kind])
+        sayable += [Finding(f.kind, change=change, certainty=f.certainty, **(kept | {"side": s})) for s in sides]
+    return sorted(dict.fromkeys(sayable), key=lambda f: _RANK[f.kind])
 
 # %% ../../nbs/studies/grammar.ipynb #2e54db8b
 def write_findings(findings: Sequence[Finding], prior: Sequence[Finding] | None, rng: np.random.Generator) -> Tagged:
@@ -550,11 +550,11 @@ def write_findings(findings: Sequence[Finding], prior: Sequence[Finding] | None,
     before = None if prior is None else {f.kind for f in prior}
     terse, length = _chance(rng, .4), "free"
     for attempt in range(24):
-        said = render(_draft(findings, before, terse, length, rng))
-        if 15 <= len(said.words) <= 75: break
-        terse = len(said.words) > 75
+        report = render(_draft(findings, before, terse, length, rng))
+        if 15 <= len(report.words) <= 75: break
+        terse = len(report.words) > 75
         if attempt > 5: length = "spare" if terse else "full"
-    return said
+    return report
 
 # %% ../../nbs/studies/grammar.ipynb #eddf75ed
 REASONS = {                                # concept: (its words, how a sentence leads to them, kinds that make it likelier)
@@ -600,34 +600,34 @@ def write_sections(findings: Sequence[Finding], prior: Sequence[Finding] | None,
                    rng: np.random.Generator) -> dict[str, Tagged]:
     """Indication, technique, comparison and findings of a study, each with its words' concepts.
 
-    `findings` are stated one and all (those with certainty "absent" apart: the writer chooses what to deny); `prior` is what
-    the study before had, None without one, and then no change is mentioned. `projection` is "AP", "PA" or ""."""
+    `findings` are stated one and all (those with certainty "absent" apart: the writer chooses what to deny); `prior` are the findings of
+    the study before, None without one, and then no change is mentioned. `projection` is "AP", "PA" or ""."""
     kinds = {f.kind for f in findings if f.certainty != "absent" and f.change != "resolved"}
-    said = {"indication": _indication(kinds, rng), "technique": fill(_pick(rng, TECHNIQUES[projection]), projection),
+    sections = {"indication": _indication(kinds, rng), "technique": fill(_pick(rng, TECHNIQUES[projection]), projection),
             "comparison": fill(_pick(rng, COMPARISONS[prior is not None]), "no prior" if prior is None else "has prior")}
-    return {name: render([words]) for name, words in said.items()} | {"findings": write_findings(findings, prior, rng)}
+    return {name: render([words]) for name, words in sections.items()} | {"findings": write_findings(findings, prior, rng)}
 
 # %% ../../nbs/studies/grammar.ipynb #e7d2cd43
-def some_findings(rng: np.random.Generator, share: float = .15, prior: bool = True) -> list[Finding]:
+def random_findings(rng: np.random.Generator, share: float = .15, prior: bool = True) -> list[Finding]:
     """Random findings, one at most of a kind and side, that the language can say: for tests and demonstrations."""
-    found = []
+    findings = []
     for kind, own in PHANTOM_ATTRIBUTES.items():
         for side in ("left", "right") if "side" in own else ("",):
             if not _chance(rng, share): continue
             zones = ("", "upper", "lower") if kind == "endotracheal_tube" else ZONES if "zone" in own else ("",)
             change = _pick(rng, CHANGES) if prior else ""
             doubt = _chance(rng, .1) and change != "resolved"
-            found.append(Finding(kind, side, _pick(rng, zones), _pick(rng, SEVERITIES) if "severity" in own else "", change,
+            findings.append(Finding(kind, side, _pick(rng, zones), _pick(rng, SEVERITIES) if "severity" in own else "", change,
                                  "uncertain" if doubt else "present"))
-    return found
+    return findings
 
 # %% ../../nbs/studies/grammar.ipynb #56f9f0c2
 @dataclass(frozen=True)
 class Concept:
-    """Something that is true or false of a word ("word") or of a study's picture ("visual")."""
+    """Something that is true or false of a word ("word") or of a study's image ("visual")."""
     name: str
     kind: str
-    names: tuple[str, ...]   # lower-case phrases that count as naming it in a description
+    names: tuple[str, ...]   # lower-case phrases that count as naming it in an explanation
 
 # %% ../../nbs/studies/grammar.ipynb #e5fb147e
 CONCEPT_NAMES = {
@@ -698,19 +698,19 @@ _TUBE_IS = {"upper": ("high", "too high"), "lower": ("low", "too low")}
 def _visual_facts(f: Finding) -> dict[str, tuple[str, ...]]:
     "Visual concepts of one finding, with the phrases that name them."
     kind, names = concept_of(f.kind), CONCEPT_NAMES[f.kind]
-    said = {f"{kind} in view": ("{}",)}
-    if f.side: said[f"{f.side} {kind} in view"] = tuple(f.side + t for t in (" {}", " pleural {}", " sided {}"))
-    if f.severity == "large": said[f"large {kind} in view"] = ("large {}", "severe {}", "marked {}")
+    templates = {f"{kind} in view": ("{}",)}
+    if f.side: templates[f"{f.side} {kind} in view"] = tuple(f.side + t for t in (" {}", " pleural {}", " sided {}"))
+    if f.severity == "large": templates[f"large {kind} in view"] = ("large {}", "severe {}", "marked {}")
     if f.zone in _TUBE_IS and f.kind in ("consolidation", "nodule", "endotracheal_tube"):
         words = _TUBE_IS[f.zone] if f.kind in PHANTOM_DEVICES else (f.zone, f"{f.zone} lobe")
-        said[f"{f.zone} {kind} in view"] = tuple(w + " {}" for w in words)
-    return {name: tuple(t.format(n) for n in names for t in patterns) for name, patterns in said.items()}
+        templates[f"{f.zone} {kind} in view"] = tuple(w + " {}" for w in words)
+    return {name: tuple(t.format(n) for n in names for t in patterns) for name, patterns in templates.items()}
 
 # %% ../../nbs/studies/grammar.ipynb #86ab7916
 def visual_concepts(findings: Iterable[Finding]) -> frozenset[str]:
-    """Names of the visual concepts true of a study: doubted findings are in its picture, resolved and denied ones are not."""
-    there = _sayable([f for f in findings if f.certainty != "absent"], False)
-    return frozenset(name for f in there for name in _visual_facts(f)) or frozenset({NOTHING_IN_VIEW})
+    """Names of the visual concepts true of a study: doubted findings are in its image, resolved and denied ones are not."""
+    visible = _sayable([f for f in findings if f.certainty != "absent"], False)
+    return frozenset(name for f in visible for name in _visual_facts(f)) or frozenset({NOTHING_IN_VIEW})
 
 # %% ../../nbs/studies/grammar.ipynb #ed9f9987
 _EVERY = [Finding(kind, **{a: v}) for kind, own in PHANTOM_ATTRIBUTES.items()
@@ -763,13 +763,13 @@ StatedParts = dict[str, str]                                         # of "kind"
 
 def _chunk(signs: Iterable[Sign]) -> list[StatedParts]:
     "Statements of one chunk; more than one only where a cut is missing."
-    said: list[StatedParts] = [{}]
+    statements: list[StatedParts] = [{}]
     for role, value in signs:
         if role == "head": role = "kind"
         elif role not in ("side", "zone", "severity", "change"): continue
-        if said[-1].get(role, value) == value: said[-1][role] = value
-        elif "kind" in said[-1]: said.append({role: value})        # a second kind or side belongs to what comes next
-    return [s for s in said if s]
+        if statements[-1].get(role, value) == value: statements[-1][role] = value
+        elif "kind" in statements[-1]: statements.append({role: value})        # a second kind or side belongs to what comes next
+    return [s for s in statements if s]
 
 # %% ../../nbs/studies/grammar.ipynb #b159a972
 def _stated_parts(signs: Sequence[Sign]) -> list[StatedParts]:
@@ -779,17 +779,17 @@ def _stated_parts(signs: Sequence[Sign]) -> list[StatedParts]:
         if sign[0] == "cut": chunks.append([])
         else: chunks[-1].append(sign)
     parts = [s for chunk in chunks for s in _chunk(chunk)]
-    found: list[StatedParts] = []
+    statements: list[StatedParts] = []
     waiting: list[StatedParts] = []
     for i, part in enumerate(parts):
         if "kind" in part:
-            found += [{"kind": part["kind"], **w} for w in waiting] + [part]
+            statements += [{"kind": part["kind"], **w} for w in waiting] + [part]
             waiting = []
         elif any("kind" in p for p in parts[i + 1:]): waiting += [part] if set(part) - {"change"} else []
-        elif found and part.get("side", "") in ("", found[-1].get("side", part.get("side"))): found[-1] = part | found[-1]
-        elif found: found.append({"kind": found[-1]["kind"], **part})
+        elif statements and part.get("side", "") in ("", statements[-1].get("side", part.get("side"))): statements[-1] = part | statements[-1]
+        elif statements: statements.append({"kind": statements[-1]["kind"], **part})
     changes = {p["change"] for p in parts if "change" in p}
-    return [{"change": next(iter(changes)), **f} for f in found] if len(changes) == 1 else found
+    return [{"change": next(iter(changes)), **f} for f in statements] if len(changes) == 1 else statements
 
 # %% ../../nbs/studies/grammar.ipynb #4de1fecf
 def _clause(signs: Sequence[Sign]) -> list[Finding]:
@@ -821,15 +821,15 @@ def _starts_sentence(token: str, before: str) -> bool:
 # %% ../../nbs/studies/grammar.ipynb #d70b98a8
 def _split_sentences(text: str) -> list[tuple[str, list[str]]]:
     "Sentences, each with its lower-case words and commas."
-    sentences, words, start, before, told = [], [], 0, "", False
+    sentences, words, start, before, telling = [], [], 0, "", False
     for match in _TOKEN.finditer(text + "."):
         token, stop = match.group(), match.group() in ".;:!?\n"
-        if stop or told and _starts_sentence(token, before):
+        if stop or telling and _starts_sentence(token, before):
             if words: sentences.append((text[start:match.start()].strip(), words))
-            words, told, start = [], False, match.end() if stop else match.start()
+            words, telling, start = [], False, match.end() if stop else match.start()
         if not stop:
             words.append(token.lower())
-            told = told or any(sign[0] in _TELLING for _, sign in _INDEX.get(words[-1], ()))
+            telling = telling or any(sign[0] in _TELLING for _, sign in _INDEX.get(words[-1], ()))
         before = token
     return sentences
 
@@ -845,7 +845,7 @@ def parse_report(text: str) -> Reading:
     """Findings stated in `text`, in order and once each, and the sentences in which nothing was understood.
 
     Exact on what `write_findings` writes, with denied kinds as "absent". On broken text it reads what it can; it never raises."""
-    found: dict[Finding, None] = {}
+    findings: dict[Finding, None] = {}
     unread = []
     for sentence, words in _split_sentences(text):
         clauses: list[list[Sign]] = [[]]
@@ -853,5 +853,5 @@ def parse_report(text: str) -> Reading:
             if sign[0] == "end": clauses.append([])
             else: clauses[-1].append(sign)
         if not _understood(signs): unread.append(sentence)
-        for clause in clauses: found |= dict.fromkeys(_clause(clause))
-    return Reading(tuple(f for f in found if _adds(f, found)), tuple(unread))
+        for clause in clauses: findings |= dict.fromkeys(_clause(clause))
+    return Reading(tuple(f for f in findings if _adds(f, findings)), tuple(unread))
