@@ -21,7 +21,7 @@ from saerad.steering import steer as steering
 from saerad.steering.judges import OUTCOMES, Target, differences, direction, judge, on_target, reader_of, repeats, target_of
 from saerad.steering.steer import SteeringConfig, choose_features, choose_studies, push, side_by_side, sign_spearman, steer, steering_summary
 from saerad.studies.findings import Finding, Reading, read_findings
-from saerad.studies.record import Picture, Source, Study
+from saerad.studies.record import Source, Study, View
 from saerad.subjects.subject import random_mini
 
 EFFUSION = Target(frozenset({"effusion"}))
@@ -182,7 +182,7 @@ def test_wrong_settings_are_named(wrong):
 
 def pictured(name: str, patient: str, split: str, words: int) -> Study:
     pixels = np.random.default_rng(len(name) + words).integers(0, 255, (112, 112)).astype(np.uint8)
-    return Study(name, patient, split, {"indication": "cough " * words, "findings": "Effusion."}, {"frontal": Picture(name, lambda: pixels)})
+    return Study(name, patient, split, {"indication": "cough " * words, "findings": "Effusion."}, {"frontal": View(name, lambda: pixels)})
 
 
 @pytest.fixture(scope="module")

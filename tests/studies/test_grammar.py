@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 
 from saerad.studies.findings import CHANGES, PHANTOM_KINDS, SEVERITIES, ZONES, Finding
 from saerad.studies.grammar import (
-    ATTRIBUTES,
     CONCEPTS,
     EMPTY_WORDS,
     FORMS,
     NEGATABLE,
     NORMAL,
+    PHANTOM_ATTRIBUTES,
     concept_of,
     mark,
     name_finding,
     parse_report,
-    some_findings,
+    random_findings,
     visual_concepts,
     write_findings,
     write_sections,
@@ -31,10 +31,10 @@ from saerad.studies.grammar import (
 def studies(draw):
     """(findings, prior, projection, seed) of one study; a finding at most of a kind and side, attributes free."""
     prior = draw(st.sampled_from([None, (), (Finding("effusion", "left", severity="small"),)]))
-    spots = [(k, s) for k in PHANTOM_KINDS for s in (("left", "right") if "side" in ATTRIBUTES[k] else ("",))]
+    spots = [(k, s) for k in PHANTOM_KINDS for s in (("left", "right") if "side" in PHANTOM_ATTRIBUTES[k] else ("",))]
     findings = []
     for kind, side in draw(st.lists(st.sampled_from(spots), unique=True, max_size=10)):
-        own = ATTRIBUTES[kind]
+        own = PHANTOM_ATTRIBUTES[kind]
         zone = draw(st.sampled_from(("", "upper", "lower") if kind == "endotracheal_tube" else ("", *ZONES))) if "zone" in own else ""
         severity = draw(st.sampled_from(("", *SEVERITIES))) if "severity" in own else ""
         change = draw(st.sampled_from(("", *CHANGES))) if prior is not None else ""
@@ -109,7 +109,7 @@ def test_comparison_and_technique_agree_with_the_study():
 
 
 def test_a_seed_fixes_the_words():
-    findings = some_findings(np.random.default_rng(3), .3)
+    findings = random_findings(np.random.default_rng(3), .3)
     one, two, other = (write_sections(findings, [], "PA", np.random.default_rng(s)) for s in (5, 5, 6))
     assert one == two and one != other
 
@@ -141,7 +141,7 @@ def test_a_misplaced_tube_is_never_called_well_placed(change):
 def test_vocabulary_is_small_and_closed():
     rng, words, cased = np.random.default_rng(0), set(), set()
     for i in range(3000):
-        findings = some_findings(rng, .15, i % 2 == 1)
+        findings = random_findings(rng, .15, i % 2 == 1)
         for section in write_sections(findings, [] if i % 2 else None, ("AP", "PA", "")[i % 3], rng).values():
             cased |= set(re.findall(r"[A-Za-z]+", section.text))
     words = {w.lower() for w in cased}
@@ -209,7 +209,7 @@ def test_never_raises_and_says_no_more_when_said_twice(text):
     once, twice = parse_report(text), parse_report(f"{text}\n{text}")
     assert once.findings == twice.findings
     assert all(f.kind in PHANTOM_KINDS and f.side in ("", "left", "right") for f in once.findings)
-    assert all(not getattr(f, a) for f in once.findings for a in ("side", "zone", "severity") if a not in ATTRIBUTES[f.kind])
+    assert all(not getattr(f, a) for f in once.findings for a in ("side", "zone", "severity") if a not in PHANTOM_ATTRIBUTES[f.kind])
 
 
 @settings(max_examples=150, deadline=None)
@@ -226,7 +226,7 @@ def test_damage_that_loses_nothing(study):
 def test_missing_full_stops_hardly_matter():
     rng, same = np.random.default_rng(0), []
     for i in range(400):
-        text = write_findings(some_findings(rng, .15, i % 2 == 1), [] if i % 2 else None, rng).text
+        text = write_findings(random_findings(rng, .15, i % 2 == 1), [] if i % 2 else None, rng).text
         same.append(set(parse_report(text).findings) == set(parse_report(text.replace(".", "")).findings))
     assert np.mean(same) > .98
 
@@ -250,7 +250,7 @@ def test_visual_concepts():
     assert visual_concepts([Finding("nodule", "bilateral", "upper")]) >= {"left nodule in view", "right nodule in view", "upper nodule in view"}
     rng = np.random.default_rng(0)
     for _ in range(300):
-        found = visual_concepts(some_findings(rng, .3))
+        found = visual_concepts(random_findings(rng, .3))
         assert all(CONCEPTS[name].kind == "visual" for name in found)
 
 
@@ -265,7 +265,7 @@ def test_concepts_are_well_formed():
 def test_no_bracket_or_slot_survives():
     rng = np.random.default_rng(1)
     for i in range(1500):
-        for section in write_sections(some_findings(rng, .2, i % 2 == 1), [] if i % 2 else None, "", rng).values():
+        for section in write_sections(random_findings(rng, .2, i % 2 == 1), [] if i % 2 else None, "", rng).values():
             assert not re.search(r"[\[\]{}|~+]| [.,]|  |^[a-z]|\. [a-z]|NOUN|QUESTION", section.text), section.text
             assert not re.search(r"\b[Aa] [aeiou]|\b[Aa]n [b-df-hj-np-tv-z]", section.text), section.text
 
@@ -281,13 +281,13 @@ def test_a_noun_phrase_says_all_attributes(kind):
     for _ in range(60):
         zones = ("", "upper", "lower") if kind == "endotracheal_tube" else ("", *ZONES)
         options = {"side": ("", "left", "right"), "zone": zones, "severity": ("", *SEVERITIES)}
-        finding = Finding(kind, **{a: str(rng.choice(options[a])) for a in ATTRIBUTES[kind]})
+        finding = Finding(kind, **{a: str(rng.choice(options[a])) for a in PHANTOM_ATTRIBUTES[kind]})
         text = " ".join(word for word, _ in name_finding(finding, rng).words)
         assert parse_report(text).findings == (finding,), text
 
 
 def test_reading_is_fast():
-    texts = [write_findings(some_findings(np.random.default_rng(i)), [], np.random.default_rng(i)).text for i in range(200)]
+    texts = [write_findings(random_findings(np.random.default_rng(i)), [], np.random.default_rng(i)).text for i in range(200)]
     took = []
     for _ in range(5):
         start = time.perf_counter()
