@@ -17,7 +17,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core import UserError
-from .atlas import AtlasConfig, Films, _inline, _template, feature_table, headlines, portrait_of
+from .atlas import AtlasConfig, ViewFiles, feature_table, headlines, inline_image, page_template, portrait_of
 from .run_folder import Run
 
 # %% ../../nbs/show/lab.ipynb #6fb0165c
@@ -45,24 +45,25 @@ def _repr_html_(self: FeatureView) -> str:
     known = {name: self.row.get(name) for name in ("f1", "shuffled_f1", "precision", "recall", "steerability")}
     scores = "; ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in known.items() if value is not None and value == value)
     head = _tag("p", _tag("b", f"feature {self.feature}"), f", level {self.row.get('level', '?')}: ",
-                self.row.get("description") or "no description", style="margin:0")
+                self.row.get("explanation") or "no explanation", style="margin:0")
     shown = self._portrait() if self.run.has("exemplars/exemplars.parquet") else []
     return str(_tag("div", head, _tag("p", scores or "not scored", style="margin:0 0 .4em;opacity:.75"), *shown))
 
 # %% ../../nbs/show/lab.ipynb #e6094ce2
 @patch
 def _portrait(self: FeatureView) -> list[Html]:
-    "Its films, where it fires on films, and its strongest contexts."
-    films = self.run.films
-    seen = portrait_of(self.run, self.feature, AtlasConfig(per_decile=1), films, 6)
-    return [_film({**f, "film": _inline(films.folder.parent / f["film"])}) for f in seen["films"]] + [_context(c) for c in seen["exemplars"]]
+    "Its views, where it fires on images, and its strongest contexts."
+    views = self.run.view_files
+    seen = portrait_of(self.run, self.feature, AtlasConfig(per_decile=1), views, 6)
+    inline = [{**view, "image": inline_image(views.folder.parent / view["image"])} for view in seen["views"]]
+    return [_view_figure(view) for view in inline] + [_context(context) for context in seen["exemplars"]]
 
 # %% ../../nbs/show/lab.ipynb #08db1f60
-LOOKS = {"film": "margin:0", "box dashed": "fill:none;stroke:white;stroke-dasharray:2.2 1.8", "box": "fill:none;stroke:black"}
+LOOKS = {"view": "margin:0", "box dashed": "fill:none;stroke:white;stroke-dasharray:2.2 1.8", "box": "fill:none;stroke:black"}
 
-def _film(shown: Mapping[str, Any]) -> Html:
-    "One film with its patches and boxes, small."
-    drawn = str(_template("film.html").module.film(shown))
+def _view_figure(shown: Mapping[str, Any]) -> Html:
+    "One view with its patches and boxes, small."
+    drawn = str(page_template("view.html").module.view(shown))
     for name, look in LOOKS.items(): drawn = drawn.replace(f'class="{name}"', f'style="{look}"')
     return _tag("div", Html(drawn), style="display:inline-block;width:12em;margin:0 .6em .4em 0")
 
@@ -87,18 +88,18 @@ def features(self: Run) -> pd.DataFrame:
     return self._features
 
 @patch(as_prop=True)
-def films(self: Run) -> Films:
-    """Films of its studies, in a folder that lasts as long as this; its source is opened for the first feature that fires on films."""
-    if "_films" not in vars(self):
-        self._film_folder = tempfile.TemporaryDirectory()
-        self._films = Films(self, Path(self._film_folder.name, "films"))
-    return self._films
+def view_files(self: Run) -> ViewFiles:
+    """Views of its studies as images, in a folder that lasts as long as this; its source is opened for the first feature that fires on images."""
+    if "_view_files" not in vars(self):
+        self._view_folder = tempfile.TemporaryDirectory()
+        self._view_files = ViewFiles(self, Path(self._view_folder.name, "views"))
+    return self._view_files
 
 # %% ../../nbs/show/lab.ipynb #bc6f1311
 @patch
 def _repr_html_(self: Run) -> str:  # noqa: F811 - a method of another class
-    said = headlines(self.json("summary.json") or {})
-    items = [_tag("li", claim, " ", _tag("span", caveat, style="opacity:.75")) for claim, caveat in said]
+    claims = headlines(self.json("summary.json") or {})
+    items = [_tag("li", claim, " ", _tag("span", caveat, style="opacity:.75")) for claim, caveat in claims]
     return str(_tag("div", _tag("b", f"run {self.folder.name}"), _tag("ul", *items) if items else _tag("p", "No stage has left a number yet.")))
 
 # %% ../../nbs/show/lab.ipynb #1efd1e0b
@@ -112,10 +113,10 @@ def __getitem__(self: Run, feature: int) -> FeatureView:
 # %% ../../nbs/show/lab.ipynb #620b2a69
 @patch
 def find(self: Run, words: str, count: int = 10) -> pd.DataFrame:
-    """Features whose description holds all the words, best F1 first."""
-    said = self.features.description.fillna("").str.lower()
-    kept = self.features[[all(w in text for w in words.lower().split()) for text in said]].sort_values("f1", ascending=False)
-    return kept[["feature", "description", "f1", "shuffled_f1", "density", "mainly"]].head(count)
+    """Features whose explanation holds all the words, best F1 first."""
+    explanations = self.features.explanation.fillna("").str.lower()
+    kept = self.features[[all(w in text for w in words.lower().split()) for text in explanations]].sort_values("f1", ascending=False)
+    return kept[["feature", "explanation", "f1", "shuffled_f1", "density", "mainly"]].head(count)
 
 # %% ../../nbs/show/lab.ipynb #3d224320
 def open_run(folder: Path | str) -> Run:
@@ -136,11 +137,11 @@ class Comparison:
 @patch
 def _repr_html_(self: Comparison) -> str:  # noqa: F811
     settings = Html(self.settings.to_html(border=0)) if len(self.settings) else _tag("p", "The settings are the same.")
-    return str(_tag("div", _tag("b", "settings that differ"), settings, _tag("b", "what was found"),
-                    Html(self.numbers.to_html(border=0, na_rep="–", float_format=_shown))))
+    return str(_tag("div", _tag("b", "settings that differ"), settings, _tag("b", "numbers of the summaries"),
+                    Html(self.numbers.to_html(border=0, na_rep="–", float_format=_digits))))
 
 # %% ../../nbs/show/lab.ipynb #2af61791
-def _shown(value: float) -> str: return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
+def _digits(value: float) -> str: return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
 
 # %% ../../nbs/show/lab.ipynb #a01f9027
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -154,9 +155,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 # %% ../../nbs/show/lab.ipynb #1a55dbaa
 def _numbers(runs: Sequence[Run], names: Sequence[str]) -> pd.DataFrame:
     "The numbers of the runs' summaries; of two runs, the change from the first to the second too."
-    found = pd.DataFrame({n: _flat(r.json("summary.json") or {}) for n, r in zip(names, runs, strict=True)}, columns=names)
-    found = found[[not isinstance(v, str) for v in found.iloc[:, 0]]].apply(pd.to_numeric, errors="coerce").dropna(how="all")
-    return found.assign(change=found[names[1]] - found[names[0]]) if len(runs) == 2 else found
+    values = pd.DataFrame({n: _flat(r.json("summary.json") or {}) for n, r in zip(names, runs, strict=True)}, columns=names)
+    numbers = values[[not isinstance(v, str) for v in values.iloc[:, 0]]].apply(pd.to_numeric, errors="coerce").dropna(how="all")
+    return numbers.assign(change=numbers[names[1]] - numbers[names[0]]) if len(runs) == 2 else numbers
 
 # %% ../../nbs/show/lab.ipynb #90962d40
 def compare(*folders: Path | str) -> Comparison:

@@ -32,7 +32,7 @@ function show(number, moved = true) {
   $("jump").scrollIntoView({ block: "start" });
 }
 
-function reveal(section, yes) {          // what was guessed before the description was seen is not changed after it
+function reveal(section, yes) {          // what was guessed before the explanation was seen is not changed after it
   section.querySelector(".after").hidden = !yes;
   section.querySelector(".reveal").hidden = yes;
   for (const field of section.querySelectorAll("[name=guess], [name^=coherence]")) field.disabled = yes;
