@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from pydantic import Field
 
-from ..core import Section, UserError, progress, rng, write_beside
+from ..core import Section, UserError, progress, rng, spearman, write_beside
 from .run_folder import Run
 from ..steering.judges import OUTCOMES
 from ..studies.findings import mentions
@@ -315,11 +315,11 @@ plot_precision_recall = PLOTS["precision_recall"] = Plot(collect_f1, draw_precis
 
 # %% ../../nbs/show/figures.ipynb #6b40fead
 def collect_negatives(run: Run) -> pd.DataFrame | None:
-    """`feature`, `source` of the silent contexts, and `f1` and `mistaken` (share of them said to be active) against that source."""
+    """`feature`, `source` of the silent contexts, and `f1` and `false_positive_rate` (share of them said to be active) against that source."""
     table = run.table("interpretations/interpretations.parquet")
     if "by_source" not in table: return None
     rows = [{"feature": f, **one} for f, many in zip(table.feature, table.by_source, strict=True) if many is not None for one in many]
-    numbers = pd.DataFrame(rows, columns=["feature", "source", "contexts", "mistaken", "f1"])
+    numbers = pd.DataFrame(rows, columns=["feature", "source", "contexts", "false_positive_rate", "f1"])
     return numbers[numbers.f1.notna()]
 
 # %% ../../nbs/show/figures.ipynb #43c3b3b4
@@ -347,12 +347,12 @@ def collect_frequency(run: Run) -> pd.DataFrame:
 def draw_frequency(numbers: pd.DataFrame, ax: Axes) -> None:
     """F1 against density, with Spearman's rank correlation."""
     ax.scatter(numbers.density, numbers.f1, s=9, color=BLUE, alpha=0.6, linewidth=0)
-    ax.set(xscale="log", xlabel="share of tokens on which it fires", ylabel="F1", ylim=(0, 1.02), title=_spearman(numbers.density, numbers.f1))
+    ax.set(xscale="log", xlabel="share of tokens on which it fires", ylabel="F1", ylim=(0, 1.02), title=_spearman_title(numbers.density, numbers.f1))
 
-def _spearman(a: pd.Series, b: pd.Series) -> str:
+def _spearman_title(a: pd.Series, b: pd.Series) -> str:
     "Rank correlation in words; too few or constant values have none."
-    if len(a) < 3 or a.nunique() < 2 or b.nunique() < 2: return f"n = {len(a)}"
-    return _minus(f"Spearman ρ = {a.rank().corr(b.rank()):.2f}, n = {len(a)}")
+    rho = spearman(a, b)
+    return f"n = {len(a)}" if np.isnan(rho) else _minus(f"Spearman ρ = {rho:.2f}, n = {len(a)}")
 
 def _minus(text: str) -> str: return text.replace("= -", "= −")
 
@@ -455,7 +455,7 @@ def draw_signs(numbers: pd.DataFrame, ax: Axes) -> None:
         ax.annotate(names, at, (4, 0), textcoords="offset points", fontsize=6, va="center", linespacing=0.9)
     top = min(1.02, max(1.25 * numbers[["negative", "positive"]].to_numpy().max(), 0.1))
     ax.set(xlabel="changed under −α, share", ylabel="changed under +α, share", xlim=(0, top), ylim=(0, top),
-           title=_spearman(numbers.negative, numbers.positive))
+           title=_spearman_title(numbers.negative, numbers.positive))
 
 # %% ../../nbs/show/figures.ipynb #002950e2
 plot_signs = PLOTS["signs"] = Plot(collect_signs, draw_signs, ("steering/judgements.parquet",),
@@ -566,7 +566,7 @@ def draw_predicted(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.scatter(numbers.predicted, numbers.measured, s=12, color=BLUE, alpha=0.8, linewidth=0, clip_on=False, zorder=3)
     low = min(0.0, numbers.predicted.min() - 0.05 * top)
     ax.set(xlabel="predicted steerability", ylabel="measured steerability", xlim=(low, top), ylim=(-0.02 * top, top),
-           title=_spearman(numbers.predicted, numbers.measured))
+           title=_spearman_title(numbers.predicted, numbers.measured))
 
 # %% ../../nbs/show/figures.ipynb #05f70c25
 plot_predicted = PLOTS["predicted"] = Plot(collect_predicted, draw_predicted, ("steering/steerability.parquet",),

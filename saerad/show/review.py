@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from statsmodels.stats.inter_rater import aggregate_raters, cohens_kappa, fleiss_kappa
 
-from ..core import UserError, content_hash, read_json, rng, write_beside, write_json
+from ..core import UserError, content_hash, read_json, rng, spearman, write_beside, write_json
 from .atlas import AtlasConfig, Films, _asset, _inline, _template, portrait_of
 from .run_folder import Run
 
@@ -141,11 +141,6 @@ def interval(statistic: Callable[..., float], *columns: np.ndarray, draws: int =
 
 def _number(value: float) -> float | None: return round(float(value), 4) if np.isfinite(value) else None
 
-# %% ../../nbs/show/review.ipynb #a75eae27
-def _spearman(a: np.ndarray, b: np.ndarray) -> float:
-    ranks = pd.DataFrame({"a": a, "b": b}).rank()
-    return float(ranks.a.corr(ranks.b)) if ranks.a.nunique() > 1 and ranks.b.nunique() > 1 else float("nan")
-
 # %% ../../nbs/show/review.ipynb #8ca89858
 def _auroc(ratings: np.ndarray, own: np.ndarray) -> float:
     mine, other = ratings[own.astype(bool)], ratings[~own.astype(bool)]
@@ -176,7 +171,7 @@ def review_score(answers: Sequence[Path | str] | Path | str, key: Path | str | N
     all_rated, mean, own = wide.dropna(), wide.mean(axis=1), facts.own.to_numpy(bool)
     between = {name: {"cohen": interval(cohen, *pair), "cohen_weighted": interval(lambda a, b: cohen(a, b, True), *pair)} for name,
                pair in both.items() if pair.shape[1]}
-    scores = {"f1_spearman": interval(_spearman, mean[own].to_numpy(), facts.f1[own].to_numpy()) if own.any() else None,
+    scores = {"f1_spearman": interval(spearman, mean[own].to_numpy(), facts.f1[own].to_numpy()) if own.any() else None,
               "own_over_control_auroc": interval(_auroc, mean.to_numpy(), own),
               "kappa_fits_and_f1_above_075": interval(_binary_kappa, mean[own].to_numpy(), facts.f1[own].to_numpy())
               if own.any() else None}
