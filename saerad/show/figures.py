@@ -35,7 +35,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from pydantic import Field
 
-from ..core import Section, UserError, progress, rng, write_beside
+from ..core import Section, UserError, progress, rng, spearman, write_beside
 from .run_folder import Run, as_run
 from ..steering.judges import OUTCOMES
 from ..studies.findings import mentions
@@ -317,11 +317,11 @@ plot_precision_recall = PLOTS["precision_recall"] = Plot(collect_f1, draw_precis
 
 # %% ../../nbs/show/figures.ipynb #6b40fead
 def collect_negatives(run: Run) -> pd.DataFrame | None:
-    """`feature`, `source` of the silent contexts, and `f1` and `mistaken` (share of them said to be active) against that source."""
+    """`feature`, `source` of the silent contexts, and `f1` and `false_positive_rate` (share of them said to be active) against that source."""
     table = run.table("interpretations/interpretations.parquet")
     if "by_source" not in table: return None
     rows = [{"feature": f, **source} for f, sources in zip(table.feature, table.by_source, strict=True) if sources is not None for source in sources]
-    numbers = pd.DataFrame(rows, columns=["feature", "source", "contexts", "mistaken", "f1"])
+    numbers = pd.DataFrame(rows, columns=["feature", "source", "contexts", "false_positive_rate", "f1"])
     return numbers[numbers.f1.notna()]
 
 # %% ../../nbs/show/figures.ipynb #43c3b3b4
@@ -353,8 +353,8 @@ def draw_frequency(numbers: pd.DataFrame, ax: Axes) -> None:
 
 def _spearman_title(a: pd.Series, b: pd.Series) -> str:
     "Rank correlation in words; too few or constant values have none."
-    if len(a) < 3 or a.nunique() < 2 or b.nunique() < 2: return f"n = {len(a)}"
-    return _minus(f"Spearman ρ = {a.rank().corr(b.rank()):.2f}, n = {len(a)}")
+    rho = spearman(a, b)
+    return f"n = {len(a)}" if np.isnan(rho) else _minus(f"Spearman ρ = {rho:.2f}, n = {len(a)}")
 
 def _minus(text: str) -> str: return text.replace("= -", "= −")
 

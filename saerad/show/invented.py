@@ -43,7 +43,8 @@ def _invent_scores(table: pd.DataFrame, draw: np.random.Generator) -> pd.DataFra
                          "f1": 2 * precision * recall / (precision + recall), "f1_low": 2 * precision * recall / (precision + recall) - 0.05,
                          "f1_high": 2 * precision * recall / (precision + recall) + 0.04, "balanced_accuracy": (precision + recall) / 2,
                          "shuffled_f1": shuffled, "always_yes_f1": np.where(ok, 2 / 3, np.nan), "scored_contexts": np.where(ok, 100, 0),
-                         "by_source": [[{"source": k, "contexts": 50, "mistaken": 0.1, "f1": float(f * w)} for k, w in HARDNESS.items()] if o
+                         "by_source": [[{"source": k, "contexts": 50, "false_positive_rate": 0.1, "f1": float(f * w)}
+                                        for k, w in HARDNESS.items()] if o
                                        else [] for f, o in zip(2 * precision * recall / (precision + recall), ok, strict=True)],
                          "parse_failures": 0, "negatives": "random", "status": np.where(ok, "scored", "unscored"),
                          "explanation": np.where(ok, [f'fires on the word "{w}"' for w in words], ""), "reason": np.where(ok, "", table.status),

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from statsmodels.stats.inter_rater import aggregate_raters, cohens_kappa, fleiss_kappa
 
-from ..core import UserError, content_hash, read_json, rng, write_beside, write_json
+from ..core import UserError, content_hash, read_json, rng, spearman, write_beside, write_json
 from .atlas import AtlasConfig, ViewFiles, asset_text, inline_image, page_template, portrait_of
 from .run_folder import Run, as_run
 
@@ -143,11 +143,6 @@ def bootstrap_interval(statistic: Callable[..., float], *columns: np.ndarray, dr
 
 def _rounded(value: float) -> float | None: return round(float(value), 4) if np.isfinite(value) else None
 
-# %% ../../nbs/show/review.ipynb #a75eae27
-def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    ranks = pd.DataFrame({"a": a, "b": b}).rank()
-    return float(ranks.a.corr(ranks.b)) if ranks.a.nunique() > 1 and ranks.b.nunique() > 1 else float("nan")
-
 # %% ../../nbs/show/review.ipynb #8ca89858
 def _auroc(ratings: np.ndarray, own: np.ndarray) -> float:
     mine, other = ratings[own.astype(bool)], ratings[~own.astype(bool)]
@@ -187,7 +182,7 @@ def review_score(answers: Sequence[Path | str] | Path | str, key: Path | str | N
 def _with_scores(mean: np.ndarray, own: np.ndarray, f1: np.ndarray) -> dict[str, Any]:
     "Mean ratings against F1, and of own explanations against controls; None where every item is a control."
     rated, scored = mean[own], f1[own]
-    return {"f1_spearman": bootstrap_interval(_rank_correlation, rated, scored) if own.any() else None,
+    return {"f1_spearman": bootstrap_interval(spearman, rated, scored) if own.any() else None,
             "own_over_control_auroc": bootstrap_interval(_auroc, mean, own),
             "kappa_fits_and_f1_above_075": bootstrap_interval(_binary_kappa, rated, scored) if own.any() else None}
 
