@@ -7,7 +7,7 @@ from _bench import alternate, report
 from torch import Tensor, nn
 
 from saerad.activations.extraction import ExtractionConfig, batches_by_length, extract
-from saerad.studies.phantom import _drawn
+from saerad.studies.phantom import drawing_of
 from saerad.studies.record import Source, StudiesConfig
 from saerad.studies.sources import open_source
 from saerad.subjects.maira2 import Maira2Config, Maira2ForConditionalGeneration
@@ -56,7 +56,7 @@ def measure(quick: bool) -> tuple[str, dict, dict, dict]:
         folders = (Path(temporary) / str(i) for i in range(100))
         extract(Source("first", studies[:2]), subject, cfg, next(folders))
         def with_films() -> None:
-            _drawn.cache_clear()
+            drawing_of.cache_clear()
             extract(source, subject, cfg, next(folders))
         took = alternate(3, ours=lambda: extract(source, subject, cfg, next(folders)),
                          bare=lambda: bare_pass(subject, batches, layer), with_films=with_films)

@@ -35,7 +35,7 @@ from ..sae.model import MatryoshkaSAE
 from ..sae.sweep import combinations
 from ..show.run_folder import Run
 from ..studies.record import StudiesConfig
-from ..studies.sources import describe, open_source
+from ..studies.sources import describe_source, open_source
 
 # %% ../../nbs/run/cli.ipynb #c3cc7c9b
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True,
@@ -113,7 +113,7 @@ def studies(source: Annotated[str, typer.Argument(help="phantom:SEED, openi:PATH
             settings: Settings = None) -> None:
     """Say what is in a source of studies, and what is wrong with it."""
     values = with_settings({"source": source}, [s.removeprefix("studies.") for s in settings or []])
-    print(describe(open_source(validated({"studies": values}, "the command line").studies)))
+    print(describe_source(open_source(validated({"studies": values}, "the command line").studies)))
 
 # %% ../../nbs/run/cli.ipynb #6a850416
 @app.command("sweep")

@@ -37,7 +37,7 @@ from .figures import OUTCOME_COLOURS, PLOTS, alpha_unit, judged_reports
 from .run_folder import Run, as_run
 from ..steering.judges import OUTCOMES
 from ..steering.steer import target_of
-from ..studies.record import PictureError, StudiesConfig, Study
+from ..studies.record import StudiesConfig, Study, ViewError
 from ..studies.sources import open_source
 
 # %% ../../nbs/show/atlas.ipynb #4ac92c35
@@ -190,7 +190,7 @@ def of(self: ViewFiles, study: str, view: str = "frontal") -> str | None:
 def _write_image(self: ViewFiles, study: str, view: str) -> str | None:
     picture = self.studies[study].all_views.get(view) if self.folder is not None and study in self.studies else None
     try: image = None if picture is None else Image.fromarray(picture.array())
-    except PictureError: image = None
+    except ViewError: image = None
     if image is None: return None
     path, edge = self.folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', study)}-{view}.webp", min(*image.size, self.largest)
     with write_beside(path) as part: ImageOps.fit(image, (edge, edge)).save(part, "WEBP", quality=85)

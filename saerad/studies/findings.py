@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PHANTOM_KINDS', 'KINDS', 'SIDES', 'ZONES', 'SEVERITIES', 'CHANGES', 'CERTAINTIES', 'NAMES', 'NOT_MEANT',
            'CLAUSE_STARTS', 'ADVICE', 'CUES', 'ATTRIBUTES', 'ATTRIBUTE_WORDS', 'ENDOTRACHEAL_ZONES', 'NORMAL_SUBJECTS',
-           'NORMAL_WORDS', 'OUTSIDE', 'CHEXPERT', 'MARKS', 'Finding', 'Reading', 'phrases', 'mentions', 'sentences',
-           'certainty_of', 'attributes_of', 'denied_by_normality', 'Statement', 'statements', 'read_findings',
-           'chexpert', 'describe_finding', 'marked']
+           'NORMAL_WORDS', 'OUTSIDE', 'CHEXPERT', 'CERTAINTY_COLOURS', 'Finding', 'Reading', 'phrases', 'mentions',
+           'sentences', 'certainty_of', 'attributes_of', 'denied_by_normality', 'Statement', 'statements',
+           'read_findings', 'chexpert', 'describe_finding', 'marked_findings']
 
 # %% ../../nbs/studies/findings.ipynb #9f6e7551
 import html
@@ -128,10 +128,10 @@ _NAMES = _compiled({**NAMES, "": NOT_MEANT})
 # %% ../../nbs/studies/findings.ipynb #15fd0bc8
 def _longest(patterns: Mapping[str, re.Pattern], text: str) -> list[tuple[int, int, str]]:
     "Non-overlapping (start, end, key), longest first where they overlap, in order of place."
-    found = sorted(((m.start(), m.end(), k) for k, p in patterns.items() for m in p.finditer(text)),
+    matches = sorted(((m.start(), m.end(), k) for k, p in patterns.items() for m in p.finditer(text)),
                    key=lambda s: s[0] - s[1])
     kept: list[tuple[int, int, str]] = []
-    for start, end, key in found:
+    for start, end, key in matches:
         if all(end <= s or start >= e for s, e, _ in kept): kept.append((start, end, key))
     return sorted(kept)
 
@@ -164,7 +164,7 @@ def _pieces(pattern: re.Pattern, text: str) -> list[tuple[int, int]]:
 
 # %% ../../nbs/studies/findings.ipynb #678a89f4
 def sentences(text: str) -> list[str]:
-    """The sentences of a report that hold a word; the number of a list item is none."""
+    """The sentences of a report that hold a word; the number of a list item is not a sentence."""
     return [s.strip() for s in _SENTENCE.findall(text) if re.search(r"[^\W\d_]{2}", s)]
 
 # %% ../../nbs/studies/findings.ipynb #5bef11c7
@@ -195,8 +195,8 @@ _CUES = _compiled(CUES)
 def certainty_of(before: str, after: str) -> str:
     """One of `CERTAINTIES` for a mention, from the words of its clause before and after it.
 
-    Doubt that is spelt as a denial ("cannot be excluded") is doubt; any other denial is stronger than doubt. After NegEx
-    (Chapman et al. 2001).
+    Doubt in the form of a denial ("cannot be excluded") is doubt; any other denial is stronger than doubt. After NegEx
+    (Chapman et al. 2001). English only.
     """
     hit = {cue: pattern.findall(after if cue.endswith("before") else before) for cue, pattern in _CUES.items()}
     doubts = hit["doubts_after"] + hit["doubts_before"]
@@ -252,20 +252,20 @@ ATTRIBUTE_WORDS |= {
 _ATTRIBUTES = {a: _compiled(words) for a, words in ATTRIBUTE_WORDS.items()}
 _ENDOTRACHEAL = _compiled(ENDOTRACHEAL_ZONES)
 
-def _nearest(words: Mapping[str, re.Pattern], before: str, inside: str, after: str) -> str:
+def _nearest_value(words: Mapping[str, re.Pattern], before: str, inside: str, after: str) -> str:
     "The value whose word stands nearest to a mention `inside` a text; '' where there is none."
-    at = [(0, value) for _, _, value in _longest(words, inside)]
-    at += [(1 + len(before) - end, value) for _, end, value in _longest(words, before)]
-    at += [(1 + start, value) for start, _, value in _longest(words, after)]
-    return "bilateral" if "bilateral" in {v for _, v in at} else min(at, default=(0, ""))[1]
+    distances = [(0, value) for _, _, value in _longest(words, inside)]
+    distances += [(1 + len(before) - end, value) for _, end, value in _longest(words, before)]
+    distances += [(1 + start, value) for start, _, value in _longest(words, after)]
+    return "bilateral" if "bilateral" in {v for _, v in distances} else min(distances, default=(0, ""))[1]
 
 # %% ../../nbs/studies/findings.ipynb #d8bdd3d6
 def attributes_of(kind: str, before: str, after: str, inside: str = "") -> dict[str, str]:
     """Side, zone, severity and change of one mention, from the words before, after and `inside` it; '' if not said."""
     own = dict.fromkeys(("side", "zone", "severity"), "")
-    for a in ATTRIBUTES[kind]: own[a] = _nearest(_ATTRIBUTES[a], before, inside, after)
-    if kind == "endotracheal_tube": own["zone"] = _nearest(_ENDOTRACHEAL, before, inside, after)
-    return {**own, "change": _nearest(_ATTRIBUTES["change"], before, inside, after)}
+    for a in ATTRIBUTES[kind]: own[a] = _nearest_value(_ATTRIBUTES[a], before, inside, after)
+    if kind == "endotracheal_tube": own["zone"] = _nearest_value(_ENDOTRACHEAL, before, inside, after)
+    return {**own, "change": _nearest_value(_ATTRIBUTES["change"], before, inside, after)}
 
 # %% ../../nbs/studies/findings.ipynb #ddafdaed
 NORMAL_SUBJECTS: dict[tuple[str, ...], tuple[str, ...]] = {
@@ -288,7 +288,7 @@ def denied_by_normality(clause: str) -> tuple[str, ...]:
 # %% ../../nbs/studies/findings.ipynb #5089f74c
 @dataclass(frozen=True)
 class Statement:
-    """A finding and where it is said: characters start to end of the text, in the sentence numbered from 0."""
+    """A finding and where it is stated: characters start to end of the text, in the sentence numbered from 0."""
     finding: Finding
     start: int
     end: int
@@ -312,25 +312,25 @@ def _clause_statements(clause: str) -> list[tuple[Finding, int, int]]:
     if _ADVICE.match(clause): return []
     named = mentions(clause)
     denied = [k for k in denied_by_normality(clause) if k not in {m[2] for m in named}]
-    out = [(Finding(k, certainty="absent"), 0, len(clause)) for k in denied]
+    statements_here = [(Finding(k, certainty="absent"), 0, len(clause)) for k in denied]
     for i, (start, end, kind) in enumerate(named):
         begin, finish = _own_words(clause, named, i)
         about = attributes_of(kind, clause[begin:start], clause[end:finish], clause[start:end])
         certainty = certainty_of(clause[:start], clause[end:])
         if about["change"] == "resolved": certainty = "present"
         if certainty == "absent": about = dict.fromkeys(about, "")
-        out.append((Finding(kind, **about, certainty=certainty), start, end))
-    return out
+        statements_here.append((Finding(kind, **about, certainty=certainty), start, end))
+    return statements_here
 
 # %% ../../nbs/studies/findings.ipynb #dc3f8102
 def statements(text: str) -> list[Statement]:
     """Every statement of a finding in `text`, in order of place."""
-    out = []
+    stated = []
     for number, sentence in enumerate(_SENTENCE.finditer(text)):
         for a, b in _pieces(_CLAUSE, sentence.group()):
-            at, said = sentence.start() + a, _clause_statements(sentence.group()[a:b])
-            out += [Statement(f, at + start, at + end, number) for f, start, end in said]
-    return sorted(out, key=lambda s: (s.start, s.end, s.finding))
+            at, clause = sentence.start() + a, _clause_statements(sentence.group()[a:b])
+            stated += [Statement(f, at + start, at + end, number) for f, start, end in clause]
+    return sorted(stated, key=lambda s: (s.start, s.end, s.finding))
 
 # %% ../../nbs/studies/findings.ipynb #d6209f05
 OUTSIDE = (r"spin(?:e|al)", r"vertebra\w*", r"thoracic", r"degenerative", r"bon(?:y|es?)", r"osseous",
@@ -352,15 +352,15 @@ _OUTSIDE = phrases(OUTSIDE)
 
 # %% ../../nbs/studies/findings.ipynb #a1a48156
 def read_findings(text: str) -> Reading:
-    """Read a real report's findings by rule, with their attributes and certainty; each distinct statement once.
+    """Read the findings of a real report in English by rule, with their attributes and certainty; each distinct statement once.
 
-    Never raises: what it cannot read is in `unread`, sentence by sentence.
+    English only: a text in another language gives few statements or none, some of them wrong. Never raises; what it cannot read is in `unread`.
     """
-    said = statements(text)
-    heard = {s.sentence for s in said}
-    silent = "\n".join(m.group() for i, m in enumerate(_SENTENCE.finditer(text)) if i not in heard)
+    stated = statements(text)
+    understood = {s.sentence for s in stated}
+    silent = "\n".join(m.group() for i, m in enumerate(_SENTENCE.finditer(text)) if i not in understood)
     unread = [s for s in sentences(silent) if not _OUTSIDE.search(s)]
-    return Reading(tuple(dict.fromkeys(s.finding for s in said)), tuple(unread))
+    return Reading(tuple(dict.fromkeys(s.finding for s in stated)), tuple(unread))
 
 # %% ../../nbs/studies/findings.ipynb #5216ea97
 CHEXPERT: dict[str, tuple[str, ...]] = {
@@ -375,32 +375,32 @@ CHEXPERT: dict[str, tuple[str, ...]] = {
 def chexpert(reading: Reading) -> dict[str, int | None]:
     """The fourteen CheXpert labels of a reading: 1 present, -1 uncertain, 0 absent (or resolved), None not mentioned."""
     value = {"present": 1, "uncertain": -1, "absent": 0}
-    said: dict[str, list[int]] = {}
-    for f in reading.findings: said.setdefault(f.kind, []).append(0 if f.change == "resolved" else value[f.certainty])
+    values: dict[str, list[int]] = {}
+    for f in reading.findings: values.setdefault(f.kind, []).append(0 if f.change == "resolved" else value[f.certainty])
     def strongest(kinds: tuple[str, ...]) -> int | None:
-        return max((v for k in kinds for v in said.get(k, ())), key=(0, -1, 1).index, default=None)
+        return max((v for k in kinds for v in values.get(k, ())), key=(0, -1, 1).index, default=None)
     labels = {name: strongest(kinds) for name, kinds in CHEXPERT.items()}
-    found = any(v for kind, values in said.items() if kind not in CHEXPERT["Support Devices"] for v in values)
-    return {"No Finding": None if found else 1} | labels
+    affirmed = any(v for kind, stated in values.items() if kind not in CHEXPERT["Support Devices"] for v in stated)
+    return {"No Finding": None if affirmed else 1} | labels
 
 # %% ../../nbs/studies/findings.ipynb #cb32a9db
 def describe_finding(finding: Finding) -> str:
-    """A finding in a few words, such as "new small left effusion"; absent and uncertain ones say so."""
+    """A finding in a few words, such as "new small left effusion"; absent ones begin with "no", uncertain ones with "possible"."""
     certainty = {"absent": "no", "uncertain": "possible"}.get(finding.certainty, "")
     words = (certainty, finding.change, finding.severity, finding.side, finding.zone,
              finding.kind.replace("_", " "))
     return " ".join(w for w in words if w)
 
 # %% ../../nbs/studies/findings.ipynb #be1c4c03
-MARKS = {"present": "#f6b48f", "uncertain": "#f7dc8b", "absent": "#b5d9f0"}
+CERTAINTY_COLOURS = {"present": "#f6b48f", "uncertain": "#f7dc8b", "absent": "#b5d9f0"}
 
-def marked(text: str) -> str:
+def marked_findings(text: str) -> str:
     """`text` as HTML in which every statement is marked with the colour of its certainty."""
-    out, done = [], 0
+    parts, done = [], 0
     for s in statements(text):
         if s.start < done: continue      # "heart and mediastinum are normal" states two things in one place
-        style = f"background:{MARKS[s.finding.certainty]};color:black"
-        out += [html.escape(text[done:s.start]), f'<mark style="{style}" title="{describe_finding(s.finding)}">',
+        style = f"background:{CERTAINTY_COLOURS[s.finding.certainty]};color:black"
+        parts += [html.escape(text[done:s.start]), f'<mark style="{style}" title="{describe_finding(s.finding)}">',
                 html.escape(text[s.start:s.end]), "</mark>"]
         done = s.end
-    return "".join(out) + html.escape(text[done:])
+    return "".join(parts) + html.escape(text[done:])

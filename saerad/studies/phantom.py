@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZE', 'Plane', 'PAINTERS', 'PATCH', 'Box', 'SIZES', 'Body', 'State', 'patient_states', 'Canvas', 'draw_anatomy',
-           'Drawing', 'draw_study', 'Truth', 'phantom_source', 'painted']
+           'Drawing', 'draw_study', 'Truth', 'drawing_of', 'phantom_source', 'painted']
 
 # %% ../../nbs/studies/phantom.ipynb #2d3696ab
 from collections.abc import Callable, Iterable
@@ -19,12 +19,12 @@ from jaxtyping import Bool, Float, UInt8
 from ..core import rng
 from .findings import PHANTOM_KINDS, SEVERITIES, Finding
 from .grammar import Word, visual_concepts, write_sections
-from .record import Picture, Source, StudiesConfig, Study, split_of
+from .record import Source, StudiesConfig, Study, View, split_of
 
 # %% ../../nbs/studies/phantom.ipynb #58521cfb
 @dataclass(frozen=True)
 class Body:
-    """What stays the same about a patient; lengths as a share of the picture's width."""
+    """What stays the same about a patient; lengths as a share of the image's width."""
     heart: float      # cardiothoracic ratio without disease
     lung: float       # half-width of a lung
     height: float     # half-height of a lung
@@ -48,7 +48,7 @@ class State:
     projection: str                      # "AP" or "PA"
     findings: tuple[Finding, ...]        # what is there, with its change when there is a prior study
     resolved: tuple[Finding, ...] = ()   # what was there before and is gone
-    painted: tuple[Finding, ...] = ()    # what was put into the film afterwards, see `painted`
+    painted: tuple[Finding, ...] = ()    # what was put into the image afterwards, see `painted`
 
 # %% ../../nbs/studies/phantom.ipynb #158b993a
 _CHANCE = {"effusion": .10, "pneumothorax": .055, "consolidation": .075, "atelectasis": .085, "cardiomegaly": .16, "oedema": .11,
@@ -77,7 +77,7 @@ def _zone(kind: str, side: str, draw: np.random.Generator) -> str:
     return ""
 
 # %% ../../nbs/studies/phantom.ipynb #49afe88a
-def _begins(kind: str, side: str, chance: float, draw: np.random.Generator) -> Finding | None:
+def _new_finding(kind: str, side: str, chance: float, draw: np.random.Generator) -> Finding | None:
     "A new finding in a place, or nothing."
     hit, hedge, level = draw.random() < chance, draw.random() < .08, int(draw.integers(3))
     zone = _zone(kind, side, draw)
@@ -85,19 +85,19 @@ def _begins(kind: str, side: str, chance: float, draw: np.random.Generator) -> F
     return Finding(kind, side, zone, SEVERITIES[level] if kind in _GRADED else "", "", certainty) if hit else None
 
 # %% ../../nbs/studies/phantom.ipynb #a76f86f1
-def _onset(factors: dict[str, float], scale: float, there: Iterable[Finding], draw: np.random.Generator) -> list[Finding]:
+def _onset(factors: dict[str, float], scale: float, present: Iterable[Finding], draw: np.random.Generator) -> list[Finding]:
     "Findings that begin now, one at most of a kind and side."
-    taken = {(f.kind, f.side) for f in there}
-    begun = [_begins(kind, side, _CHANCE[kind] * factors.get(kind, 1.0) * scale, draw) for kind, side in _PLACES]
-    found = [f for f in begun if f and (f.kind, f.side) not in taken]
-    paced = [f for f in [*there, *found] if f.kind == "pacemaker"]
-    return [f for f in found if f.kind != "pacemaker" or f is paced[0]]
+    taken = {(f.kind, f.side) for f in present}
+    begun = [_new_finding(kind, side, _CHANCE[kind] * factors.get(kind, 1.0) * scale, draw) for kind, side in _PLACES]
+    new = [f for f in begun if f and (f.kind, f.side) not in taken]
+    paced = [f for f in [*present, *new] if f.kind == "pacemaker"]
+    return [f for f in new if f.kind != "pacemaker" or f is paced[0]]
 
 # %% ../../nbs/studies/phantom.ipynb #6828a28e
 _STAYS = {"sternotomy_wires": 1.0, "pacemaker": 1.0, "nodule": .9, "fracture": .8} | dict.fromkeys(_DEVICES, .6)
 
 # %% ../../nbs/studies/phantom.ipynb #6476f846
-def _step(finding: Finding, draw: np.random.Generator) -> Finding:
+def _next_step(finding: Finding, draw: np.random.Generator) -> Finding:
     "What became of one finding since the last study."
     stays, move = draw.random() < _STAYS.get(finding.kind, .68), draw.random()
     if not stays: return replace(finding, change="resolved", certainty="present")
@@ -115,11 +115,11 @@ def _visit(last: State, group: str, draw: np.random.Generator) -> State:
     "The study after `last`; before the first stands an empty one with the number -1."
     first, scale = last.number < 0, .25 if group == "well" else 1.0
     projection = "AP" if draw.random() < (.9 if group == "intensive" else .35) else "PA"
-    moved = [_step(f, draw) for f in last.findings]
+    moved = [_next_step(f, draw) for f in last.findings]
     begun = _onset(_GROUPS[group][1], scale if first else scale / 2.5, last.findings, draw)
-    there = [f for f in moved if f.change != "resolved"] + [replace(f, change="" if first else "new") for f in begun]
+    present = [f for f in moved if f.change != "resolved"] + [replace(f, change="" if first else "new") for f in begun]
     gone = [f for f in moved if f.change == "resolved"]
-    return State(last.patient, last.number + 1, last.body, projection, tuple(sorted(there)), tuple(sorted(gone)))
+    return State(last.patient, last.number + 1, last.body, projection, tuple(sorted(present)), tuple(sorted(gone)))
 
 # %% ../../nbs/studies/phantom.ipynb #fc461238
 def patient_states(seed: int, patient: int) -> list[State]:
@@ -140,12 +140,12 @@ def _soft(distance: Plane, width: float) -> Plane:
 
 # %% ../../nbs/studies/phantom.ipynb #41355312
 def _ellipse(x: Plane, y: Plane, cx: float, cy: float, a: float, b: float) -> Plane:
-    "Signed distance to an ellipse, roughly, in shares of the picture."
+    "Signed distance to an ellipse, roughly, in shares of the image."
     return (np.sqrt(((x - cx) / a) ** 2 + ((y - cy) / b) ** 2) - 1) * min(a, b)
 
 # %% ../../nbs/studies/phantom.ipynb #b602ea5d
-def _line(x: Plane, y: Plane, points: list[tuple[float, float]], width: float) -> Plane:
-    "A soft line through `points`; only the part of the picture around them is computed."
+def _stroke(x: Plane, y: Plane, points: list[tuple[float, float]], width: float) -> Plane:
+    "A soft line through `points`; only the part of the image around them is computed."
     p, reach = np.asarray(points), width * 7
     (left, top), (right, bottom) = p.min(0) - reach, p.max(0) + reach
     near = np.nonzero((x > left) & (x < right) & (y > top) & (y < bottom))
@@ -172,7 +172,7 @@ def _curve(*points: tuple[float, float], steps: int = 8) -> list[tuple[float, fl
 # %% ../../nbs/studies/phantom.ipynb #f3c569bf
 @dataclass
 class Canvas:
-    """A picture in the making: brightness, coordinates, and the masks of the two lungs."""
+    """A radiograph in the making: brightness, coordinates, and the masks of the two lungs."""
     x: Plane
     y: Plane
     brightness: Plane
@@ -198,7 +198,7 @@ def add(self: Canvas, amount: Plane) -> Plane:
 # %% ../../nbs/studies/phantom.ipynb #e30b236e
 @patch
 def out(self: Canvas, side: str) -> int:
-    """Direction from the midline to the patient's `side` in the picture."""
+    """Direction from the midline to the patient's `side` in the image."""
     return -1 if side == "right" else 1
 
 # %% ../../nbs/studies/phantom.ipynb #d760b946
@@ -223,7 +223,7 @@ def dome(self: Canvas, side: str) -> float:
 # %% ../../nbs/studies/phantom.ipynb #f373839c
 @patch
 def arch(self: Canvas, side: str) -> Plane:
-    """How far the diaphragm lies below its top, over the whole picture."""
+    """How far the diaphragm lies below its top, over the whole image."""
     return .9 * (self.x - self.lung(side)[0]) ** 2 / self.body.lung
 
 # %% ../../nbs/studies/phantom.ipynb #3140bd3c
@@ -266,7 +266,7 @@ def _ribs(c: Canvas) -> None:
         for i in range(9):
             line = .16 + i * c.body.rib_gap + c.body.rib_slope * across + .8 * (across - .2) ** 2
             c.add(.13 * _soft(np.abs(c.y - line) - .011, .004) * _soft(np.abs(c.x - cx) - c.body.lung - .012, .010))
-        c.add(.30 * _line(c.x, c.y, _curve((c.middle + out * .04, .19), (c.middle + out * .18, .15), (c.middle + out * .33, .10)), .014))
+        c.add(.30 * _stroke(c.x, c.y, _curve((c.middle + out * .04, .19), (c.middle + out * .18, .15), (c.middle + out * .33, .10)), .014))
 
 # %% ../../nbs/studies/phantom.ipynb #c1c1e797
 def _middle(c: Canvas) -> None:
@@ -355,7 +355,7 @@ def _atelectasis(c: Canvas, f: Finding, strength: float, draw: np.random.Generat
     cy = (.30 if f.zone == "upper" else c.dome(f.side) - .085) + draw.normal() * .008
     tilt = draw.uniform(-.02, .03)
     plates = [[(cx - .11, cy + gap), (cx + .11, cy + gap - c.out(f.side) * tilt)] for gap in (0, .035)]
-    mask = np.maximum(*(_line(c.x, c.y, plate, .009) for plate in plates)) * c.lungs[f.side]
+    mask = np.maximum(*(_stroke(c.x, c.y, plate, .009) for plate in plates)) * c.lungs[f.side]
     c.add(strength * .55 * mask)
     return mask
 
@@ -401,13 +401,13 @@ def _fracture(c: Canvas, f: Finding, strength: float, draw: np.random.Generator)
 # %% ../../nbs/studies/phantom.ipynb #139d0421
 def _broken(c: Canvas, out: int, x0: float, y0: float) -> tuple[Plane, Plane]:
     "The two ends of a rib that broke at a point, and the gap between them."
-    inner = _line(c.x, c.y, [(x0 - out * .075, y0 - .022), (x0 - out * .010, y0)], .010)
-    outer = _line(c.x, c.y, [(x0 + out * .012, y0 + .036), (x0 + out * .07, y0 + .060)], .010)
-    return np.maximum(inner, outer), _line(c.x, c.y, [(x0, y0 - .03), (x0 + out * .004, y0 + .065)], .007)
+    inner = _stroke(c.x, c.y, [(x0 - out * .075, y0 - .022), (x0 - out * .010, y0)], .010)
+    outer = _stroke(c.x, c.y, [(x0 + out * .012, y0 + .036), (x0 + out * .07, y0 + .060)], .010)
+    return np.maximum(inner, outer), _stroke(c.x, c.y, [(x0, y0 - .03), (x0 + out * .004, y0 + .065)], .007)
 
 # %% ../../nbs/studies/phantom.ipynb #03339a5d
 def _wire(c: Canvas, points: list[tuple[float, float]], width: float = .006, value: float = .97) -> Plane:
-    return c.paint(.9 * _line(c.x, c.y, points, width), value)
+    return c.paint(.9 * _stroke(c.x, c.y, points, width), value)
 
 # %% ../../nbs/studies/phantom.ipynb #246652be
 @_paints("endotracheal_tube")
@@ -475,24 +475,24 @@ Box = tuple[int, int, int, int]
 
 class Drawing(NamedTuple):
     """A radiograph and where its findings are."""
-    film: UInt8[np.ndarray, "112 112"]
+    image: UInt8[np.ndarray, "112 112"]
     boxes: dict[Finding, Box]                           # left, top, right, bottom in pixels
     patches: dict[Finding, Bool[np.ndarray, "8 8"]]     # patches of `PATCH` pixels that the finding touches
 
 # %% ../../nbs/studies/phantom.ipynb #53bb32b6
 def _where(mask: Plane) -> tuple[Box, Bool[np.ndarray, "8 8"]]:
     "The box around a painted mask, and the patches that it touches."
-    there = mask > .4 * max(float(mask.max()), .2)
-    rows, cols = np.nonzero(there)
+    touched = mask > .4 * max(float(mask.max()), .2)
+    rows, cols = np.nonzero(touched)
     box = (int(cols.min()), int(rows.min()), int(cols.max()) + 1, int(rows.max()) + 1) if len(rows) else (0, 0, 0, 0)
-    return box, there.reshape(SIZE // PATCH, PATCH, SIZE // PATCH, PATCH).any((1, 3))
+    return box, touched.reshape(SIZE // PATCH, PATCH, SIZE // PATCH, PATCH).any((1, 3))
 
 # %% ../../nbs/studies/phantom.ipynb #f60714c4
 def _exposed(brightness: Plane, draw: np.random.Generator) -> UInt8[np.ndarray, "112 112"]:
-    "The film as it is stored: over- or underexposed, with grain, from black to white."
-    film = np.clip(brightness, 0, 1) ** draw.uniform(.85, 1.2) + draw.normal(size=(SIZE, SIZE)) * .02
-    film = (film - film.min()) / (film.max() - film.min())
-    return np.round(film * 255).astype(np.uint8)
+    "The image as it is stored: over- or underexposed, with grain, from black to white."
+    image = np.clip(brightness, 0, 1) ** draw.uniform(.85, 1.2) + draw.normal(size=(SIZE, SIZE)) * .02
+    image = (image - image.min()) / (image.max() - image.min())
+    return np.round(image * 255).astype(np.uint8)
 
 # %% ../../nbs/studies/phantom.ipynb #83c69e8b
 _ORDER = ("cardiomegaly", "oedema", "consolidation", "atelectasis", "nodule", "pneumothorax", "effusion", "fracture", "sternotomy_wires",
@@ -534,33 +534,34 @@ def visual(self: Truth) -> frozenset[str]:
 
 # %% ../../nbs/studies/phantom.ipynb #27297e37
 @lru_cache(maxsize=8192)
-def _drawn(seed: int, state: State) -> Drawing:
+def drawing_of(seed: int, state: State) -> Drawing:
+    """What `draw_study` draws, remembered; `drawing_of.cache_clear()` forgets all drawings."""
     return draw_study(seed, state)
 
-def _picture(seed: int, state: State) -> UInt8[np.ndarray, "112 112"]:
-    return _drawn(seed, state).film
+def _image(seed: int, state: State) -> UInt8[np.ndarray, "112 112"]:
+    return drawing_of(seed, state).image
 
 # %% ../../nbs/studies/phantom.ipynb #48d16656
 @patch(as_prop=True)
 def boxes(self: Truth) -> dict[Finding, Box]:
     """A box (left, top, right, bottom, in pixels) around each finding in the frontal view."""
-    return _drawn(self.seed, self.state).boxes
+    return drawing_of(self.seed, self.state).boxes
 
 # %% ../../nbs/studies/phantom.ipynb #b1ed904d
 @patch(as_prop=True)
 def patches(self: Truth) -> dict[Finding, Bool[np.ndarray, "8 8"]]:
     """The patches (rows, columns) of the frontal view that each finding touches."""
-    return _drawn(self.seed, self.state).patches
+    return drawing_of(self.seed, self.state).patches
 
 # %% ../../nbs/studies/phantom.ipynb #55acfe01
 def _study(seed: int, state: State, split: str, prior: Study | None) -> Study:
-    "One study: its film, its report, and what is true of both."
-    name, before = f"p{state.patient:06d}-s{state.number + 1}", prior.truth.findings if prior else None
-    told = write_sections([*state.findings, *state.resolved], before, state.projection, rng(seed, "report", state.patient, state.number))
-    words = {section: tagged.words for section, tagged in told.items()}
+    "One study: its image, its report, and what is true of both."
+    name, earlier = f"p{state.patient:06d}-s{state.number + 1}", prior.truth.findings if prior else None
+    sections = write_sections([*state.findings, *state.resolved], earlier, state.projection, rng(seed, "report", state.patient, state.number))
+    words = {section: tagged.words for section, tagged in sections.items()}
     if prior: words["prior_report"] = prior.truth.words["findings"]
-    film = Picture(f"phantom:{seed}/{name}", partial(_picture, seed, state), "1")
-    return Study(name, f"p{state.patient:06d}", split, {k: t.text for k, t in told.items()}, {"frontal": film}, prior, state.projection,
+    view = View(f"phantom:{seed}/{name}", partial(_image, seed, state), "1")
+    return Study(name, f"p{state.patient:06d}", split, {k: t.text for k, t in sections.items()}, {"frontal": view}, prior, state.projection,
                  Truth(seed, state, words))
 
 # %% ../../nbs/studies/phantom.ipynb #aa5ea7b6
@@ -577,23 +578,23 @@ SIZES = {"train": 800, "validation": 100, "test": 200}   # patients where a conf
 def phantom_source(seed: int, cfg: StudiesConfig | None = None) -> Source:
     """The studies of `phantom:SEED`; splits by hash of the patient, filled up to the config's numbers of patients."""
     cfg = cfg or StudiesConfig(source=f"phantom:{seed}")
-    left = {split: getattr(cfg, f"{split}_patients") or SIZES[split] for split, share in zip(SIZES, cfg.fractions, strict=True) if share > 0}
+    wanted = {split: getattr(cfg, f"{split}_patients") or SIZES[split] for split, share in zip(SIZES, cfg.fractions, strict=True) if share > 0}
     studies, patient = [], 0
-    while any(left.values()):
+    while any(wanted.values()):
         split = split_of(f"p{patient:06d}", cfg.fractions)
-        if left.get(split):
-            left[split] -= 1
+        if wanted.get(split):
+            wanted[split] -= 1
             studies += _patient_studies(seed, patient, split)
         patient += 1
     return Source(cfg.source, studies, may_leave=True)
 
 # %% ../../nbs/studies/phantom.ipynb #6885d14c
 def painted(study: Study, *findings: Finding) -> Study:
-    """The same phantom study with further findings in its frontal film and in its truth; its text, anatomy and noise stay.
+    """A copy of a phantom study with further findings in its frontal view and in its truth; text, anatomy and noise stay.
 
-    Like every film it uses the whole range from black to white, so a very bright finding darkens the rest a little.
+    Like every phantom image it uses the whole range from black to white, so a very bright finding darkens the rest a little.
     """
     state = replace(study.truth.state, painted=(*study.truth.state.painted, *findings))
     name = "+".join([study.views["frontal"].name, *(f"{f.side} {f.kind}".strip() for f in findings)])
-    film = Picture(name, partial(_picture, study.truth.seed, state), "1")
-    return replace(study, views={**study.views, "frontal": film}, truth=replace(study.truth, state=state))
+    view = View(name, partial(_image, study.truth.seed, state), "1")
+    return replace(study, views={**study.views, "frontal": view}, truth=replace(study.truth, state=state))

@@ -121,7 +121,7 @@ def _compare(wanted: set[str], found: set[str], tied: set[str], folder: Path) ->
 
 # %% ../../nbs/subjects/maira2.ipynb #973a7ecd
 @torch.no_grad()
-def _fill(place: Tensor, value: Tensor, name: str) -> None:
+def _copy_tensor(place: Tensor, value: Tensor, name: str) -> None:
     "Copy a stored tensor into the model, casting it to the model's precision."
     if place.shape != value.shape:
         raise UserError(f"{name} has shape {tuple(value.shape)} where the config asks for {tuple(place.shape)}.")
@@ -136,7 +136,7 @@ def load_strictly(model: nn.Module, folder: Path) -> None:
     _compare(set(wanted), names, set(getattr(model, "all_tied_weights_keys", {})), folder)
     for shard in shards_of(folder):
         with _opened(shard) as file:
-            for name in file.keys(): _fill(wanted[new_name(name)], file.get_tensor(name), f"{name} of {shard}")
+            for name in file.keys(): _copy_tensor(wanted[new_name(name)], file.get_tensor(name), f"{name} of {shard}")
 
 # %% ../../nbs/subjects/maira2.ipynb #955d51e1
 def load_maira2(folder: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Maira2ForConditionalGeneration:

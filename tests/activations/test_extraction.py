@@ -32,7 +32,7 @@ from saerad.activations.extraction import (
 )
 from saerad.activations.store import Store
 from saerad.core import UserError, rng
-from saerad.studies.record import Picture, Source, Study
+from saerad.studies.record import Source, Study, View
 from saerad.subjects.subject import Prompt, Subject, plain_subject, random_mini, train_tokenizer
 
 WORDS = "the lungs are clear no small left right pleural effusion with mild cardiomegaly tube in place".split()
@@ -52,7 +52,7 @@ def studies(n: int, pause: float = 0.) -> Source:
         draw = rng(0, i)
         sections = {"indication": " ".join(draw.choice(WORDS, 4)), "findings": " ".join(draw.choice(WORDS, draw.integers(3, 40)))}
         found.append(Study(f"s{i}", f"p{i // 2}", ("train", "test")[i // 2 % 2], sections,
-                           {"frontal": Picture(f"film {i}", lambda i=i: film(i, pause))}, found[-1] if i % 2 else None, "AP"))
+                           {"frontal": View(f"film {i}", lambda i=i: film(i, pause))}, found[-1] if i % 2 else None, "AP"))
     return Source("made up", found)
 
 
@@ -241,7 +241,7 @@ def test_broken_picture_is_named_and_skipped(subject: Subject, source: Source, t
     """The study goes, and so does nothing else; a study that has it as its prior names it too."""
     broken = tmp_path / "film.png"
     broken.write_bytes(b"not a picture")
-    bad = replace(source.studies[4], views={"frontal": Picture.from_file(broken)})
+    bad = replace(source.studies[4], views={"frontal": View.from_file(broken)})
     some = Source("some", [*source.studies[:4], bad, *source.studies[6:8]])
     store = extract(some, subject, SMALL, tmp_path / "activations")
     assert [p["study"] for p in store.meta["problems"]] == ["s4"] and "film.png" in store.meta["problems"][0]["problem"]

@@ -5,7 +5,7 @@ from test_atlas import NASTY, with_views
 from saerad.core import UserError, write_json
 from saerad.show.invented import invent_run
 from saerad.show.lab import compare, open_run
-from saerad.studies.record import Picture, Study
+from saerad.studies.record import Study, View
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,6 @@ def test_a_comparison_shows_what_differs(run, tmp_path):
 
 def test_a_study_shows_its_views_and_texts_escaped(tmp_path):
     (tmp_path / "broken.png").write_text("no picture")
-    study = Study("s<1>", "p1", "train", {"findings": "<script>x</script> clear"}, {"frontal": Picture.from_file(tmp_path / "broken.png")})
+    study = Study("s<1>", "p1", "train", {"findings": "<script>x</script> clear"}, {"frontal": View.from_file(tmp_path / "broken.png")})
     shown = study._repr_html_()
     assert "&lt;script&gt;" in shown and "<script>" not in shown and "s&lt;1&gt;" in shown and "unreadable" in shown and "truth" not in shown

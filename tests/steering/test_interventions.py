@@ -24,14 +24,14 @@ from saerad.steering.interventions import (
     write_steered,
     written_mask,
 )
-from saerad.studies.record import Picture, StudiesConfig, Study
+from saerad.studies.record import StudiesConfig, Study, View
 from saerad.studies.sources import open_source
 from saerad.subjects.subject import layers_path, open_subject, random_mini
 
 
 def study(words: int = 3) -> Study:
     pixels = np.random.default_rng(words).integers(0, 255, (112, 112)).astype(np.uint8)
-    return Study("s", "p", "test", {"indication": "cough " * words}, {"frontal": Picture("s", lambda: pixels)})
+    return Study("s", "p", "test", {"indication": "cough " * words}, {"frontal": View("s", lambda: pixels)})
 
 
 @pytest.fixture(scope="module")

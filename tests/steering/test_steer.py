@@ -30,7 +30,7 @@ from saerad.steering.steer import (
     steering_vector,
 )
 from saerad.studies.findings import Finding, Reading, read_findings
-from saerad.studies.record import Picture, Source, Study
+from saerad.studies.record import Source, Study, View
 from saerad.subjects.subject import random_mini
 
 EFFUSION = Target(frozenset({"effusion"}))
@@ -191,7 +191,7 @@ def test_wrong_settings_are_named(wrong):
 
 def pictured(name: str, patient: str, split: str, words: int) -> Study:
     pixels = np.random.default_rng(len(name) + words).integers(0, 255, (112, 112)).astype(np.uint8)
-    return Study(name, patient, split, {"indication": "cough " * words, "findings": "Effusion."}, {"frontal": Picture(name, lambda: pixels)})
+    return Study(name, patient, split, {"indication": "cough " * words, "findings": "Effusion."}, {"frontal": View(name, lambda: pixels)})
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from saerad.studies.findings import (
     certainty_of,
     chexpert,
     describe_finding,
-    marked,
+    marked_findings,
     mentions,
     read_findings,
     sentences,
@@ -106,7 +106,7 @@ def test_longest_name_wins():
 
 def test_marks_escape_and_keep_the_text():
     text = "A <b>small</b> effusion & no nodule."
-    page = marked(text)
+    page = marked_findings(text)
     assert "<b>" not in page and page.count("<mark") == 2
     assert re.sub("<[^>]*>", "", page) == "A &lt;b&gt;small&lt;/b&gt; effusion &amp; no nodule."
 

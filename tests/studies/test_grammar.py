@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from saerad.studies.findings import CHANGES, PHANTOM_KINDS, SEVERITIES, ZONES, Finding
 from saerad.studies.grammar import (
-    ATTRIBUTES,
     CONCEPTS,
     EMPTY_WORDS,
     FORMS,
     NEGATABLE,
     NORMAL,
+    PHANTOM_ATTRIBUTES,
     concept_of,
     mark,
     name_finding,
@@ -31,10 +31,10 @@ from saerad.studies.grammar import (
 def studies(draw):
     """(findings, prior, projection, seed) of one study; a finding at most of a kind and side, attributes free."""
     prior = draw(st.sampled_from([None, (), (Finding("effusion", "left", severity="small"),)]))
-    spots = [(k, s) for k in PHANTOM_KINDS for s in (("left", "right") if "side" in ATTRIBUTES[k] else ("",))]
+    spots = [(k, s) for k in PHANTOM_KINDS for s in (("left", "right") if "side" in PHANTOM_ATTRIBUTES[k] else ("",))]
     findings = []
     for kind, side in draw(st.lists(st.sampled_from(spots), unique=True, max_size=10)):
-        own = ATTRIBUTES[kind]
+        own = PHANTOM_ATTRIBUTES[kind]
         zone = draw(st.sampled_from(("", "upper", "lower") if kind == "endotracheal_tube" else ("", *ZONES))) if "zone" in own else ""
         severity = draw(st.sampled_from(("", *SEVERITIES))) if "severity" in own else ""
         change = draw(st.sampled_from(("", *CHANGES))) if prior is not None else ""
@@ -209,7 +209,7 @@ def test_never_raises_and_says_no_more_when_said_twice(text):
     once, twice = parse_report(text), parse_report(f"{text}\n{text}")
     assert once.findings == twice.findings
     assert all(f.kind in PHANTOM_KINDS and f.side in ("", "left", "right") for f in once.findings)
-    assert all(not getattr(f, a) for f in once.findings for a in ("side", "zone", "severity") if a not in ATTRIBUTES[f.kind])
+    assert all(not getattr(f, a) for f in once.findings for a in ("side", "zone", "severity") if a not in PHANTOM_ATTRIBUTES[f.kind])
 
 
 @settings(max_examples=150, deadline=None)
@@ -281,7 +281,7 @@ def test_a_noun_phrase_says_all_attributes(kind):
     for _ in range(60):
         zones = ("", "upper", "lower") if kind == "endotracheal_tube" else ("", *ZONES)
         options = {"side": ("", "left", "right"), "zone": zones, "severity": ("", *SEVERITIES)}
-        finding = Finding(kind, **{a: str(rng.choice(options[a])) for a in ATTRIBUTES[kind]})
+        finding = Finding(kind, **{a: str(rng.choice(options[a])) for a in PHANTOM_ATTRIBUTES[kind]})
         text = " ".join(word for word, _ in name_finding(finding, rng).words)
         assert parse_report(text).findings == (finding,), text
 

@@ -40,7 +40,7 @@ def test_pictures_are_reproducible_and_use_the_whole_range(patient):
     state = patient_states(3, patient)[-1]
     film, boxes, patches = draw_study(3, state)
     assert film.shape == (SIZE, SIZE) and film.dtype == np.uint8 and film.min() == 0 and film.max() == 255
-    assert np.array_equal(film, draw_study(3, state).film)
+    assert np.array_equal(film, draw_study(3, state).image)
     assert set(boxes) == set(state.findings)
     for finding, (left, top, right, bottom) in boxes.items():
         rows, cols = np.nonzero(patches[finding])

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from saerad.core import UserError
-from saerad.studies.record import SPLITS, Picture, PictureError, Problem, Source, StudiesConfig, Study, split_of
-from saerad.studies.sources import describe, open_source, read_report
+from saerad.studies.record import SPLITS, Problem, Source, StudiesConfig, Study, View, ViewError, split_of
+from saerad.studies.sources import describe_source, open_source, read_report
 
 DATA = Path(os.environ.get("SAERAD_DATA", Path(__file__).parents[3] / "shared" / "data"))
 OPENI, HANNOVER = DATA / "openi" / "NLMCXR_reports.tgz", DATA / "hannover"
@@ -51,14 +51,14 @@ def open_table(path, **kw):
 
 def test_a_picture_gives_grey_values_whatever_the_file(tmp_path):
     for mode, name in (("L", "a.png"), ("RGB", "b.png"), ("L", "c.jpg"), ("RGBA", "d.png")):
-        pixels = Picture.from_file(film(tmp_path / name, mode=mode)).array()
+        pixels = View.from_file(film(tmp_path / name, mode=mode)).array()
         assert pixels.dtype == np.uint8 and pixels.shape == (24, 24)
 
 
 def test_sixteen_bits_are_stretched_and_not_clipped(tmp_path):
     deep = np.arange(1000, 1000 + 64, dtype=np.uint16).reshape(8, 8) * 60
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    pixels = Picture.from_file(tmp_path / "deep.png").array()
+    pixels = View.from_file(tmp_path / "deep.png").array()
     assert pixels.min() == 0 and pixels.max() == 255 and (np.diff(pixels.ravel().astype(int)) >= 0).all()
 
 
@@ -74,16 +74,16 @@ def test_sixteen_bits_are_stretched_and_not_clipped(tmp_path):
 def test_a_film_that_cannot_be_used_says_which_and_why(tmp_path, make, kind):
     make(tmp_path / "film.jpg")
     for look in ("array", "check"):
-        with pytest.raises(PictureError, match="film.jpg") as e:
-            getattr(Picture.from_file(tmp_path / "film.jpg"), look)()
+        with pytest.raises(ViewError, match="film.jpg") as e:
+            getattr(View.from_file(tmp_path / "film.jpg"), look)()
         assert e.value.kind == kind
 
 
 def test_a_truncated_film_is_found_by_the_quick_look_too(tmp_path):
     path = film(tmp_path / "film.jpg", size=400)
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(PictureError, match="not an image"):
-        Picture.from_file(path).check()
+    with pytest.raises(ViewError, match="not an image"):
+        View.from_file(path).check()
 
 
 # ---- splits ---------------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_faults_of_single_studies_are_named_skipped_and_counted(tmp_path):
         ("empty report", "s4"),
         ("duplicate study", "s0"),
     }
-    assert "problems: 5" in describe(source) and "constant image: 1 (s2)" in describe(source)
+    assert "problems: 5" in describe_source(source) and "constant image: 1 (s2)" in describe_source(source)
 
 
 def test_a_bad_film_is_nobodys_prior(tmp_path):
@@ -559,7 +559,7 @@ def test_the_fingerprint_sees_every_change():
                 split="train",
                 sections={"findings": "Clear."},
                 projection="PA",
-                views={"frontal": Picture("f", lambda: None, "1")},
+                views={"frontal": View("f", lambda: None, "1")},
                 prior=Study("0", "p", "train", {}),
             )
             | kw
@@ -574,7 +574,7 @@ def test_the_fingerprint_sees_every_change():
         dict(views={}),
         dict(prior=None),
         dict(projection="AP"),
-        dict(views={"frontal": Picture("f", lambda: None, "2")}),
+        dict(views={"frontal": View("f", lambda: None, "2")}),
     )
     assert len({source(), *(source(**c) for c in changes)}) == 1 + len(changes) and source() == source()
 
@@ -582,8 +582,8 @@ def test_the_fingerprint_sees_every_change():
 def test_describe_counts(tmp_path):
     source = mimic(tmp_path)
     source.problems += [Problem("XML does not parse", f"{i}.xml") for i in range(7)]
-    text = describe(source, named=2)
-    lines = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line and "films:" not in line}
+    text = describe_source(source, named=2)
+    lines = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line and "views:" not in line}
     assert (
         lines["train"] == ["3", "60.0%", "1"]
         and lines["frontal"] == ["4", "80.0%"]

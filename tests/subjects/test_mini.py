@@ -19,14 +19,14 @@ from saerad.subjects.mini import (
     DecoderConfig,
     MiniConfig,
     answers_of,
-    batches_by_length,
     findings_of,
-    gather_pictures,
+    gather_views,
     lessons_of,
-    places_of,
+    patch_places,
     report_loss,
     train_decoder,
     train_mini,
+    training_batches,
 )
 from saerad.subjects.subject import SubjectConfig, find_checkpoint, new_mini, open_subject, train_tokenizer
 
@@ -48,17 +48,17 @@ def test_answers_and_places_agree_with_the_truth(source):
         answers = dict(zip(questions, answers_of(study, questions), strict=True))
         assert answers["effusion"] == ("effusion" in kinds) and answers["pacemaker"] == ("pacemaker" in kinds)
         assert answers["effusion left"] <= answers["effusion"] and answers["effusion left at least large"] <= answers["effusion left"]
-        assert {PHANTOM_KINDS[k] for k in np.flatnonzero(places_of(study).any(0))} == kinds
+        assert {PHANTOM_KINDS[k] for k in np.flatnonzero(patch_places(study).any(0))} == kinds
 
 
 def test_without_a_truth_the_report_is_read():
     study = Study("s", "p", "train", {"findings": "There is a small left pleural effusion. No pneumothorax."})
-    assert {f.kind for f in findings_of(study)} == {"effusion"} and places_of(study) is None
+    assert {f.kind for f in findings_of(study)} == {"effusion"} and patch_places(study) is None
 
 
 def test_batches_hold_every_lesson_once():
     lengths = list(np.random.default_rng(0).integers(10, 300, 101))
-    batches = batches_by_length(lengths, 8, np.random.default_rng(1))
+    batches = training_batches(lengths, 8, np.random.default_rng(1))
     assert sorted(np.concatenate(batches)) == list(range(101))
     assert np.median([np.ptp([lengths[i] for i in b]) for b in batches]) < 40
 
@@ -67,7 +67,7 @@ def test_the_loss_is_that_of_the_model_itself(source):
     """Against a plain forward pass of one study at a time through the whole network, pictures included."""
     tokenizer = train_tokenizer(t for s in source for t in s.sections.values())
     model = new_mini(tokenizer, 0).eval()
-    pictures, rows = gather_pictures(source.studies, 112)
+    pictures, rows = gather_views(source.studies, 112)
     from saerad.subjects.mini import all_patches
     patches = all_patches(model.model.vision_tower, pictures)
     lessons = lessons_of(source.split("train")[:4], tokenizer, 64, rows, ["effusion"])

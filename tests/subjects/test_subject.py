@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import BitImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from saerad.core import UserError, rng
-from saerad.studies.record import Picture, Study
+from saerad.studies.record import Study, View
 from saerad.subjects.maira2 import OLD_PARTS, OLD_PREFIXES, Maira2Config, Maira2ForConditionalGeneration, load_maira2, load_strictly, new_name
 from saerad.subjects.subject import (
     MEAN,
@@ -24,7 +24,7 @@ from saerad.subjects.subject import (
     follow_images,
     open_subject,
     plain_subject,
-    prepare_picture,
+    prepare_image,
     random_mini,
     train_tokenizer,
 )
@@ -35,7 +35,7 @@ WORDS = ["Findings:", "Indication:", "Technique:", "Comparison:", "Prior report:
 
 
 def picture(seed, height=112, width=112):
-    return Picture(f"picture-{seed}", lambda: rng(seed, "picture").integers(0, 256, (height, width)).astype(np.uint8))
+    return View(f"picture-{seed}", lambda: rng(seed, "picture").integers(0, 256, (height, width)).astype(np.uint8))
 
 
 def study(seed=0, prior=False, lateral=False, **sections):
@@ -97,7 +97,7 @@ def test_images_keep_view_and_place(mini):
         at = prompt.view == view
         assert np.array_equal(prompt.row[at], np.repeat(np.arange(8), 8)) and np.array_equal(prompt.col[at], np.tile(np.arange(8), 8))
     for pixels, source in zip(prompt.pixels, (one.views["frontal"], one.views["lateral"], one.prior.views["frontal"]), strict=True):
-        assert torch.equal(pixels, prepare_picture(source.array(), 112, 1))
+        assert torch.equal(pixels, prepare_image(source.array(), 112, 1))
 
 
 def test_a_section_that_spells_a_special_token_is_refused(mini):
@@ -115,8 +115,8 @@ def test_pictures_are_prepared_as_maira2_prepares_them():
     theirs = BitImageProcessorPil(size={"shortest_edge": 112}, crop_size={"height": 112, "width": 112}, image_mean=[MEAN] * 3, image_std=[STD] * 3)
     rgb = np.repeat(stretched[:, :, None], 3, 2)
     wanted = theirs(Image.fromarray(rgb), return_tensors="pt")["pixel_values"][0]
-    assert torch.allclose(prepare_picture(grey, 112, 3), wanted, atol=1e-5)
-    assert torch.isfinite(prepare_picture(np.full((50, 50), 7, np.uint8), 112)).all()
+    assert torch.allclose(prepare_image(grey, 112, 3), wanted, atol=1e-5)
+    assert torch.isfinite(prepare_image(np.full((50, 50), 7, np.uint8), 112)).all()
 
 
 # ---------------------------------------------------------------- batches and generation
@@ -352,7 +352,7 @@ def test_maira2_prompts_are_the_processors_own(maira):
     text = maira.tokenizer.decode(prompt.ids).replace("<image>" * 16, "<image>")
     assert text.startswith("<s>USER: Frontal <image> Lateral <image> Prior <image> PRIOR_REPORT: The heart") and text.endswith("large.</s>")
     for pixels, source in zip(prompt.pixels, (one.views["frontal"], one.views["lateral"], one.prior.views["frontal"]), strict=True):
-        assert torch.allclose(pixels, prepare_picture(source.array(), 56), atol=1e-5)
+        assert torch.allclose(pixels, prepare_image(source.array(), 56), atol=1e-5)
     assert maira.generate([prompt, maira.prompt(study(1))], 4, layer=1, add=torch.zeros(2, 48)) == maira.generate([prompt, maira.prompt(study(1))], 4)
 
 
