@@ -188,8 +188,8 @@ def of(self: ViewFiles, study: str, view: str = "frontal") -> str | None:
 # %% ../../nbs/show/atlas.ipynb #21cf1692
 @patch
 def _write_image(self: ViewFiles, study: str, view: str) -> str | None:
-    picture = self.studies[study].all_views.get(view) if self.folder is not None and study in self.studies else None
-    try: image = None if picture is None else Image.fromarray(picture.array())
+    known = self.studies[study].all_views.get(view) if self.folder is not None and study in self.studies else None
+    try: image = None if known is None else Image.fromarray(known.array())
     except ViewError: image = None
     if image is None: return None
     path, edge = self.folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', study)}-{view}.webp", min(*image.size, self.largest)
