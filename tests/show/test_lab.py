@@ -27,25 +27,25 @@ def test_a_feature_shows_its_explanation_scores_and_contexts_escaped(run):
 
 def test_a_feature_that_fires_on_images_shows_its_views_with_patches_and_boxes(tmp_path):
     folder = invent_run(tmp_path)
-    one = open_run(folder)[with_views(folder)]
-    shown = one._repr_html_()
+    feature = open_run(folder)[with_views(folder)]
+    shown = feature._repr_html_()
     assert shown.count("<svg") == 1 and "data:image/webp;base64," in shown and shown.count('fill="#F0A000"') == 2
     assert shown.count("fill:none;stroke:white") == shown.count("fill:none;stroke:black") > 0 and "class=" not in shown
     assert NASTY not in shown and "&lt;script&gt;" in shown
-    table = one.run.features
-    assert "<svg" not in one.run[table[(table.in_image < 0.1) & table.f1.notna()].feature.iloc[0]]._repr_html_()
+    table = feature.run.features
+    assert "<svg" not in feature.run[table[(table.in_image < 0.1) & table.f1.notna()].feature.iloc[0]]._repr_html_()
 
 
 def test_finding_wants_all_words_best_first(run):
-    found = run.find("WORD effusion")
-    assert len(found) and found.explanation.str.contains("effusion").all() and found.f1.dropna().is_monotonic_decreasing
+    rows = run.find("WORD effusion")
+    assert len(rows) and rows.explanation.str.contains("effusion").all() and rows.f1.dropna().is_monotonic_decreasing
     assert not len(run.find("effusion pneumothorax"))
 
 
 def test_a_comparison_shows_what_differs(run, tmp_path):
     other = invent_run(tmp_path / "other", seed=1)
-    found = compare(run.folder, other)
-    assert not len(found.settings) and "The settings are the same" in found._repr_html_() and (found.numbers["change"] == 0).all()
+    comparison = compare(run.folder, other)
+    assert not len(comparison.settings) and "The settings are the same" in comparison._repr_html_() and (comparison.numbers["change"] == 0).all()
     write_json(other / "config.yaml", {"sae": {"k": 16}, "out": "x"})      # JSON is YAML
     write_json(run.folder / "config.yaml", {"sae": {"k": 32}, "out": "y"})
     try: assert compare(run.folder, other).settings.loc["sae.k"].tolist() == [32, 16]

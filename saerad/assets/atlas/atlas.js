@@ -6,12 +6,12 @@ const INK = "#1d1d1b", BLUE = "#0072B2", RUST = "#A03C14", SOFT = "#62625c";
 const RANGES = ["f1", "density", "steerability"], CHOICES = ["level", "mainly", "view", "finding", "status"];
 const ALIKE = { once: "each explanation once", others: "only with others like it", alone: "only like no other" };
 
-const there = children => children.flat(Infinity).filter(child => child != null && child !== false);
+const present = children => children.flat(Infinity).filter(child => child != null && child !== false);
 
 function el(tag, attributes = {}, ...children) {
   const node = tag.startsWith("svg:") ? document.createElementNS("http://www.w3.org/2000/svg", tag.slice(4)) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) if (value !== false && value != null) node.setAttribute(name, value === true ? "" : value);
-  node.append(...there(children));
+  node.append(...present(children));
   return node;
 }
 
@@ -71,9 +71,9 @@ function options(name) {
 }
 
 function likenesses() {                        // filters by what is explained alike; by one explanation only where the address names its feature
-  const one = saerad.alike.has(Number(saerad.state.alike)) ? [saerad.state.alike, `like feature ${saerad.state.alike}`] : [];
-  const said = [["", "any"], ...Object.entries(ALIKE), ...(one.length ? [one] : [])];
-  $("alike").replaceChildren(...said.map(([value, text]) => el("option", { value }, text)));
+  const likeOne = saerad.alike.has(Number(saerad.state.alike)) ? [saerad.state.alike, `like feature ${saerad.state.alike}`] : [];
+  const choices = [["", "any"], ...Object.entries(ALIKE), ...(likeOne.length ? [likeOne] : [])];
+  $("alike").replaceChildren(...choices.map(([value, text]) => el("option", { value }, text)));
   $("alike").closest("label").hidden = !saerad.alike.size;
 }
 
@@ -203,7 +203,7 @@ function refocus() {                           // whoever comes back by key goes
 
 const home = () => el("a", { href: address({ feature: "" }) }, "‹ all features");
 const section = (title, ...children) => el("section", {}, el("h2", {}, title), children);
-const note = (...said) => el("p", { class: "notice" }, said);
+const note = (...parts) => el("p", { class: "notice" }, parts);
 const command = name => el("code", {}, `saerad ${name}`);
 const score = (name, value, about = "", control = false) => el("li", { class: control ? "control" : null }, el("small", {}, name), el("b", {}, value == null ? "–" : value.toFixed(2)), about ? el("small", {}, about) : null);
 const feature_link = number => el("a", { href: address({ feature: number }) }, String(number));
@@ -220,7 +220,7 @@ function feature(row, data) {
   share.onclick = async () => { const url = location.href.split("#")[0] + `#feature=${row.feature}`; try { await navigator.clipboard.writeText(url); share.textContent = "Copied"; } catch { window.prompt("The link to this feature:", url); } };
   const left = what => saerad.table.published ? note(`${what} were left out of this published atlas.`) : note(`This run has no ${what.toLowerCase()} of the feature.`);
   document.title = `Feature ${row.feature}`;
-  $("feature").replaceChildren(...there([
+  $("feature").replaceChildren(...present([
     el("nav", { "aria-label": "Features" }, home(), step("previous", "‹ previous", at > 0 ? all[at - 1] : null), step("next", "next ›", at >= 0 ? all[at + 1] : null), share),
     el("h1", {}, `Feature ${row.feature}`),
     el("p", { class: "explanation" }, row.explanation || (data.reason || row.status !== "ok" ? `No explanation: ${data.reason || plain(row.status ?? "not examined")}.` : "It has no explanation yet.")),
