@@ -376,7 +376,7 @@ def test_every_filter_keeps_what_it_says(built, browser):
     for name in ("level", "mainly", "view", "finding", "status"):
         value = page.locator(f"#{name} option").evaluate_all("options => options.map(o => o.value)")[1]
         page.select_option(f"#{name}", value)
-        assert shown(page) == table[name].map(lambda said, v=value: v in str(said).split("; ")).sum() > 0, name
+        assert shown(page) == table[name].map(lambda cell, v=value: v in str(cell).split("; ")).sum() > 0, name
         page.click("#clear")
     for name, unit in (("f1", 1), ("density", 100), ("steerability", 1)):
         values = table[name].astype(float).round(5) * unit
