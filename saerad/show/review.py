@@ -137,11 +137,11 @@ def bootstrap_interval(statistic: Callable[..., float], *columns: np.ndarray, dr
     chosen = rng(seed, "review", "bootstrap").integers(0, n, (draws, n))
     values = np.array([statistic(*(c[rows] for c in columns)) for rows in chosen])
     values = values[np.isfinite(values)]
-    if not np.isfinite(value) or len(values) < draws / 2: return {"value": _rounded(value), "low": None, "high": None, "items": n}
+    if not np.isfinite(value) or len(values) < draws / 2: return {"value": _finite_or_none(value), "low": None, "high": None, "items": n}
     low, high = np.quantile(values, [0.025, 0.975])
-    return {"value": _rounded(value), "low": _rounded(low), "high": _rounded(high), "items": n}
+    return {"value": _finite_or_none(value), "low": _finite_or_none(low), "high": _finite_or_none(high), "items": n}
 
-def _rounded(value: float) -> float | None: return round(float(value), 4) if np.isfinite(value) else None
+def _finite_or_none(value: float) -> float | None: return round(float(value), 4) if np.isfinite(value) else None
 
 # %% ../../nbs/show/review.ipynb #8ca89858
 def _auroc(ratings: np.ndarray, own: np.ndarray) -> float:

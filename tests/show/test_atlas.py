@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from saerad.core import UserError, read_table, write_table
 from saerad.sae.model import MatryoshkaSAE
 from saerad.show.atlas import (
+    FEATURE_COLUMNS,
     NOTICES,
-    TABLE_COLUMNS,
     AtlasConfig,
     build_atlas,
     changes,
@@ -120,7 +120,7 @@ def test_the_table_has_every_feature_and_its_scores(built):
     [table] = data(run / "atlas/data/table.js")
     scores = read_table(run / "interpretations/interpretations.parquet").to_pandas()
     names = [c["name"] for c in table["columns"]]
-    assert names == [c["name"] for c in TABLE_COLUMNS] and [r[0] for r in table["rows"]] == scores.feature.tolist()
+    assert names == [c["name"] for c in FEATURE_COLUMNS] and [r[0] for r in table["rows"]] == scores.feature.tolist()
     f1 = [r[names.index("f1")] for r in table["rows"]]
     assert [v is None for v in f1] == scores.f1.isna().tolist() and max(v for v in f1 if v) == pytest.approx(scores.f1.max(), abs=1e-5)
     measured = read_table(run / "steering/steerability.parquet").to_pandas().set_index("feature").measured
