@@ -1,4 +1,4 @@
-"""Times of the atlas in headless Chromium, opened from disk, for a made-up dictionary of 16,384 features; and what building it takes.
+"""Times of the atlas in headless Chromium, opened from disk, for a made-up SAE of 16,384 features; and what building it takes.
 
 Numbers of `ratios` are times: seconds until the first table is on the screen (median of fresh browsers),
 milliseconds from a keystroke to the filtered
@@ -20,9 +20,10 @@ import yaml
 from _bench import report
 
 from saerad.core import write_table
-from saerad.interpretation.exemplars import SCHEMA
+from saerad.interpretation.exemplars import PLACES, SCHEMA
 from saerad.show.atlas import AtlasConfig, write_atlas
-from saerad.show.figures import FINDINGS, OUTCOMES, PLACES
+from saerad.show.invented import FINDINGS
+from saerad.steering.judges import OUTCOMES
 from saerad.studies.record import StudiesConfig
 from saerad.studies.sources import open_source
 
@@ -35,7 +36,7 @@ ACTIVE, STUDIES = 125, {"source": "phantom:0", "train_patients": 2, "validation_
 
 
 def make_up(folder: Path, n: int) -> None:
-    """Tables of a run with `n` features, as large as a real one's: 250 contexts of 17 tokens each, films for every fifth feature."""
+    """Tables of a run with `n` features, as large as a real one's: 250 contexts of 17 tokens each, views for every fifth feature."""
     draw = np.random.default_rng(0)
     (folder / "config.yaml").write_text(yaml.safe_dump({"studies": STUDIES, "subject": {"model": "made-up"}}))
     shares = draw.dirichlet(np.full(len(PLACES), 0.3), n)
@@ -45,12 +46,12 @@ def make_up(folder: Path, n: int) -> None:
                              **{f"in_{p}": shares[:, i] for i, p in enumerate(PLACES)},
                              "histogram": list(draw.poisson(np.exp(-0.5 * ((np.arange(32) - 16) / 3) ** 2) * 500, (n, 32)))})
     write_table(folder / "exemplars/features.parquet", pa.Table.from_pandas(features, preserve_index=False))
-    said = [f'fires on "{draw.choice(WORDS)}" and "{draw.choice(WORDS)}" after "{draw.choice(WORDS)}", '
-            f"mostly in the {draw.choice(PLACES)} (feature {i})" for i in range(n)]
+    explanations = [f'fires on "{draw.choice(WORDS)}" and "{draw.choice(WORDS)}" after "{draw.choice(WORDS)}", '
+                    f"mostly in the {draw.choice(PLACES)} (feature {i})" for i in range(n)]
     precision, recall = draw.beta(3, 2, n), draw.beta(4, 2, n)
     f1 = 2 * precision * recall / (precision + recall)
     write_table(folder / "interpretations/interpretations.parquet", pa.table({
-        "feature": features.feature, "explanation": said, "interpreter": ["lexical"] * n, "f1": f1, "f1_low": f1 - 0.05, "f1_high": f1 + 0.05,
+        "feature": features.feature, "explanation": explanations, "interpreter": ["lexical"] * n, "f1": f1, "f1_low": f1 - 0.05, "f1_high": f1 + 0.05,
         "precision": precision,
         "recall": recall, "shuffled_f1": draw.beta(2, 4, n), "always_yes_f1": np.full(n, 2 / 3), "scored_contexts": np.full(n, 200),
         "negatives": ["random"] * n,
@@ -60,18 +61,18 @@ def make_up(folder: Path, n: int) -> None:
         "feature": features.feature, "promoted": words, "promoted_by": list(draw.random((n, 10))), "suppressed": words[::-1],
         "suppressed_by": list(-draw.random((n, 10))),
         "neighbours": list(draw.integers(0, n, (n, 8))), "cosine": list(draw.random((n, 8)))}))
-    make_up_films(folder, n, draw)
+    make_up_views(folder, n, draw)
     make_up_exemplars(folder, n, draw)
     make_up_steering(folder, n, draw)
 
 
-def make_up_films(folder: Path, n: int, draw: np.random.Generator) -> None:
-    """Three films of 37 by 37 patches for every fifth feature, from the phantom's studies."""
+def make_up_views(folder: Path, n: int, draw: np.random.Generator) -> None:
+    """Three views of 37 by 37 patches for every fifth feature, from the phantom's studies."""
     studies = [s.study for s in open_source(StudiesConfig(**STUDIES)) if s.split == "test"]
     rows = [{"feature": f, "study": str(draw.choice(studies)), "view": "frontal", "rows": 37, "columns": 37, "peak": 3.0,
              "patches": np.sort(draw.choice(1369, 150, replace=False)), "activations": draw.gamma(2, 1, 150)} for f in range(0, n, 5)
              for _ in range(3)]
-    write_table(folder / "portraits/films.parquet", pa.Table.from_pylist(rows))
+    write_table(folder / "portraits/views.parquet", pa.Table.from_pylist(rows))
 
 
 def make_up_exemplars(folder: Path, n: int, draw: np.random.Generator, group: int = 32, each: int = 2 * ACTIVE, width: int = 17) -> None:

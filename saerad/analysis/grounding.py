@@ -22,7 +22,7 @@ from ..activations.store import Store
 from ..core import progress
 from ..sae.evaluation import with_other_picture
 from ..sae.model import MatryoshkaSAE
-from ..show.portraits import film_activations
+from ..show.portraits import view_activations
 from ..studies.findings import PHANTOM_KINDS, Finding
 from ..studies.phantom import painted
 from ..studies.record import Source, Study
@@ -51,7 +51,7 @@ def heatmaps(subject: Subject, sae: MatryoshkaSAE, layer: int, prompts: Sequence
     """Activations of some features on the patches of every prompt's frontal film, in reading order, normalised units."""
     out = []
     for begin in progress(range(0, len(prompts), batch), "heatmaps"):
-        films = film_activations(subject, sae, layer, prompts[begin:begin + batch])
+        films = view_activations(subject, sae, layer, prompts[begin:begin + batch])
         out += [z[:, list(features)].toarray() for _, view, _, z in films if view == "frontal"]
     return np.stack(out)
 

@@ -29,7 +29,7 @@ from ..steering import interventions
 from ..steering.effects import co_activation, geometry, output_scores, predicted_steerability, share_interval, some_activations
 from ..steering.interventions import adding, clamping, scaling, write_steered
 from ..steering.judges import Judgement, Target, judge, target_of
-from ..steering.steer import asking, choose_studies, mean_differences, states
+from ..steering.steer import affirms_target, choose_studies, mean_differences, with_request
 from ..studies.findings import Finding, Reading, read_findings
 from ..studies.grammar import parse_report
 from ..studies.record import Source, Study
@@ -166,7 +166,7 @@ def _three(r: Any, t: Target, exact: Any, bare: Any, rules: Any) -> dict[str, An
     "What the three judges say of one pair."
     def by(target: Target, read: Any) -> Judgement: return judge(r.baseline, r.text, target, read, r.alpha, None, r.times)
     j, kinds = by(t, exact), replace(t, words=frozenset()) if t.kinds else t
-    return {"outcome": j.outcome, "effect": j.effect, "harms": len(j.harms), "eligible": states(exact(r.baseline), t) == (r.alpha < 0),
+    return {"outcome": j.outcome, "effect": j.effect, "harms": len(j.harms), "eligible": affirms_target(exact(r.baseline), t) == (r.alpha < 0),
             "outcome_kinds": by(kinds, bare if t.kinds else exact).outcome, "outcome_rules": by(t, rules).outcome}
 
 # %% ../../nbs/analysis/steering_methods.ipynb #1a22c2ed
@@ -195,7 +195,7 @@ def _asked(subject: Subject, studies: Sequence[Study], targets: Mapping[str, Tar
     "Reports that were asked for in the indication, for more of every concept."
     baseline = dict(zip([s.study for s in studies], subject.generate([subject.prompt(s) for s in studies], cfg.max_new_tokens), strict=True))
     pairs = [(c, s) for c in targets for s in studies]
-    texts = subject.generate([subject.prompt(asking(s, targets[c], 1)) for c, s in pairs], cfg.max_new_tokens, batch_size=64)
+    texts = subject.generate([subject.prompt(with_request(s, targets[c], 1)) for c, s in pairs], cfg.max_new_tokens, batch_size=64)
     return pd.DataFrame([{"concept": c, "way": "prompt", "alpha": 1.0, "text": t, "baseline": baseline[s.study], "times": 1.0, "study": s.study,
                           "patient": s.patient} for (c, s), t in zip(pairs, texts, strict=True)])
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['T', 'Message', 'MARK', 'MOST_IN_A_BATCH', 'EndpointConfig', 'host_of', 'is_loopback', 'check_destination', 'Reply',
-           'Ledger', 'Pace', 'parse_list', 'parse_explanation', 'unwrapped', 'schema_of', 'CallFailed', 'Endpoint',
-           'key_of', 'cost_of', 'tokens_in', 'NoSchema', 'slim', 'Answer']
+           'Ledger', 'Pace', 'parse_list', 'parse_explanation', 'unwrap', 'schema_of', 'CallFailed', 'Endpoint',
+           'key_of', 'cost_of', 'tokens_in', 'NoSchema', 'without_images', 'Answer']
 
 # %% ../../nbs/interpretation/endpoint.ipynb #a22ad08d
 import ipaddress
@@ -56,8 +56,8 @@ class EndpointConfig(Section):
     price_out: float | None = Field(None, ge=0)
     price_cached: float | None = Field(None, ge=0)  # of prompt tokens that the endpoint found in its cache; None: as price_in
     budget: float | None = Field(None, gt=0)        # stop before more than this is spent, answers in the ledger counted
-    token_characters: float = Field(3.5, gt=0)      # characters a token, for estimates made before an endpoint has counted
-    picture_tokens: int = Field(350, ge=0)          # tokens that a radiograph of 512 pixels is counted as, for the same estimates
+    token_characters: float = Field(3.5, gt=0)      # characters per token, for estimates made before an endpoint has counted
+    picture_tokens: int = Field(350, ge=0)          # tokens that an image of 512 pixels is counted as, for the same estimates
 
 # %% ../../nbs/interpretation/endpoint.ipynb #33da4c92
 def host_of(base_url: str) -> str:
@@ -87,7 +87,7 @@ def check_destination(cfg: EndpointConfig, may_leave: bool) -> None:
 # %% ../../nbs/interpretation/endpoint.ipynb #e03c2b0d
 @dataclass(frozen=True)
 class Reply:
-    """What an endpoint answered: text, or the fact that it refused."""
+    """An endpoint's answer: text, or the fact that it refused, and the tokens that it cost."""
     text: str = ""
     refusal: str = ""          # why there is no text
     tokens_in: int = 0
@@ -158,7 +158,7 @@ def close(self: Ledger) -> None:
 
 # %% ../../nbs/interpretation/endpoint.ipynb #756e9e15
 class Pace:
-    """Spaces calls out in time; `faster` after an answer, `slower` after a refusal for speed, `heard` for what headers say."""
+    """Spaces calls out in time; `faster` after an answer, `slower` after a refusal for speed, `read_limits` for what headers say."""
     def __init__(self, rate: float | None = None, clock: Callable[[], float] = time.monotonic):
         self.fixed, self.rate, self.clock = rate is not None, rate or 20.0, clock
         self.next, self.held, self.stepped = clock(), False, None    # the next slot, whether calls wait for theirs, the last step back
@@ -207,24 +207,24 @@ def slower(self: Pace, retry_after: float) -> None:
         self.refused += 1
         self.missed.append(now)
         if self.sent: self.sent.pop()
-        if self.sent and not self.fixed: self._weigh(now)
+        if self.sent and not self.fixed: self._weigh_refusal(now)
         if retry_after > 5: self.next = max(self.next, now + retry_after)  # not a hiccup: everybody waits
 
 # %% ../../nbs/interpretation/endpoint.ipynb #29671b81
 @patch
-def _weigh(self: Pace, now: float) -> None:
+def _weigh_refusal(self: Pace, now: float) -> None:
     "Step back where less is let in than the rate gives reason to expect."
     let_in = self._let_in(now)
     if self.calls >= 100: self.anyway = min(self.anyway, self.refused / self.calls)
     enough = self.calls >= 25 or 2 * self.refused > self.calls or now - self.since > 5    # to judge the last step
     if self.stepped is not None and (not enough or self.rate * (1 - self.anyway) <= 1.15 * let_in): return
-    if self._in_vain(let_in, now): self.stepped = now - 10     # soon as fast as if nothing had been
+    if self._step_was_useless(let_in, now): self.stepped = now - 10     # soon as fast as if nothing had been
     else: self.rate, self.stepped = max(0.2, min(self.rate, 0.92 * let_in)), now
     self.since, self.calls, self.refused = now, 0, 0
 
 # %% ../../nbs/interpretation/endpoint.ipynb #8212e57b
 @patch
-def _in_vain(self: Pace, let_in: float, now: float) -> bool:
+def _step_was_useless(self: Pace, let_in: float, now: float) -> bool:
     "Whether the last steps back changed nothing; then the rate is restored, and the share of refusals known."
     share, rate = min(1.0, self.refused / max(self.calls, 1)), self.calls / max(now - self.since, 1e-6)
     before, self.tried = self.tried, None
@@ -250,9 +250,9 @@ def _let_in(self: Pace, now: float) -> float:
 
 # %% ../../nbs/interpretation/endpoint.ipynb #d74cd188
 @patch
-def heard(self: Pace, headers: Mapping[str, str], tokens: int) -> None:
+def read_limits(self: Pace, headers: Mapping[str, str], tokens: int) -> None:
     """Take in the limits a minute that the headers of an answer of so many tokens state, and how long to wait where nothing remains."""
-    limits = {kind: _number(headers.get(f"x-ratelimit-limit-{kind}", "")) for kind in ("requests", "tokens")}
+    limits = {kind: _header_number(headers.get(f"x-ratelimit-limit-{kind}", "")) for kind in ("requests", "tokens")}
     with self.lock:
         self.tokens = tokens if not self.tokens else 0.95 * self.tokens + 0.05 * tokens
         caps = [limits["requests"] / 60] if limits["requests"] else []
@@ -265,7 +265,7 @@ def heard(self: Pace, headers: Mapping[str, str], tokens: int) -> None:
                 self.next = max(self.next, self.clock() + min(60.0, _seconds(headers.get(f"x-ratelimit-reset-{kind}", ""))))
 
 # %% ../../nbs/interpretation/endpoint.ipynb #21dadbc8
-def _number(text: str) -> float:
+def _header_number(text: str) -> float:
     "A number of a header, 0 where there is none."
     try: return max(0.0, float(text))
     except ValueError: return 0.0
@@ -280,8 +280,8 @@ def _seconds(text: str) -> float:
 def parse_list(text: str, count: int) -> list[bool] | None:
     """The list of `count` zeros and ones that `text` is, or None."""
     if not re.fullmatch(r"\s*\[\s*[01]\s*(,\s*[01]\s*)*\]\s*", text): return None
-    found = [c == "1" for c in re.findall(r"[01]", text)]
-    return found if len(found) == count else None
+    values = [c == "1" for c in re.findall(r"[01]", text)]
+    return values if len(values) == count else None
 
 # %% ../../nbs/interpretation/endpoint.ipynb #145323db
 MARK = "[EXPLANATION]:"
@@ -293,8 +293,8 @@ def parse_explanation(text: str) -> str | None:
     return lines[-1].strip()[len(MARK):].strip() or None
 
 # %% ../../nbs/interpretation/endpoint.ipynb #b66ecb0c
-def unwrapped(text: str) -> str:
-    """What a structured answer holds, in the form that an unstructured one would have; any other text as it is."""
+def unwrap(text: str) -> str:
+    """The content of a structured answer, in the form that an unstructured one would have; any other text as it is."""
     try: value = json.loads(text)
     except ValueError: return text
     if not isinstance(value, dict) or len(value) != 1: return text
@@ -364,8 +364,8 @@ def cost_of(tokens: Reply, cfg: EndpointConfig) -> float:
 def tokens_in(messages: Sequence[Message], cfg: EndpointConfig) -> int:
     """About how many tokens some messages are."""
     parts = [p for m in messages for p in ([{"text": m["content"]}] if isinstance(m["content"], str) else m["content"])]
-    pictures = sum("image_url" in p for p in parts)
-    return round(sum(len(p.get("text", "")) for p in parts) / cfg.token_characters) + pictures * cfg.picture_tokens
+    images = sum("image_url" in p for p in parts)
+    return round(sum(len(p.get("text", "")) for p in parts) / cfg.token_characters) + images * cfg.picture_tokens
 
 # %% ../../nbs/interpretation/endpoint.ipynb #160b0b77
 @patch
@@ -379,10 +379,10 @@ def ask(self: Endpoint, messages: Sequence[Message], max_tokens: int, schema: di
     known = self.ledger.get(key)
     if known: return known
     most = cost_of(Reply(tokens_in=tokens_in(messages, self.cfg), tokens_out=max_tokens), self.cfg)
-    if self.cfg.batch: self._put_off(key, request, most)
+    if self.cfg.batch: self._queue_for_batch(key, request, most)
     try: reply = self._within_budget(request, most)
     except NoSchema: return self.ask(messages, max_tokens)
-    self.ledger.put(key, slim(request), reply)
+    self.ledger.put(key, without_images(request), reply)
     return reply
 
 # %% ../../nbs/interpretation/endpoint.ipynb #5fb019d9
@@ -395,10 +395,10 @@ def _reserve(self: Endpoint, most: float) -> None:
 # %% ../../nbs/interpretation/endpoint.ipynb #071d504d
 @patch
 def _within_budget(self: Endpoint, request: dict[str, Any], most: float) -> Reply:
-    "Ask when the budget allows the call at its dearest."
+    "Ask when the budget allows the call at its highest price."
     with self.lock: self._reserve(most)
     reply = None
-    try: reply = self._persist(request)
+    try: reply = self._ask_until_answered(request)
     finally:
         with self.lock:
             self.reserved -= most
@@ -407,7 +407,7 @@ def _within_budget(self: Endpoint, request: dict[str, Any], most: float) -> Repl
 
 # %% ../../nbs/interpretation/endpoint.ipynb #f1ff7cdc
 @patch
-def _put_off(self: Endpoint, key: str, request: dict[str, Any], most: float) -> None:
+def _queue_for_batch(self: Endpoint, key: str, request: dict[str, Any], most: float) -> None:
     "Keep a question for the batch, as far as the budget allows; raises `CallFailed` in any case, for there is no answer yet."
     with self.lock:
         if key not in self.waiting: self._reserve(most)
@@ -416,7 +416,7 @@ def _put_off(self: Endpoint, key: str, request: dict[str, Any], most: float) -> 
 
 # %% ../../nbs/interpretation/endpoint.ipynb #2ea2fde9
 class NoSchema(Exception):
-    """The endpoint knows no structured answers."""
+    """The endpoint does not support structured answers."""
 
 # %% ../../nbs/interpretation/endpoint.ipynb #ba4943e4
 @patch
@@ -429,24 +429,24 @@ def _knows_schemas(self: Endpoint) -> bool:
 def _no_schema(self: Endpoint) -> str: return content_hash(self.cfg.base_url, self.cfg.model, "knows no schema")
 
 # %% ../../nbs/interpretation/endpoint.ipynb #7ec3be23
-def slim(request: dict[str, Any]) -> dict[str, Any]:
-    """A request with each picture replaced by its hash, for the ledger."""
+def without_images(request: dict[str, Any]) -> dict[str, Any]:
+    """A request with each image replaced by its hash, for the ledger."""
     def part(p: dict[str, Any]) -> dict[str, Any]:
         return {"type": "image", "sha256": sha256(p["image_url"]["url"].encode()).hexdigest()} if p.get("type") == "image_url" else p
-    told = [m if isinstance(m["content"], str) else m | {"content": [part(p) for p in m["content"]]} for m in request["messages"]]
-    return request | {"messages": told}
+    messages = [m if isinstance(m["content"], str) else m | {"content": [part(p) for p in m["content"]]} for m in request["messages"]]
+    return request | {"messages": messages}
 
 # %% ../../nbs/interpretation/endpoint.ipynb #d984e1a5
 @patch
-def _persist(self: Endpoint, request: dict[str, Any]) -> Reply:
+def _ask_until_answered(self: Endpoint, request: dict[str, Any]) -> Reply:
     "Try a call until it is answered or given up."
     with self.lock: self.client = self.client or self._connect()
     reason = ""
     for attempt in range(self.cfg.attempts):
         began = self.pace.wait()
         with self.lock: self.asked += 1
-        try: reply = self._once(request)
-        except Exception as e: reason, pause = self._trouble(e, attempt)
+        try: reply = self._try_once(request)
+        except Exception as e: reason, pause = self._handle_error(e, attempt)
         else:
             self.pace.faster(self.pace.clock() - began)
             with self.lock: self.answered, self.lost = self.answered + 1, 0
@@ -460,11 +460,11 @@ def _persist(self: Endpoint, request: dict[str, Any]) -> Reply:
 
 # %% ../../nbs/interpretation/endpoint.ipynb #2eb21e32
 @patch
-def _once(self: Endpoint, request: dict[str, Any]) -> Reply:
+def _try_once(self: Endpoint, request: dict[str, Any]) -> Reply:
     "One try of a call; what its headers say about limits is taken in."
     raw = self.client.chat.completions.with_raw_response.create(**request)
     reply = _reply(raw.parse())
-    self.pace.heard(raw.headers, reply.tokens_in + reply.tokens_out)
+    self.pace.read_limits(raw.headers, reply.tokens_in + reply.tokens_out)
     return reply
 
 # %% ../../nbs/interpretation/endpoint.ipynb #806e2a67
@@ -480,8 +480,8 @@ def _reply(completion: Any) -> Reply:
 
 # %% ../../nbs/interpretation/endpoint.ipynb #85af649f
 @patch
-def _trouble(self: Endpoint, error: Exception, attempt: int) -> tuple[str, Any]:
-    "Why a call failed and how long to wait; a `Reply` for a refusal; raises what trying again cannot mend."
+def _handle_error(self: Endpoint, error: Exception, attempt: int) -> tuple[str, Any]:
+    "Why a call failed and how long to wait; a `Reply` for a refusal; raises what trying again cannot fix."
     where, backoff = self.cfg.base_url, min(30.0, 0.25 * 2**attempt)
     if isinstance(error, openai.APITimeoutError):
         self.pace.slower(0.0)  # a server that queues more than it can answer in time is being asked too fast
@@ -495,14 +495,14 @@ def _trouble(self: Endpoint, error: Exception, attempt: int) -> tuple[str, Any]:
         wait = _retry_after(error, min(30.0, 4 * backoff))
         self.pace.slower(wait)
         return "too many requests", wait
-    if isinstance(error, openai.APIStatusError): return self._status(error, backoff)
+    if isinstance(error, openai.APIStatusError): return self._handle_status(error, backoff)
     if isinstance(error, (openai.APIError, ValueError)): return f"unreadable reply ({type(error).__name__})", backoff
     raise error
 
 # %% ../../nbs/interpretation/endpoint.ipynb #a3f0fd38
 @patch
-def _status(self: Endpoint, error: openai.APIStatusError, backoff: float) -> tuple[str, Any]:
-    "What an HTTP status says."
+def _handle_status(self: Endpoint, error: openai.APIStatusError, backoff: float) -> tuple[str, Any]:
+    "What to do about an HTTP status; raises `UserError` for a request that will never be accepted."
     where, status = self.cfg.base_url, error.status_code
     if status >= 500 or status in (408, 409): return f"HTTP {status}", _retry_after(error, backoff)
     if status in (401, 403): raise UserError(f"{where} refuses the key in {self.cfg.api_key_env} (HTTP {status}); set a valid one.") from error
@@ -511,8 +511,8 @@ def _status(self: Endpoint, error: openai.APIStatusError, backoff: float) -> tup
         self.ledger.put(self._no_schema, {"question": "structured answers?"}, Reply("no"))
         raise NoSchema from error
     if status == 400 and "content" in str(error.code or ""): return "refusal", Reply(refusal="content filter")
-    said = f"HTTP {status}: {str(error.message)[:200]}"
-    raise UserError(f"{where} does not accept the request ({said}); correct interpretation.model or base_url.") from error
+    reason = f"HTTP {status}: {str(error.message)[:200]}"
+    raise UserError(f"{where} does not accept the request ({reason}); correct interpretation.model or base_url.") from error
 
 # %% ../../nbs/interpretation/endpoint.ipynb #d9791a2b
 def _retry_after(error: openai.APIStatusError, otherwise: float) -> float:
@@ -537,7 +537,7 @@ def ask_for(self: Endpoint, messages: Sequence[Message], parse: Callable[[str], 
         try: reply = self.ask(talk, max_tokens, schema)
         except CallFailed as e: return Answer(None, str(e))
         if reply.refusal: return Answer(None, "refusal")
-        value = parse(unwrapped(reply.text) if schema else reply.text)
+        value = parse(unwrap(reply.text) if schema else reply.text)
         if value is not None: return Answer(value)
         talk = [*messages, {"role": "assistant", "content": reply.text},
                 {"role": "user", "content": f"That could not be read. Answer again with {wanted} and nothing else."}]
@@ -547,8 +547,8 @@ def ask_for(self: Endpoint, messages: Sequence[Message], parse: Callable[[str], 
 MOST_IN_A_BATCH = 20_000    # below what endpoints take in one file
 
 @patch
-def hand_in(self: Endpoint, say: Callable[[str], None] = print) -> int:
-    """Hand in what is waiting as one batch, wait, and write the answers into the ledger; returns how many came.
+def submit_batch(self: Endpoint, say: Callable[[str], None] = print) -> int:
+    """Submit the waiting questions as one batch, wait, and write the answers into the ledger; returns how many came.
 
     Raises `UserError` when the endpoint has no batch API or gives the batch up.
     """
@@ -557,19 +557,19 @@ def hand_in(self: Endpoint, say: Callable[[str], None] = print) -> int:
     try: held, lines = self._batch(note)
     except openai.APIError as e:
         raise UserError(f"{self.cfg.base_url} takes no batches ({str(e)[:100]}); set interpretation.batch to false.") from e
-    found = sum(self._take_in(json.loads(line), held) for line in lines)
+    answered = sum(self._record_answer(json.loads(line), held) for line in lines)
     note.unlink()
     with self.lock: self.waiting, self.spent, self.reserved = {}, cost_of(self.ledger.tokens(), self.cfg), 0.0
-    say(f"interpretation: batch of {len(held)}, {found} answered")
-    return found
+    say(f"interpretation: batch of {len(held)}, {answered} answered")
+    return answered
 
 # %% ../../nbs/interpretation/endpoint.ipynb #4a9dfd2e
 @patch
 def _batch(self: Endpoint, note: Path) -> tuple[dict[str, Any], list[str]]:
-    "The questions of a batch and the lines of its answers, once it is done; hands in a new one where `note` tells of none."
+    "The questions of a batch and the lines of its answers, once it is done; submits a new one where there is no `note`."
     if not note.exists():
-        some = dict(sorted(self.waiting.items())[:MOST_IN_A_BATCH])
-        write_json(note, {"id": self._submit(some), "requests": some})
+        questions = dict(sorted(self.waiting.items())[:MOST_IN_A_BATCH])
+        write_json(note, {"id": self._upload_batch(questions), "requests": questions})
     held = read_json(note)
     while (batch := self.client.batches.retrieve(held["id"])).status in ("validating", "in_progress", "finalizing"):
         time.sleep(self.cfg.batch_poll_s)
@@ -579,7 +579,7 @@ def _batch(self: Endpoint, note: Path) -> tuple[dict[str, Any], list[str]]:
 
 # %% ../../nbs/interpretation/endpoint.ipynb #088c0a12
 @patch
-def _submit(self: Endpoint, requests: Mapping[str, dict[str, Any]]) -> str:
+def _upload_batch(self: Endpoint, requests: Mapping[str, dict[str, Any]]) -> str:
     "Upload questions; the number of the batch."
     url = "/chat/completions" if self.cfg.api == "azure" else "/v1/chat/completions"
     lines = [json.dumps({"custom_id": key, "method": "POST", "url": url, "body": request}) for key, request in requests.items()]
@@ -588,11 +588,11 @@ def _submit(self: Endpoint, requests: Mapping[str, dict[str, Any]]) -> str:
 
 # %% ../../nbs/interpretation/endpoint.ipynb #37f8aae6
 @patch
-def _take_in(self: Endpoint, line: dict[str, Any], requests: Mapping[str, dict[str, Any]]) -> bool:
-    "Write one answer of a batch down; False for one that is none."
+def _record_answer(self: Endpoint, line: dict[str, Any], requests: Mapping[str, dict[str, Any]]) -> bool:
+    "Write one answer of a batch down; False where the line holds no answer."
     key, response = line.get("custom_id"), line.get("response") or {}
     if key not in requests or response.get("status_code") != 200: return False
     try: reply = _reply(ChatCompletion.model_validate(response["body"]))
     except ValueError: return False
-    self.ledger.put(key, slim(requests[key]), reply)
+    self.ledger.put(key, without_images(requests[key]), reply)
     return True

@@ -28,7 +28,7 @@ from transformers.utils.logging import set_verbosity_error
 from ..activations.store import Store
 from ..core import UserError, content_hash
 from ..interpretation.exemplars import Exemplars
-from ..interpretation.interpret import check_needs, estimate, planned, tell_estimate
+from ..interpretation.interpret import checked_estimate, estimate_cost, format_estimate, planned_exemplars
 from .checks import check, model_shape
 from .config import Config, changed, explain_validation, load_config, validated, with_settings
 from .stages import PACKAGE, STAGES, locked, peak_memory, run_config
@@ -100,9 +100,9 @@ def interpret_command(config: ConfigPath, settings: Settings = None, out: Out = 
 def estimate_of(run: Run) -> str:
     """What interpreting would need and cost: from the run's exemplars, or, before there are any, as if every feature had all its contexts."""
     cfg, made = run.config.interpretation, run / "exemplars/features.parquet"
-    if made.exists(): return tell_estimate(check_needs(Exemplars(run / "exemplars"), cfg), cfg)
-    table, some = planned(run.config.sae.expansion * stream_width(run.config), run.config.exemplars)
-    return tell_estimate(estimate(table, cfg, some), cfg) + "; all features counted, for there are no exemplars yet"
+    if made.exists(): return format_estimate(checked_estimate(Exemplars(run / "exemplars"), cfg), cfg)
+    table, some = planned_exemplars(run.config.sae.expansion * stream_width(run.config), run.config.exemplars)
+    return format_estimate(estimate_cost(table, cfg, some), cfg) + "; all features counted, for there are no exemplars yet"
 
 def stream_width(config: Config) -> int:
     "Width of the residual stream; MAIRA-2's is known without its gated files."

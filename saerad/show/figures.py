@@ -8,12 +8,13 @@ __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RUST', 'GREY', 'OUTCOME_COLOURS', 'SHADES
            'plot_negatives', 'plot_frequency_f1', 'plot_f1_levels', 'plot_steering', 'plot_signs', 'plot_doses',
            'plot_effects', 'plot_predicted', 'plot_concepts', 'plot_film', 'own_letters', 'house_style',
            'FiguresConfig', 'Plot', 'draw_plot', 'collect_overview', 'draw_overview', 'collect_training',
-           'draw_training', 'collect_fidelity', 'draw_fidelity', 'collect_sweep', 'draw_sweep', 'collect_density',
-           'draw_density', 'collect_sections', 'draw_sections', 'collect_f1', 'draw_f1', 'draw_precision_recall',
-           'collect_negatives', 'draw_negatives', 'collect_frequency', 'draw_frequency', 'collect_levels',
-           'draw_levels', 'alpha_unit', 'collect_steering', 'draw_steering', 'collect_signs', 'draw_signs',
-           'collect_doses', 'draw_doses', 'collect_effects', 'draw_effects', 'collect_predicted', 'draw_predicted',
-           'collect_concepts', 'draw_concepts', 'phantom_studies', 'collect_film', 'draw_film', 'Drawn', 'draw_figures']
+           'draw_training', 'collect_fidelity', 'draw_fidelity', 'collect_sweep', 'draw_sweep_curves',
+           'collect_density', 'draw_density', 'collect_sections', 'draw_sections', 'collect_f1', 'draw_f1',
+           'draw_precision_recall', 'collect_negatives', 'draw_negatives', 'collect_frequency', 'draw_frequency',
+           'collect_levels', 'draw_levels', 'alpha_unit', 'judged_reports', 'collect_steering', 'draw_steering',
+           'collect_signs', 'draw_signs', 'collect_doses', 'draw_dose_curves', 'collect_effects', 'draw_effect_matrix',
+           'collect_predicted', 'draw_predicted', 'collect_concepts', 'draw_concepts', 'phantom_studies',
+           'collect_film', 'draw_film', 'Drawn', 'draw_figures']
 
 # %% ../../nbs/show/figures.ipynb #8601b980
 from collections.abc import Callable, Iterator, Sequence
@@ -34,8 +35,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from pydantic import Field
 
-from ..core import Section, UserError, progress, rng, write_beside
-from .run_folder import Run
+from ..core import Section, UserError, progress, rng, spearman, write_beside
+from .run_folder import Run, as_run
 from ..steering.judges import OUTCOMES
 from ..studies.findings import mentions
 from ..studies.record import StudiesConfig, Study
@@ -43,7 +44,7 @@ from ..studies.sources import open_source
 
 # %% ../../nbs/show/figures.ipynb #1f5f6bbe
 BLUE, ORANGE, GREEN, RUST, GREY = "#0072B2", "#E69F00", "#2A9D78", "#A03C14", "#8A8A8A"
-OUTCOME_COLOURS = {"unchanged": "#E9E4DA", "on_target_only": GREEN, "mixed": ORANGE, "off_target_only": RUST, "degenerate": "#2B2B2B"}
+OUTCOME_COLOURS = dict(zip(OUTCOMES, ("#E9E4DA", GREEN, ORANGE, RUST, "#2B2B2B"), strict=True))
 SHADES = tuple(sns.color_palette("cividis", 7).as_hex())
 
 # %% ../../nbs/show/figures.ipynb #0e1a406e
@@ -51,9 +52,9 @@ SHADES = tuple(sns.color_palette("cividis", 7).as_hex())
 def own_letters() -> None:
     """Put matplotlib's own files of its font before those of the same name that a machine may have."""
     fonts = font_manager.fontManager
-    found = len(fonts.ttflist)
+    before = len(fonts.ttflist)
     for path in sorted((Path(mpl.get_data_path()) / "fonts/ttf").glob("DejaVuSans*.ttf")): fonts.addfont(path)
-    fonts.ttflist[:] = fonts.ttflist[found:] + fonts.ttflist[:found]
+    fonts.ttflist[:] = fonts.ttflist[before:] + fonts.ttflist[:before]
 
 # %% ../../nbs/show/figures.ipynb #8bc83de7
 @contextmanager
@@ -97,7 +98,7 @@ class Plot:
 
     def numbers(self, run: Run | Path | str) -> pd.DataFrame | str:
         """What is drawn, or why nothing can be."""
-        run = run if isinstance(run, Run) else Run(run)
+        run = as_run(run)
         if missing := [need for need in self.needs if not run.has(need)]: return f"{missing[0]} is not there"
         numbers = self.collect(run)
         return "there are no numbers to draw" if numbers is None or not len(numbers) else numbers
@@ -118,20 +119,21 @@ def draw_plot(name: str, run: Run | Path | str, cfg: FiguresConfig | None = None
 # %% ../../nbs/show/figures.ipynb #8db7c524
 def collect_overview(run: Run) -> pd.DataFrame:
     """`stage` and two lines about each, from the summary; "?" for what has not been done."""
-    found = {name: part or {} for name, part in run.json("summary.json").items()}
-    studies, sae, read, steer = (found.get(k, {}) for k in ("studies", "sae", "interpretation", "steering"))
+    summary = {name: part or {} for name, part in run.json("summary.json").items()}
+    studies, sae, read, steer = (summary.get(k, {}) for k in ("studies", "sae", "interpretation", "steering"))
     model = Path(str(run.settings.get("subject", {}).get("model", "?"))).name
     layer = run.settings.get("extraction", {}).get("layer", "?")
     tokens = sum(studies.get(f"tokens_{s}") or 0 for s in ("train", "validation", "test"))
-    rows = [("studies", f"{_count(studies.get('studies'))} exams", f"{_count(studies.get('patients'))} patients"),
-            ("subject model", model, f"layer {layer}, width {_count(sae.get('width'))}"), ("store", f"{_count(tokens)} tokens", "activations"),
-            ("SAE", f"{_count(sae.get('features'))} features", f"k {_count(sae.get('k'))}, {sae.get('group_order') or '?'}"),
-            ("interpretations", f"{_count(read.get('scored'))} scored", f"median F1 {_two(read.get('median_f1'))}"),
-            ("steering", f"{_count(steer.get('features'))} features", f"{_count(steer.get('reports'))} reports")]
+    rows = [("studies", f"{_known_count(studies.get('studies'))} exams", f"{_known_count(studies.get('patients'))} patients"),
+            ("subject model", model, f"layer {layer}, width {_known_count(sae.get('width'))}"),
+            ("store", f"{_known_count(tokens)} tokens", "activations"),
+            ("SAE", f"{_known_count(sae.get('features'))} features", f"k {_known_count(sae.get('k'))}, {sae.get('group_order') or '?'}"),
+            ("interpretations", f"{_known_count(read.get('scored'))} scored", f"median F1 {_known_share(read.get('median_f1'))}"),
+            ("steering", f"{_known_count(steer.get('features'))} features", f"{_known_count(steer.get('reports'))} reports")]
     return pd.DataFrame(rows, columns=["stage", "first", "second"])
 
-def _count(n: Any) -> str: return f"{n:,}" if n else "?"
-def _two(n: Any) -> str: return "?" if n is None else f"{n:.2f}"
+def _known_count(n: Any) -> str: return f"{n:,}" if n else "?"
+def _known_share(n: Any) -> str: return "?" if n is None else f"{n:.2f}"
 
 # %% ../../nbs/show/figures.ipynb #7d563cdb
 def draw_overview(numbers: pd.DataFrame, ax: Axes) -> None:
@@ -161,23 +163,23 @@ def collect_training(run: Run) -> pd.DataFrame:
 # %% ../../nbs/show/figures.ipynb #d2b89558
 def draw_training(numbers: pd.DataFrame, *axes: Axes) -> None:
     """FVU, L0 and dead features against the step."""
-    labels = {"fvu": "variance unexplained (FVU)", "l0": "features a token (L0)", "dead": "dead features, share"}
+    labels = {"fvu": "variance unexplained (FVU)", "l0": "features per token (L0)", "dead": "dead features, share"}
     for ax, (column, label) in zip(axes, labels.items(), strict=True):
         ax.plot(numbers.step, numbers[column], color=BLUE, marker="o" if len(numbers) < 3 else "")
         ax.set(xlabel="step", ylabel=label, ylim=(0, max(numbers[column].max() * 1.1, 0.01)))
 
 # %% ../../nbs/show/figures.ipynb #d07fc556
 plot_training = PLOTS["training"] = Plot(collect_training, draw_training, ("sae/metrics.jsonl",),
-                                         "Training of the dictionary, on batches of training patients. "
+                                         "Training of the SAE, on batches of training patients. "
                          "Low FVU is necessary and proves little: a randomly initialised model can be reconstructed well too.", 3, True)
 
 # %% ../../nbs/show/figures.ipynb #d3b7d842
 def collect_fidelity(run: Run) -> pd.DataFrame:
     """Rows `panel`, `name`, `value` of the evaluation on test patients."""
-    found = run.json("sae/evaluation.json")
-    losses = {name: found[f"loss_{name}"] for name in ("clean", "spliced", "mean", "zero") if f"loss_{name}" in found}
-    prefixes = dict(sorted(found.get("fvu_by_prefix", {}).items(), key=lambda item: int(item[0])))
-    panels = {"prefix": prefixes, "section": found.get("fvu_by_section", {}), "loss": losses}
+    evaluation = run.json("sae/evaluation.json")
+    losses = {name: evaluation[f"loss_{name}"] for name in ("clean", "spliced", "mean", "zero") if f"loss_{name}" in evaluation}
+    prefixes = dict(sorted(evaluation.get("fvu_by_prefix", {}).items(), key=lambda item: int(item[0])))
+    panels = {"prefix": prefixes, "section": evaluation.get("fvu_by_section", {}), "loss": losses}
     return pd.DataFrame([(panel, str(name), value) for panel, values in panels.items() for name, value in values.items()],
                         columns=["panel", "name", "value"])
 
@@ -193,34 +195,34 @@ def draw_fidelity(numbers: pd.DataFrame, by_prefix: Axes, by_section: Axes, by_l
     by_section.barh(section.name.str.replace("_", " "), section.value, color=BLUE)
     by_section.set(xlabel="FVU")
     by_loss.bar(loss.name, loss.value, color=[BLUE if n in ("clean", "spliced") else GREY for n in loss.name])
-    by_loss.set(ylabel="loss, nats a token")
+    by_loss.set(ylabel="loss, nats per token")
 
 # %% ../../nbs/show/figures.ipynb #69fa6d8c
 plot_fidelity = PLOTS["fidelity"] = Plot(collect_fidelity, draw_fidelity, ("sae/evaluation.json",),
-                                         "What the dictionary keeps, on test patients: variance "
+                                         "What the SAE keeps, on test patients: variance "
                          "unexplained (FVU) by the number of features used and by section, and the loss of the report's tokens when the "
                          "reconstruction, the mean or zeros take the stream's place.", 3, True)
 
 # %% ../../nbs/show/figures.ipynb #bc770bb4
 def collect_sweep(run: Run) -> pd.DataFrame:
-    """`l0`, `fvu` and the rest of each dictionary of a sweep, in order of L0; `name` is its kind and order of groups."""
+    """`l0`, `fvu` and the rest of each SAE of a sweep, in order of L0; `name` is its kind and order of groups."""
     table = run.table("sweep/table.parquet")
     kind = table["kind"].astype(str) + ", " + table["group_order"].astype(str)
     return table.assign(name=kind).sort_values(["name", "l0"]).reset_index(drop=True)
 
 # %% ../../nbs/show/figures.ipynb #e87dc1a6
-def draw_sweep(numbers: pd.DataFrame, ax: Axes) -> None:
-    """FVU against L0, one line a kind of dictionary."""
+def draw_sweep_curves(numbers: pd.DataFrame, ax: Axes) -> None:
+    """FVU against L0, one line for each kind of SAE."""
     marks = ("o", "D", "s", "^", "v")
     for i, (name, rows) in enumerate(numbers.groupby("name")):
         ax.plot(rows.l0, rows.fvu, marker=marks[i % 5], markersize=4, label=name, linestyle=("-", "--", ":", "-.")[i % 4])
-    ax.set(xlabel="features a token (L0)", ylabel="variance unexplained (FVU)", ylim=(0, None), xlim=(0, None))
+    ax.set(xlabel="features per token (L0)", ylabel="variance unexplained (FVU)", ylim=(0, None), xlim=(0, None))
     if numbers.name.nunique() > 1: ax.legend()
 
 # %% ../../nbs/show/figures.ipynb #b0d1850f
-plot_sweep = PLOTS["sweep"] = Plot(collect_sweep, draw_sweep, ("sweep/table.parquet",),
-                                   "What more features a token buy: variance unexplained (FVU) against the mean number of active "
-                      "features (L0), on test patients, for the dictionaries of a sweep. Lower and further left is better.")
+plot_sweep = PLOTS["sweep"] = Plot(collect_sweep, draw_sweep_curves, ("sweep/table.parquet",),
+                                   "What more features per token buy: variance unexplained (FVU) against the mean number of active "
+                      "features (L0), on test patients, for the SAEs of a sweep. Lower and further left is better.")
 
 # %% ../../nbs/show/figures.ipynb #56c462dd
 def collect_density(run: Run) -> pd.DataFrame | None:
@@ -246,7 +248,7 @@ def draw_density(numbers: pd.DataFrame, ax: Axes, dead: Axes) -> None:
 # %% ../../nbs/show/figures.ipynb #e3762292
 plot_density = PLOTS["density"] = Plot(collect_density, draw_density, ("exemplars/features.parquet",),
                                        "How often features fire, and how many never do, by the group "
-                        "of the dictionary that they belong to (level 0 is the first group).", 2, True)
+                        "of the SAE that they belong to (level 0 is the first group).", 2, True)
 
 # %% ../../nbs/show/figures.ipynb #1f4b0a1b
 def collect_sections(run: Run) -> pd.DataFrame | None:
@@ -274,15 +276,15 @@ plot_sections = PLOTS["sections"] = Plot(collect_sections, draw_sections, ("exem
 
 # %% ../../nbs/show/figures.ipynb #f76c56ce
 def collect_f1(run: Run) -> pd.DataFrame:
-    """Scores of every examined description with its controls."""
+    """Scores of every examined explanation with its controls."""
     table = run.table("interpretations/interpretations.parquet")
     return table.loc[table.f1.notna(), ["feature", "f1", "shuffled_f1", "always_yes_f1", "precision", "recall", "scored_contexts", "negatives"]]
 
 # %% ../../nbs/show/figures.ipynb #0cae1760
 def draw_f1(numbers: pd.DataFrame, ax: Axes) -> None:
-    """Histograms of F1 with the own and with another feature's description."""
+    """Histograms of F1 with the own and with another feature's explanation."""
     bins = np.linspace(0, 1, 21)
-    ax.hist(numbers.f1, bins, color=BLUE, label="its own description")
+    ax.hist(numbers.f1, bins, color=BLUE, label="its own explanation")
     ax.hist(numbers.shuffled_f1.dropna(), bins, histtype="step", color="black", linewidth=1.2, label="another feature's")
     ax.axvline(numbers.always_yes_f1.median(), color=RUST, linestyle="--", linewidth=1, label="always yes")
     ax.set(xlabel="F1 of detection on held-out patients", ylabel="features", xlim=(0, 1))
@@ -290,8 +292,8 @@ def draw_f1(numbers: pd.DataFrame, ax: Axes) -> None:
 
 # %% ../../nbs/show/figures.ipynb #6d54ee87
 plot_f1 = PLOTS["f1"] = Plot(collect_f1, draw_f1, ("interpretations/interpretations.parquet",),
-                             "How well descriptions predict where features fire in "
-                   "contexts of patients that the interpreter never saw, beside two controls: the description of another feature, and "
+                             "How well explanations predict where features fire in "
+                   "contexts of patients that the interpreter never saw, beside two controls: the explanation of another feature, and "
                    "always answering yes.")
 
 # %% ../../nbs/show/figures.ipynb #a0cb8c63
@@ -310,16 +312,16 @@ def draw_precision_recall(numbers: pd.DataFrame, ax: Axes) -> None:
 # %% ../../nbs/show/figures.ipynb #59116c9a
 plot_precision_recall = PLOTS["precision_recall"] = Plot(collect_f1, draw_precision_recall, ("interpretations/interpretations.parquet",),
                                                          "Precision and recall of "
-                                 "each description. Above the dotted line recall is higher: the description is less specific than the feature.",
+                                 "each explanation. Above the dotted line recall is higher: the explanation is less specific than the feature.",
                                  height=2.9)
 
 # %% ../../nbs/show/figures.ipynb #6b40fead
 def collect_negatives(run: Run) -> pd.DataFrame | None:
-    """`feature`, `source` of the silent contexts, and `f1` and `mistaken` (share of them said to be active) against that source."""
+    """`feature`, `source` of the silent contexts, and `f1` and `false_positive_rate` (share of them said to be active) against that source."""
     table = run.table("interpretations/interpretations.parquet")
     if "by_source" not in table: return None
-    rows = [{"feature": f, **one} for f, many in zip(table.feature, table.by_source, strict=True) if many is not None for one in many]
-    numbers = pd.DataFrame(rows, columns=["feature", "source", "contexts", "mistaken", "f1"])
+    rows = [{"feature": f, **source} for f, sources in zip(table.feature, table.by_source, strict=True) if sources is not None for source in sources]
+    numbers = pd.DataFrame(rows, columns=["feature", "source", "contexts", "false_positive_rate", "f1"])
     return numbers[numbers.f1.notna()]
 
 # %% ../../nbs/show/figures.ipynb #43c3b3b4
@@ -334,7 +336,7 @@ def draw_negatives(numbers: pd.DataFrame, ax: Axes) -> None:
 
 # %% ../../nbs/show/figures.ipynb #7344f5c8
 plot_negatives = PLOTS["negatives"] = Plot(collect_negatives, draw_negatives, ("interpretations/interpretations.parquet",),
-                                           "The same descriptions examined against silent contexts of "
+                                           "The same explanations examined against silent contexts of "
                           "different kinds (in brackets the number of features); an F1 without its negatives cannot be compared.")
 
 # %% ../../nbs/show/figures.ipynb #9be2f80c
@@ -347,12 +349,12 @@ def collect_frequency(run: Run) -> pd.DataFrame:
 def draw_frequency(numbers: pd.DataFrame, ax: Axes) -> None:
     """F1 against density, with Spearman's rank correlation."""
     ax.scatter(numbers.density, numbers.f1, s=9, color=BLUE, alpha=0.6, linewidth=0)
-    ax.set(xscale="log", xlabel="share of tokens on which it fires", ylabel="F1", ylim=(0, 1.02), title=_spearman(numbers.density, numbers.f1))
+    ax.set(xscale="log", xlabel="share of tokens on which it fires", ylabel="F1", ylim=(0, 1.02), title=_spearman_title(numbers.density, numbers.f1))
 
-def _spearman(a: pd.Series, b: pd.Series) -> str:
+def _spearman_title(a: pd.Series, b: pd.Series) -> str:
     "Rank correlation in words; too few or constant values have none."
-    if len(a) < 3 or a.nunique() < 2 or b.nunique() < 2: return f"n = {len(a)}"
-    return _minus(f"Spearman ρ = {a.rank().corr(b.rank()):.2f}, n = {len(a)}")
+    rho = spearman(a, b)
+    return f"n = {len(a)}" if np.isnan(rho) else _minus(f"Spearman ρ = {rho:.2f}, n = {len(a)}")
 
 def _minus(text: str) -> str: return text.replace("= -", "= −")
 
@@ -380,7 +382,7 @@ def draw_levels(numbers: pd.DataFrame, ax: Axes) -> None:
         spread = (np.argsort(np.argsort(g.feature.to_numpy())) + 0.5) / len(g) - 0.5      # by number, and the same every time
         ax.scatter(i + 0.4 * spread, g.f1, s=5, color=BLUE, alpha=0.5, linewidth=0)
         if g.shuffled_f1.notna().any(): ax.plot([i - 0.38, i + 0.38], [g.shuffled_f1.median()] * 2, color=RUST, linestyle="--", linewidth=1,
-                                                label=None if ax.get_legend_handles_labels()[1] else "another feature's description")
+                                                label=None if ax.get_legend_handles_labels()[1] else "another feature's explanation")
     names = [f"{level}\n({sizes[level]} wide)" if sizes and level < len(sizes) else str(level) for level in levels]
     ax.set_xticks(range(len(levels)), names)
     order = f"group order: {numbers.attrs['order']}" if numbers.attrs.get("order") else ""
@@ -389,8 +391,8 @@ def draw_levels(numbers: pd.DataFrame, ax: Axes) -> None:
 
 # %% ../../nbs/show/figures.ipynb #05976dfa
 plot_f1_levels = PLOTS["f1_levels"] = Plot(collect_levels, draw_levels, ("interpretations/interpretations.parquet", "exemplars/features.parquet"),
-                          "F1 of the descriptions by level of the dictionary, first group on the left; dashed: the median with another "
-                          "feature's description.", height=2.8)
+                          "F1 of the explanations by level of the SAE, first group on the left; dashed: the median with another "
+                          "feature's explanation.", height=2.8)
 
 # %% ../../nbs/show/figures.ipynb #08ec53d3
 def alpha_unit(run: Run) -> str:
@@ -399,22 +401,24 @@ def alpha_unit(run: Run) -> str:
     return {"raw": "α, raw units of the residual stream", "scale": "α, share of a typical residual's length"}.get(unit, "α")
 
 # %% ../../nbs/show/figures.ipynb #8baa6a8c
+def judged_reports(run: Run) -> pd.DataFrame | None:
+    """Judgements with degenerate reports as an outcome of their own, whether each is a `control`, and what was `pushed`; None without steering."""
+    table = run.table("steering/judgements.parquet")
+    if table is None: return None
+    if "control" not in table: table["control"] = False
+    pushed = table["method"].str.replace("_", " ") if "method" in table else pd.Series("random", index=table.index)
+    if "image" in table: pushed = pushed.where(table.image != "blank", "blank image")
+    return table.assign(outcome=table.outcome.where(~table.degenerate.astype(bool), "degenerate"),
+                        pushed=pushed.where(table.control.astype(bool), "feature"), control=table.control.astype(bool))
+
+# %% ../../nbs/show/figures.ipynb #8f9996dd
 def collect_steering(run: Run) -> pd.DataFrame:
     """Share and number of reports with each outcome, by α, for features and for each control."""
-    table = _judged(run)
+    table = judged_reports(run)
     counts = table.groupby(["control", "pushed", "alpha", "outcome"]).size().unstack(fill_value=0).reindex(columns=list(OUTCOMES), fill_value=0)
     numbers = counts.div(counts.sum(axis=1), axis=0).assign(reports=counts.sum(axis=1)).reset_index()
     numbers.attrs = {"unit": alpha_unit(run)}
     return numbers
-
-def _judged(run: Run) -> pd.DataFrame:
-    "Judgements with degenerate reports as an outcome of their own, and what was `pushed`."
-    table = run.table("steering/judgements.parquet")
-    if "control" not in table: table["control"] = False
-    pushed = table["method"].str.replace("_", " ") if "method" in table else pd.Series("random", index=table.index)
-    if "image" in table: pushed = pushed.where(table.image != "blank", "blank picture")
-    return table.assign(outcome=table.outcome.where(~table.degenerate.astype(bool), "degenerate"),
-                        pushed=pushed.where(table.control.astype(bool), "feature"), control=table.control.astype(bool))
 
 # %% ../../nbs/show/figures.ipynb #2ca7e736
 def draw_steering(numbers: pd.DataFrame, ax: Axes) -> None:
@@ -438,7 +442,7 @@ plot_steering = PLOTS["steering"] = Plot(collect_steering, draw_steering, ("stee
 # %% ../../nbs/show/figures.ipynb #7ddf91fb
 def collect_signs(run: Run) -> pd.DataFrame | None:
     """Share of a feature's reports that changed under the strongest negative and the strongest positive push."""
-    table = _judged(run)
+    table = judged_reports(run)
     table = table[~table.control]
     low, high = table.alpha.min(), table.alpha.max()
     if not low < 0 < high: return None
@@ -450,12 +454,12 @@ def draw_signs(numbers: pd.DataFrame, ax: Axes) -> None:
     """Changed reports under +α against those under −α."""
     ax.plot([0, 1], [0, 1], color=GREY, linewidth=0.7, linestyle=":")
     ax.scatter(numbers.negative, numbers.positive, s=14, color=BLUE, linewidth=0, clip_on=False)
-    for at, some in numbers.groupby(["negative", "positive"]):
-        names = "\n".join([str(int(f)) for f in some.feature[:4]] + ["…"] * (len(some) > 4))
+    for at, rows in numbers.groupby(["negative", "positive"]):
+        names = "\n".join([str(int(f)) for f in rows.feature[:4]] + ["…"] * (len(rows) > 4))
         ax.annotate(names, at, (4, 0), textcoords="offset points", fontsize=6, va="center", linespacing=0.9)
     top = min(1.02, max(1.25 * numbers[["negative", "positive"]].to_numpy().max(), 0.1))
     ax.set(xlabel="changed under −α, share", ylabel="changed under +α, share", xlim=(0, top), ylim=(0, top),
-           title=_spearman(numbers.negative, numbers.positive))
+           title=_spearman_title(numbers.negative, numbers.positive))
 
 # %% ../../nbs/show/figures.ipynb #002950e2
 plot_signs = PLOTS["signs"] = Plot(collect_signs, draw_signs, ("steering/judgements.parquet",),
@@ -465,21 +469,21 @@ plot_signs = PLOTS["signs"] = Plot(collect_signs, draw_signs, ("steering/judgeme
 # %% ../../nbs/show/figures.ipynb #eb68831c
 def collect_doses(run: Run) -> pd.DataFrame | None:
     """Share of reports `changed`, `on target` and `degenerate` by α, for features and controls, with intervals over patients."""
-    table = _judged(run)
+    table = judged_reports(run)
     if table[~table.control].alpha.nunique() < 2: return None
     table = table.assign(**{"changed": table.outcome != "unchanged", "on target": table.outcome.isin(["on_target_only", "mixed"]),
                             "degenerate": table.outcome == "degenerate"})
     patient = table.patient if "patient" in table else table.study
     rows = []
-    for (pushed, alpha), some in table[table.pushed.isin(["feature", "random"])].groupby(["pushed", "alpha"]):
+    for (pushed, alpha), reports in table[table.pushed.isin(["feature", "random"])].groupby(["pushed", "alpha"]):
         for what in ("changed", "on target", "degenerate"):
-            low, high = _interval(some[what].groupby(patient[some.index]).agg(["sum", "size"]).to_numpy())
-            rows.append((pushed, alpha, what, float(some[what].mean()), low, high, len(some)))
+            low, high = _patient_interval(reports[what].groupby(patient[reports.index]).agg(["sum", "size"]).to_numpy())
+            rows.append((pushed, alpha, what, float(reports[what].mean()), low, high, len(reports)))
     numbers = pd.DataFrame(rows, columns=["pushed", "alpha", "what", "share", "low", "high", "reports"])
     numbers.attrs = {"unit": alpha_unit(run)}
     return numbers
 
-def _interval(by_patient: np.ndarray, draws: int = 1000) -> tuple[float, float]:
+def _patient_interval(by_patient: np.ndarray, draws: int = 1000) -> tuple[float, float]:
     "95 % bootstrap interval of a share over patients, from (hits, reports) of each."
     chosen = rng(0, "figures", "patients").integers(0, len(by_patient), (draws, len(by_patient)))
     hits, reports = by_patient[chosen].sum(1).T
@@ -487,13 +491,13 @@ def _interval(by_patient: np.ndarray, draws: int = 1000) -> tuple[float, float]:
     return float(low), float(high)
 
 # %% ../../nbs/show/figures.ipynb #0879eb72
-def draw_doses(numbers: pd.DataFrame, ours: Axes, control: Axes) -> None:
+def draw_dose_curves(numbers: pd.DataFrame, ours: Axes, control: Axes) -> None:
     """Shares along α with their bands, for features on the left and random directions on the right."""
     looks = {"changed": ("black", "o", "-"), "on target": (GREEN, "D", "-"), "degenerate": (RUST, "s", ":")}
     for ax, pushed in ((ours, "feature"), (control, "random")):
-        some = numbers[numbers.pushed == pushed]
+        panel = numbers[numbers.pushed == pushed]
         for what, (colour, mark, line) in looks.items():
-            rows = some[some.what == what]
+            rows = panel[panel.what == what]
             sides = [rows[rows.alpha < 0], rows[rows.alpha > 0]]
             last = next((s for s in sides if len(s)), None)
             for side in sides:
@@ -502,12 +506,12 @@ def draw_doses(numbers: pd.DataFrame, ours: Axes, control: Axes) -> None:
                 if len(side) == 1: ax.vlines(side.alpha, side.low, side.high, color=colour, linewidth=0.8)
         ax.axvline(0, color=GREY, linewidth=0.6)
         ax.set(xlabel=numbers.attrs.get("unit", "α"), ylim=(-0.02, 1.02),
-               title="features" if pushed == "feature" else "random directions" if len(some) else "no random directions")
+               title="features" if pushed == "feature" else "random directions" if len(panel) else "no random directions")
     ours.set_ylabel("share of reports")
     ours.legend(loc="upper left", bbox_to_anchor=(0, 1))
 
 # %% ../../nbs/show/figures.ipynb #95d1f1c4
-plot_doses = PLOTS["doses"] = Plot(collect_doses, draw_doses, ("steering/judgements.parquet",),
+plot_doses = PLOTS["doses"] = Plot(collect_doses, draw_dose_curves, ("steering/judgements.parquet",),
                                    "What more push does: shares of reports by strength, with 95 % intervals over "
                       "patients, beside random directions of the same length.", 2, True, 2.4)
 
@@ -527,7 +531,7 @@ def _method(run: Run) -> str:
     return mine.iloc[0] if len(mine) else "add"
 
 # %% ../../nbs/show/figures.ipynb #9e94aacd
-def draw_effects(numbers: pd.DataFrame, ax: Axes) -> None:
+def draw_effect_matrix(numbers: pd.DataFrame, ax: Axes) -> None:
     """Change of each finding (columns) when features with a target (rows) are pushed on; what the target names is framed."""
     grid, aimed = (numbers.pivot(index="target", columns="finding", values=v) for v in ("effect", "targeted"))
     first = aimed.fillna(False).astype(bool).to_numpy().argmax(1)
@@ -545,9 +549,9 @@ def draw_effects(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.figure.colorbar(image, ax=ax, label="change along α, share", shrink=0.9)
 
 # %% ../../nbs/show/figures.ipynb #a0321c8b
-plot_effects = PLOTS["effects"] = Plot(collect_effects, draw_effects, ("steering/effects.parquet", "steering/judgements.parquet"),
+plot_effects = PLOTS["effects"] = Plot(collect_effects, draw_effect_matrix, ("steering/effects.parquet", "steering/judgements.parquet"),
                                        "What pushing on a target does to every "
-                        "finding: change along α in the share of reports that state it, within studies. Frames mark what the descriptions promise.",
+                        "finding: change along α in the share of reports that state it, within studies. Frames mark what the explanations promise.",
                         wide=True, height=2.8)
 
 # %% ../../nbs/show/figures.ipynb #58a73783
@@ -566,7 +570,7 @@ def draw_predicted(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.scatter(numbers.predicted, numbers.measured, s=12, color=BLUE, alpha=0.8, linewidth=0, clip_on=False, zorder=3)
     low = min(0.0, numbers.predicted.min() - 0.05 * top)
     ax.set(xlabel="predicted steerability", ylabel="measured steerability", xlim=(low, top), ylim=(-0.02 * top, top),
-           title=_spearman(numbers.predicted, numbers.measured))
+           title=_spearman_title(numbers.predicted, numbers.measured))
 
 # %% ../../nbs/show/figures.ipynb #05f70c25
 plot_predicted = PLOTS["predicted"] = Plot(collect_predicted, draw_predicted, ("steering/steerability.parquet",),
@@ -608,20 +612,20 @@ def phantom_studies(run: Run) -> dict[str, Study]:
     return {s.study: s for s in open_source(StudiesConfig(**settings))}
 
 def collect_film(run: Run) -> pd.DataFrame | None:
-    """Boxes of the findings in the test study with most of them; the film itself in `attrs`."""
+    """Boxes of the findings in the test study with most of them; the frontal image itself in `attrs`."""
     studies = [s for s in phantom_studies(run).values() if s.split == "test"]
     study = max(studies, key=lambda s: (len(s.truth.findings), s.study), default=None)
     if study is None or not study.truth.findings: return None
     rows = [(study.study, f.kind, f.side, *box) for f, box in study.truth.boxes.items()]
     numbers = pd.DataFrame(rows, columns=["study", "finding", "side", "left", "top", "right", "bottom"])
-    numbers.attrs = {"film": study.views["frontal"].array().tolist()}
+    numbers.attrs = {"image": study.views["frontal"].array().tolist()}
     return numbers
 
 # %% ../../nbs/show/figures.ipynb #8b764340
 def draw_film(numbers: pd.DataFrame, plain: Axes, boxed: Axes) -> None:
-    """A phantom film, and the same with its findings in boxes."""
+    """A phantom's frontal view, plain and with its findings in boxes."""
     for ax in (plain, boxed):
-        ax.imshow(np.array(numbers.attrs["film"]), cmap="gray", vmin=0, vmax=255)
+        ax.imshow(np.array(numbers.attrs["image"]), cmap="gray", vmin=0, vmax=255)
         ax.axis("off")
     for i, row in enumerate(numbers.itertuples(), 1):
         boxed.add_patch(Rectangle((row.left, row.top), row.right - row.left, row.bottom - row.top, fill=False, edgecolor=ORANGE, linewidth=1))
@@ -630,7 +634,7 @@ def draw_film(numbers: pd.DataFrame, plain: Axes, boxed: Axes) -> None:
 
 # %% ../../nbs/show/figures.ipynb #7c626023
 plot_film = PLOTS["film"] = Plot(collect_film, draw_film, ("config.yaml",),
-                                 "A film of the phantom, without and with the boxes of the findings that were "
+                                 "A radiograph of the phantom, without and with the boxes of the findings that were "
                      "drawn into it.", 2, True, 2.8)
 
 # %% ../../nbs/show/figures.ipynb #3836ee01
@@ -640,22 +644,22 @@ class Drawn:
     written: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
-def draw_figures(run: Path | str, cfg: FiguresConfig | None = None, names: Sequence[str] | None = None) -> Drawn:
+def draw_figures(run: Run | Path | str, cfg: FiguresConfig | None = None, names: Sequence[str] | None = None) -> Drawn:
     """Draw every figure that a run has the tables for into its folder `figures/`, as SVG, PNG and CSV."""
-    tables, cfg, drawn = Run(run), cfg or FiguresConfig(), Drawn()
+    run, cfg, drawn = as_run(run), cfg or FiguresConfig(), Drawn()
     for name in progress(list(names or PLOTS), "figures"):
-        result = draw_plot(name, tables, cfg)
-        path = tables.folder / "figures" / name
+        result = draw_plot(name, run, cfg)
+        path = run / "figures" / name
         if isinstance(result, str):
             drawn.skipped[name] = result
             for ending in (".svg", ".png", ".csv"): path.with_suffix(ending).unlink(missing_ok=True)
         else:
-            _write(path, *result, cfg.dpi)
+            _save_figure(path, *result, cfg.dpi)
             drawn.written.append(name)
     return drawn
 
 # %% ../../nbs/show/figures.ipynb #6a5ffd6b
-def _write(path: Path, fig: Figure, numbers: pd.DataFrame, dpi: int) -> None:
+def _save_figure(path: Path, fig: Figure, numbers: pd.DataFrame, dpi: int) -> None:
     with house_style():
         with write_beside(path.with_suffix(".svg")) as part: fig.savefig(part, format="svg", metadata={"Date": None})
         with write_beside(path.with_suffix(".png")) as part: fig.savefig(part, format="png", dpi=dpi, metadata={"Software": None})

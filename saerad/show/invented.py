@@ -22,21 +22,70 @@ WORDS = ("effusion", "pneumothorax", "cardiomegaly", "sternotomy", "unchanged", 
 HARDNESS = {"random": 1.0, "same_words": 0.86, "neighbour": 0.78}      # what the F1 is multiplied by for silent contexts of each source
 FINDINGS = ("effusion", "pneumothorax", "cardiomegaly", "consolidation")
 
-# %% ../../nbs/show/invented.ipynb #81faefe1
-def invent_run(folder: Path | str, features: int = 160, seed: int = 0) -> Path:
-    """Fill `folder` with the tables of a run whose numbers are invented; for examples and tests."""
-    folder, draw = Path(folder), rng(seed, "an invented run")
-    _invent_sae(folder, draw)
-    table = _invent_features(features, draw)
-    scores = _invent_scores(table, draw)
-    write_table(folder / "exemplars/features.parquet", pa.Table.from_pandas(table, preserve_index=False))
-    write_table(folder / "interpretations/interpretations.parquet", pa.Table.from_pandas(scores, preserve_index=False))
-    write_table(folder / "exemplars/exemplars.parquet", pa.Table.from_pylist(_invent_exemplars(scores, draw)))
-    generations, judgements = _invent_steering(scores, draw)
-    write_table(folder / "steering/generations.parquet", pa.Table.from_pylist(generations))
-    write_table(folder / "steering/judgements.parquet", pa.Table.from_pylist(judgements))
-    _invent_the_rest(folder, table, scores, draw)
-    return folder
+# %% ../../nbs/show/invented.ipynb #01727e7a
+def _invent_features(n: int, draw: np.random.Generator) -> pd.DataFrame:
+    "Densities, levels, and where each feature fires."
+    shares = draw.dirichlet([0.3, 0.05, 0.3, 0.1, 0.3, 0.5, 1.5], n)
+    density = np.where(draw.random(n) < 0.04, 0, 10 ** draw.normal(-2.2, 0.7, n)).clip(0, 1)
+    status = np.select([density == 0, density < 10 ** -2.9], ["dead", "too few contexts"], "ok")
+    return pd.DataFrame({"feature": np.arange(n), "level": np.sort(draw.integers(0, 5, n)), "density": density,
+                         "max": draw.gamma(4, 1, n), "mean_active": draw.gamma(2, 0.5, n), "status": status,
+                         "histogram": [draw.poisson(density[i] * 2e4 * np.exp(-0.5 * ((np.arange(32) - 16) / 3) ** 2)).tolist() for i in range(n)],
+                         **{f"in_{place}": shares[:, i] for i, place in enumerate(PLACES)}})
+
+# %% ../../nbs/show/invented.ipynb #9c9776cc
+def _invent_scores(table: pd.DataFrame, draw: np.random.Generator) -> pd.DataFrame:
+    "Explanations and scores of the features that have contexts."
+    n, ok = len(table), (table.status == "ok").to_numpy()
+    precision, recall, shuffled = (np.where(ok, draw.beta(*ab, n), np.nan) for ab in ((3, 2), (4, 2), (2, 4)))
+    words = [WORDS[i] for i in draw.integers(0, len(WORDS), n)]
+    return pd.DataFrame({"feature": table.feature, "interpreter": "lexical", "protocol": "paper", "precision": precision, "recall": recall,
+                         "f1": 2 * precision * recall / (precision + recall), "f1_low": 2 * precision * recall / (precision + recall) - 0.05,
+                         "f1_high": 2 * precision * recall / (precision + recall) + 0.04, "balanced_accuracy": (precision + recall) / 2,
+                         "shuffled_f1": shuffled, "always_yes_f1": np.where(ok, 2 / 3, np.nan), "scored_contexts": np.where(ok, 100, 0),
+                         "by_source": [[{"source": k, "contexts": 50, "false_positive_rate": 0.1, "f1": float(f * w)}
+                                        for k, w in HARDNESS.items()] if o
+                                       else [] for f, o in zip(2 * precision * recall / (precision + recall), ok, strict=True)],
+                         "parse_failures": 0, "negatives": "random", "status": np.where(ok, "scored", "unscored"),
+                         "explanation": np.where(ok, [f'fires on the word "{w}"' for w in words], ""), "reason": np.where(ok, "", table.status),
+                         "group": np.where(ok, [words.index(w) for w in words], -1)})
+
+# %% ../../nbs/show/invented.ipynb #d37f2f6d
+def _invent_exemplars(scores: pd.DataFrame, draw: np.random.Generator, each: int = 6) -> list[dict]:
+    "Contexts with the word of the explanation strongest."
+    rows = []
+    for f, text in zip(scores.feature, scores.explanation, strict=True):
+        for i in range(each if text else 0):
+            tokens = [" there", " is", " a", " " + text.split('"')[1], " <b>&", "."]
+            heights = (draw.random(6) * [0, 0.2, 0.1, 3, 0.3, 0] + [0, 0, 0, 2, 0, 0]).tolist()
+            role, split, decile = ("explain_active", "train", 10) if i < 4 else ("score_active", "test", 14 - 2 * i)
+            rows.append({"feature": f, "role": role, "study": f"s{i}", "patient": f"p{i}", "split": split, "section": "findings",
+                         "view": "", "tokens": tokens, "activations": [h * decile / 10 for h in heights], "peak": 3, "decile": decile})
+    return rows
+
+# %% ../../nbs/show/invented.ipynb #1512ad2e
+def _invent_steering(scores: pd.DataFrame, draw: np.random.Generator) -> tuple[list[dict], list[dict]]:
+    "Steered reports of the eight best features and of a random direction."
+    generations, judgements = [], []
+    best = scores.sort_values("f1", ascending=False).feature[:8].tolist()
+    for rank, feature in enumerate([*best, -1]):
+        for alpha in (-10.0, -5.0, 5.0, 10.0):
+            for study in (f"s{i}" for i in range(6)):
+                still = 0.4 * (abs(alpha) < 10)      # a weaker push leaves more reports as they are
+                chances = (0.8, 0.02, 0.03, 0.1, 0.05) if feature < 0 else (0.15 + 0.08 * rank + still, 0.3, 0.2, 0.25 - 0.02 * rank,
+                        0.1 - 0.06 * rank / 7)
+                outcome = str(draw.choice(OUTCOMES, p=np.array(chances) / sum(chances)))
+                common = {"feature": feature, "alpha": alpha, "study": study, "patient": "p" + study[1:]}
+                aim, other = FINDINGS[best.index(feature) % 4 if feature >= 0 else 0], FINDINGS[int(draw.integers(0, 4))]
+                changed = {"on_target_only": [aim], "mixed": [aim, other], "off_target_only": [other]}.get(outcome, [])
+                judged = common | {"feature": best[0] if feature < 0 else feature, "control": feature < 0, "outcome": outcome, "target": aim,
+                                   "degenerate": outcome == "degenerate", "on_direction": outcome == "on_target_only",
+                                   "added": changed if alpha > 0 else [], "removed": changed if alpha < 0 else []}
+                generations.append(common | {"baseline": "There is a small effusion. The heart is <normal>.",
+                                             "steered": "There is no effusion. The heart is <normal>." if outcome != "unchanged"
+                                             else "There is a small effusion. The heart is <normal>."})
+                judgements.append(judged)
+    return generations, judgements
 
 # %% ../../nbs/show/invented.ipynb #260c38e4
 def _invent_sae(folder: Path, draw: np.random.Generator) -> None:
@@ -64,70 +113,8 @@ def _invent_sae(folder: Path, draw: np.random.Generator) -> None:
                      "off_target_only": 0.25, "degenerate": 0.05, "sign_spearman": 0.5},
         "truth": {"concepts": 30, "concepts_recovered": 0.5, "description_names_truth": 0.7, "report_finding_f1": 0.9}})
 
-# %% ../../nbs/show/invented.ipynb #01727e7a
-def _invent_features(n: int, draw: np.random.Generator) -> pd.DataFrame:
-    "Densities, levels, and where each feature fires."
-    shares = draw.dirichlet([0.3, 0.05, 0.3, 0.1, 0.3, 0.5, 1.5], n)
-    density = np.where(draw.random(n) < 0.04, 0, 10 ** draw.normal(-2.2, 0.7, n)).clip(0, 1)
-    status = np.select([density == 0, density < 10 ** -2.9], ["dead", "too few contexts"], "ok")
-    return pd.DataFrame({"feature": np.arange(n), "level": np.sort(draw.integers(0, 5, n)), "density": density,
-                         "max": draw.gamma(4, 1, n), "mean_active": draw.gamma(2, 0.5, n), "status": status,
-                         "histogram": [draw.poisson(density[i] * 2e4 * np.exp(-0.5 * ((np.arange(32) - 16) / 3) ** 2)).tolist() for i in range(n)],
-                         **{f"in_{place}": shares[:, i] for i, place in enumerate(PLACES)}})
-
-def _invent_scores(table: pd.DataFrame, draw: np.random.Generator) -> pd.DataFrame:
-    "Descriptions and scores of the features that have contexts."
-    n, ok = len(table), (table.status == "ok").to_numpy()
-    precision, recall, shuffled = (np.where(ok, draw.beta(*ab, n), np.nan) for ab in ((3, 2), (4, 2), (2, 4)))
-    words = [WORDS[i] for i in draw.integers(0, len(WORDS), n)]
-    return pd.DataFrame({"feature": table.feature, "interpreter": "lexical", "protocol": "paper", "precision": precision, "recall": recall,
-                         "f1": 2 * precision * recall / (precision + recall), "f1_low": 2 * precision * recall / (precision + recall) - 0.05,
-                         "f1_high": 2 * precision * recall / (precision + recall) + 0.04, "balanced_accuracy": (precision + recall) / 2,
-                         "shuffled_f1": shuffled, "always_yes_f1": np.where(ok, 2 / 3, np.nan), "scored_contexts": np.where(ok, 100, 0),
-                         "by_source": [[{"source": k, "contexts": 50, "mistaken": 0.1, "f1": float(f * w)} for k, w in HARDNESS.items()] if o
-                                       else [] for f, o in zip(2 * precision * recall / (precision + recall), ok, strict=True)],
-                         "parse_failures": 0, "negatives": "random", "status": np.where(ok, "scored", "unscored"),
-                         "explanation": np.where(ok, [f'fires on the word "{w}"' for w in words], ""), "reason": np.where(ok, "", table.status),
-                         "group": np.where(ok, [words.index(w) for w in words], -1)})
-
-# %% ../../nbs/show/invented.ipynb #d37f2f6d
-def _invent_exemplars(scores: pd.DataFrame, draw: np.random.Generator, each: int = 6) -> list[dict]:
-    "Contexts with the word of the description strongest."
-    rows = []
-    for f, text in zip(scores.feature, scores.explanation, strict=True):
-        for i in range(each if text else 0):
-            tokens = [" there", " is", " a", " " + text.split('"')[1], " <b>&", "."]
-            heights = (draw.random(6) * [0, 0.2, 0.1, 3, 0.3, 0] + [0, 0, 0, 2, 0, 0]).tolist()
-            role, split, decile = ("explain_active", "train", 10) if i < 4 else ("score_active", "test", 14 - 2 * i)
-            rows.append({"feature": f, "role": role, "study": f"s{i}", "patient": f"p{i}", "split": split, "section": "findings",
-                         "view": "", "tokens": tokens, "activations": [h * decile / 10 for h in heights], "peak": 3, "decile": decile})
-    return rows
-
-def _invent_steering(scores: pd.DataFrame, draw: np.random.Generator) -> tuple[list[dict], list[dict]]:
-    "Steered reports of the eight best features and of a random direction."
-    generations, judgements = [], []
-    best = scores.sort_values("f1", ascending=False).feature[:8].tolist()
-    for rank, feature in enumerate([*best, -1]):
-        for alpha in (-10.0, -5.0, 5.0, 10.0):
-            for study in (f"s{i}" for i in range(6)):
-                still = 0.4 * (abs(alpha) < 10)      # a weaker push leaves more reports as they are
-                chances = (0.8, 0.02, 0.03, 0.1, 0.05) if feature < 0 else (0.15 + 0.08 * rank + still, 0.3, 0.2, 0.25 - 0.02 * rank,
-                        0.1 - 0.06 * rank / 7)
-                outcome = str(draw.choice(OUTCOMES, p=np.array(chances) / sum(chances)))
-                common = {"feature": feature, "alpha": alpha, "study": study, "patient": "p" + study[1:]}
-                aim, other = FINDINGS[best.index(feature) % 4 if feature >= 0 else 0], FINDINGS[int(draw.integers(0, 4))]
-                said = {"on_target_only": [aim], "mixed": [aim, other], "off_target_only": [other]}.get(outcome, [])
-                judged = common | {"feature": best[0] if feature < 0 else feature, "control": feature < 0, "outcome": outcome, "target": aim,
-                                   "degenerate": outcome == "degenerate", "on_direction": outcome == "on_target_only",
-                                   "added": said if alpha > 0 else [], "removed": said if alpha < 0 else []}
-                generations.append(common | {"baseline": "There is a small effusion. The heart is <normal>.",
-                                             "steered": "There is no effusion. The heart is <normal>." if outcome != "unchanged"
-                                             else "There is a small effusion. The heart is <normal>."})
-                judgements.append(judged)
-    return generations, judgements
-
 # %% ../../nbs/show/invented.ipynb #70797e26
-def _invent_the_rest(folder: Path, table: pd.DataFrame, scores: pd.DataFrame, draw: np.random.Generator) -> None:
+def _invent_other_stages(folder: Path, table: pd.DataFrame, scores: pd.DataFrame, draw: np.random.Generator) -> None:
     "Portraits, a sweep, effects of steering and predictions of steerability."
     n = len(table)
     near = [[int(f) for f in (i + 1 + np.arange(4)) % n] for i in range(n)]
@@ -149,3 +136,19 @@ def _invent_the_rest(folder: Path, table: pd.DataFrame, scores: pd.DataFrame, dr
     write_table(folder / "steering/steerability.parquet", pa.table({
         "feature": scores.feature[:24].to_numpy(), "predicted": np.clip(measured + draw.normal(0, 0.12, 24), 0, 1), "measured": measured,
         "low": measured - 0.05, "high": measured + 0.06}))
+
+# %% ../../nbs/show/invented.ipynb #81faefe1
+def invent_run(folder: Path | str, features: int = 160, seed: int = 0) -> Path:
+    """Fill `folder` with the tables of a run whose numbers are invented; for examples and tests."""
+    folder, draw = Path(folder), rng(seed, "an invented run")
+    _invent_sae(folder, draw)
+    table = _invent_features(features, draw)
+    scores = _invent_scores(table, draw)
+    write_table(folder / "exemplars/features.parquet", pa.Table.from_pandas(table, preserve_index=False))
+    write_table(folder / "interpretations/interpretations.parquet", pa.Table.from_pandas(scores, preserve_index=False))
+    write_table(folder / "exemplars/exemplars.parquet", pa.Table.from_pylist(_invent_exemplars(scores, draw)))
+    generations, judgements = _invent_steering(scores, draw)
+    write_table(folder / "steering/generations.parquet", pa.Table.from_pylist(generations))
+    write_table(folder / "steering/judgements.parquet", pa.Table.from_pylist(judgements))
+    _invent_other_stages(folder, table, scores, draw)
+    return folder

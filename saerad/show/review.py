@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COHERENCE', 'FITS', 'CONFUSIONS', 'chosen_features', 'shuffled_items', 'review_pack', 'read_answers', 'cohen',
-           'fleiss', 'interval', 'review_score']
+           'fleiss', 'bootstrap_interval', 'review_score']
 
 # %% ../../nbs/show/review.ipynb #a68f4e0f
 import re
@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 from statsmodels.stats.inter_rater import aggregate_raters, cohens_kappa, fleiss_kappa
 
-from ..core import UserError, content_hash, read_json, rng, write_beside, write_json
-from .atlas import AtlasConfig, Films, _asset, _inline, _template, portrait_of
-from .run_folder import Run
+from ..core import UserError, content_hash, read_json, rng, spearman, write_beside, write_json
+from .atlas import AtlasConfig, ViewFiles, asset_text, inline_image, page_template, portrait_of
+from .run_folder import Run, as_run
 
 # %% ../../nbs/show/review.ipynb #871fc0ab
 COHERENCE = ((0, "nothing"), (1, "something, unclear"), (2, "one clear idea"))
@@ -32,9 +32,9 @@ CONFUSIONS = (("too_wide", "too wide: it would fit much else"), ("too_narrow", "
 
 # %% ../../nbs/show/review.ipynb #0d34e940
 def chosen_features(run: Run, features: str | int) -> pd.DataFrame:
-    """Scored features as asked for: `top:N` (best F1, different descriptions) or numbers like `12,405`.
+    """Scored features as asked for: `top:N` (best F1, different explanations) or numbers like `12,405`.
 
-    Raises `UserError` for a wrong choice, an unknown or undescribed feature, or fewer than two features.
+    Raises `UserError` for a wrong choice, an unknown or unexplained feature, or fewer than two features.
     """
     scores = run.table("interpretations/interpretations.parquet")
     if scores is None or scores.f1.notna().sum() < 2:
@@ -46,46 +46,47 @@ def chosen_features(run: Run, features: str | int) -> pd.DataFrame:
         raise UserError(f"--features is {features!r}; write top:50, or the numbers of features like 12,405.")
     wanted = [int(n) for n in str(features).split(",")]
     unknown = [n for n in wanted if n not in set(ranked.feature)]
-    if unknown: raise UserError(f"feature {unknown[0]} of {run.folder} has no scored description; choose others.")
+    if unknown: raise UserError(f"feature {unknown[0]} of {run.folder} has no scored explanation; choose others.")
     return ranked.set_index("feature").loc[list(dict.fromkeys(wanted))].reset_index()
 
 # %% ../../nbs/show/review.ipynb #a4fb130e
 def shuffled_items(chosen: pd.DataFrame, controls: float, seed: int) -> list[dict[str, Any]]:
-    """`feature`, `f1`, `own` and the `description` shown of each item, in the order of the pack; a share `controls` has another's."""
+    """`feature`, `f1`, `own` and the `explanation` shown of each item, in the order of the pack; a share `controls` has another's."""
     rows, draw = chosen.to_dict("records"), rng(seed, "review")
     swapped = set(draw.choice(len(rows), max(1, round(controls * len(rows))), replace=False).tolist()) if controls else set()
     items = [{"feature": int(row["feature"]), "f1": round(float(row["f1"]), 4), "own": i not in swapped,
-              "description": rows[(i + (i in swapped)) % len(rows)]["explanation"]} for i, row in enumerate(rows)]
+              "explanation": rows[(i + (i in swapped)) % len(rows)]["explanation"]} for i, row in enumerate(rows)]
     return [items[i] for i in draw.permutation(len(items))]
 
 # %% ../../nbs/show/review.ipynb #94029d6a
-def review_pack(run: Path | str, out: Path | str, features: str | int = "top:50", controls: float = 0.2, seed: int = 0, contexts: int = 10) -> Path:
+def review_pack(run: Run | Path | str, out: Path | str, features: str | int = "top:50", controls: float = 0.2, seed: int = 0,
+                contexts: int = 10) -> Path:
     """Write `review.html` for the readers and `key.json`, which is not for them, into `out`; returns the page.
 
-    `controls` is the share of items with another feature's description. Raises `UserError` where nothing was scored or the run is published.
+    `controls` is the share of items with another feature's explanation. Raises `UserError` where nothing was scored or the run is published.
     """
-    tables, out = Run(run), Path(out)
-    if (tables.settings.get("atlas") or {}).get("publish"):
-        raise UserError(f"{run} has atlas.publish=true, and a review needs the texts; set it to false and keep the pack here.")
-    items = shuffled_items(chosen_features(tables, features), controls, seed)
-    if len(items) < 2: raise UserError(f"{run} has fewer than two features to review; raise --features.")
+    run, out = as_run(run), Path(out)
+    if (run.settings.get("atlas") or {}).get("publish"):
+        raise UserError(f"{run.folder} has atlas.publish=true, and a review needs the texts; set it to false and keep the pack here.")
+    items = shuffled_items(chosen_features(run, features), controls, seed)
+    if len(items) < 2: raise UserError(f"{run.folder} has fewer than two features to review; raise --features.")
     with tempfile.TemporaryDirectory() as folder:
-        films = Films(tables, Path(folder, "films"))
-        shown = [_shown(tables, item, contexts, films) for item in items]
+        views = ViewFiles(run, Path(folder, "views"))
+        shown = [_blinded(run, item, contexts, views) for item in items]
     pack = content_hash(items, [s["exemplars"] for s in shown])[:12]
-    page = _template("review.html").render(css=_asset("atlas.css"), script=_asset("review.js"), items=shown, pack=pack, coherence=COHERENCE,
-                                           fits=FITS,
-                                           confusions=CONFUSIONS, films=any(s["films"] for s in shown))
+    page = page_template("review.html").render(css=asset_text("atlas.css"), script=asset_text("review.js"), items=shown, pack=pack,
+                                               coherence=COHERENCE, fits=FITS, confusions=CONFUSIONS, views=any(s["views"] for s in shown))
     with write_beside(out / "review.html") as part: part.write_text(page, encoding="utf-8")
     write_json(out / "key.json", {"pack": pack, "items": {str(i): {k: item[k] for k in ("feature", "own", "f1")} for i, item in enumerate(items, 1)}})
     return out / "review.html"
 
 # %% ../../nbs/show/review.ipynb #68d23f93
-def _shown(run: Run, item: Mapping[str, Any], contexts: int, films: Films) -> dict[str, Any]:
+def _blinded(run: Run, item: Mapping[str, Any], contexts: int, views: ViewFiles) -> dict[str, Any]:
     "What a reader sees of an item: no feature number, no study, no score."
-    seen = portrait_of(run, item["feature"], AtlasConfig(per_decile=1), films, contexts)
-    pictures = [{**f, "film": _inline(films.folder.parent / f["film"]), "title": f"film {i}", "boxes": []} for i, f in enumerate(seen["films"], 1)]
-    return {"description": item["description"], "films": pictures,
+    seen = portrait_of(run, item["feature"], AtlasConfig(per_decile=1), views, contexts)
+    unnamed = [{**view, "image": inline_image(views.folder.parent / view["image"]), "title": f"view {i}", "boxes": []}
+               for i, view in enumerate(seen["views"], 1)]
+    return {"explanation": item["explanation"], "views": unnamed,
             "exemplars": [{"section": c["place"].partition(",")[0], "shaded": c["shaded"]} for c in seen["exemplars"]]}
 
 # %% ../../nbs/show/review.ipynb #6fe7aa7f
@@ -96,23 +97,24 @@ def read_answers(files: Sequence[Path | str], key: Mapping[str, Any]) -> pd.Data
     """
     rows, readers = [], {}
     for file in files:
-        found = read_json(file)
-        if not isinstance(found, dict) or found.get("pack") != key["pack"]:
+        answers = read_json(file)
+        if not isinstance(answers, dict) or answers.get("pack") != key["pack"]:
             raise UserError(f"{file} holds no answers to the pack {key['pack']}; score each pack with its own key.json.")
-        reader = str(found.get("reader") or Path(file).stem)
+        reader = str(answers.get("reader") or Path(file).stem)
         if reader in readers:
             raise UserError(f"{file} and {readers[reader]} are both of the reader {reader!r}; leave one out, or change the name in it.")
         readers[reader] = file
-        rows += [_answer(file, reader, item, said, key) for item, said in (found.get("items") or {}).items() if said.get("fits") is not None]
-    if not rows: raise UserError(f"{files[0]} has no ratings; a reader must say of at least one item how well its description fits.")
+        rows += [_answer(file, reader, item, given, key) for item, given in (answers.get("items") or {}).items() if given.get("fits") is not None]
+    if not rows: raise UserError(f"{files[0]} has no ratings; a reader must say of at least one item how well its explanation fits.")
     return pd.DataFrame(rows)
 
 # %% ../../nbs/show/review.ipynb #db67de56
-def _answer(file: Path | str, reader: str, item: str, said: Mapping[str, Any], key: Mapping[str, Any]) -> dict[str, Any]:
+def _answer(file: Path | str, reader: str, item: str, given: Mapping[str, Any], key: Mapping[str, Any]) -> dict[str, Any]:
+    "One rating as a row of the table; raises `UserError` for a rating that the page does not offer."
     if item not in key["items"]: raise UserError(f"{file} rates item {item}, which the pack does not have; export the answers again.")
-    if said["fits"] not in (0, 1, 2): raise UserError(f"{file}, item {item} has the rating {said['fits']!r}; ratings are 0, 1 or 2.")
-    return {"reader": reader, "item": int(item), "fits": said["fits"], "coherence": said.get("coherence"),
-            "confusions": said.get("confusions") or [], **key["items"][item]}
+    if given["fits"] not in (0, 1, 2): raise UserError(f"{file}, item {item} has the rating {given['fits']!r}; ratings are 0, 1 or 2.")
+    return {"reader": reader, "item": int(item), "fits": given["fits"], "coherence": given.get("coherence"),
+            "confusions": given.get("confusions") or [], **key["items"][item]}
 
 # %% ../../nbs/show/review.ipynb #852b94de
 def cohen(a: np.ndarray, b: np.ndarray, weighted: bool = False) -> float:
@@ -129,22 +131,17 @@ def fleiss(ratings: np.ndarray) -> float:
     return float(fleiss_kappa(aggregate_raters(ratings.astype(int), n_cat=3)[0]))
 
 # %% ../../nbs/show/review.ipynb #6d09c73c
-def interval(statistic: Callable[..., float], *columns: np.ndarray, draws: int = 1000, seed: int = 0) -> dict[str, float | int | None]:
-    """`value`, its 95 % bootstrap interval (`low`, `high`) over items, and `items`; None where it cannot be told."""
+def bootstrap_interval(statistic: Callable[..., float], *columns: np.ndarray, draws: int = 1000, seed: int = 0) -> dict[str, float | int | None]:
+    """`value`, its 95 % bootstrap interval (`low`, `high`) over items, and `items`; None where it is not defined."""
     value, n = statistic(*columns), len(columns[0])
     chosen = rng(seed, "review", "bootstrap").integers(0, n, (draws, n))
-    found = np.array([statistic(*(c[rows] for c in columns)) for rows in chosen])
-    found = found[np.isfinite(found)]
-    if not np.isfinite(value) or len(found) < draws / 2: return {"value": _number(value), "low": None, "high": None, "items": n}
-    low, high = np.quantile(found, [0.025, 0.975])
-    return {"value": _number(value), "low": _number(low), "high": _number(high), "items": n}
+    values = np.array([statistic(*(c[rows] for c in columns)) for rows in chosen])
+    values = values[np.isfinite(values)]
+    if not np.isfinite(value) or len(values) < draws / 2: return {"value": _finite_or_none(value), "low": None, "high": None, "items": n}
+    low, high = np.quantile(values, [0.025, 0.975])
+    return {"value": _finite_or_none(value), "low": _finite_or_none(low), "high": _finite_or_none(high), "items": n}
 
-def _number(value: float) -> float | None: return round(float(value), 4) if np.isfinite(value) else None
-
-# %% ../../nbs/show/review.ipynb #a75eae27
-def _spearman(a: np.ndarray, b: np.ndarray) -> float:
-    ranks = pd.DataFrame({"a": a, "b": b}).rank()
-    return float(ranks.a.corr(ranks.b)) if ranks.a.nunique() > 1 and ranks.b.nunique() > 1 else float("nan")
+def _finite_or_none(value: float) -> float | None: return round(float(value), 4) if np.isfinite(value) else None
 
 # %% ../../nbs/show/review.ipynb #8ca89858
 def _auroc(ratings: np.ndarray, own: np.ndarray) -> float:
@@ -174,23 +171,26 @@ def review_score(answers: Sequence[Path | str] | Path | str, key: Path | str | N
     facts = table.drop_duplicates("item").set_index("item").loc[wide.index]
     both = {f"{a} and {b}": wide[[a, b]].dropna().to_numpy().T for a, b in combinations(wide.columns, 2)}
     all_rated, mean, own = wide.dropna(), wide.mean(axis=1), facts.own.to_numpy(bool)
-    between = {name: {"cohen": interval(cohen, *pair), "cohen_weighted": interval(lambda a, b: cohen(a, b, True), *pair)} for name,
-               pair in both.items() if pair.shape[1]}
-    scores = {"f1_spearman": interval(_spearman, mean[own].to_numpy(), facts.f1[own].to_numpy()) if own.any() else None,
-              "own_over_control_auroc": interval(_auroc, mean.to_numpy(), own),
-              "kappa_fits_and_f1_above_075": interval(_binary_kappa, mean[own].to_numpy(), facts.f1[own].to_numpy())
-              if own.any() else None}
-    return {"readers": {name: _reader(rows) for name, rows in table.groupby("reader")},
-            "between_readers": {"pairs": between,
-                                "fleiss": interval(lambda *c: fleiss(np.stack(c, 1)), *all_rated.to_numpy().T) if wide.shape[1] > 1
-                                and len(all_rated) else None},
-            "with_scores": scores, "confusions": table.confusions.explode().value_counts().to_dict()}
+    between = {name: {"cohen": bootstrap_interval(cohen, *pair), "cohen_weighted": bootstrap_interval(lambda a, b: cohen(a, b, True), *pair)}
+               for name, pair in both.items() if pair.shape[1]}
+    everybody = bootstrap_interval(lambda *c: fleiss(np.stack(c, 1)), *all_rated.to_numpy().T) if wide.shape[1] > 1 and len(all_rated) else None
+    return {"readers": {name: _ratings_of(rows) for name, rows in table.groupby("reader")},
+            "between_readers": {"pairs": between, "fleiss": everybody},
+            "with_scores": _with_scores(mean.to_numpy(), own, facts.f1.to_numpy()),
+            "confusions": table.confusions.explode().value_counts().to_dict()}
+
+def _with_scores(mean: np.ndarray, own: np.ndarray, f1: np.ndarray) -> dict[str, Any]:
+    "Mean ratings against F1, and of own explanations against controls; None where every item is a control."
+    rated, scored = mean[own], f1[own]
+    return {"f1_spearman": bootstrap_interval(spearman, rated, scored) if own.any() else None,
+            "own_over_control_auroc": bootstrap_interval(_auroc, mean, own),
+            "kappa_fits_and_f1_above_075": bootstrap_interval(_binary_kappa, rated, scored) if own.any() else None}
 
 # %% ../../nbs/show/review.ipynb #86877d32
-def _reader(rows: pd.DataFrame) -> dict[str, Any]:
-    "What one reader rated, own descriptions and controls apart."
+def _ratings_of(rows: pd.DataFrame) -> dict[str, Any]:
+    "What one reader rated, own explanations and controls apart."
     own, control = rows.fits[rows.own.astype(bool)], rows.fits[~rows.own.astype(bool)]
-    return {"rated": len(rows), "mean_own": _mean(own), "mean_control": _mean(control), "fit_well": _mean(own == 2),
-            "controls_called_fitting": _mean(control == 2)}
+    return {"rated": len(rows), "mean_own": _rounded_mean(own), "mean_control": _rounded_mean(control), "fit_well": _rounded_mean(own == 2),
+            "controls_called_fitting": _rounded_mean(control == 2)}
 
-def _mean(values: pd.Series) -> float | None: return round(float(values.mean()), 4) if len(values) else None
+def _rounded_mean(values: pd.Series) -> float | None: return round(float(values.mean()), 4) if len(values) else None

@@ -49,23 +49,23 @@ from saerad.interpretation.interpret import (
     at_prevalence,
     by_source,
     check_settings,
-    compare,
+    compare_explanations,
     description_names_truth,
     detect_prompt,
-    estimate,
+    estimate_cost,
     examination,
     explain_prompt,
     interpret,
     interpretation_summary,
     named_files,
     names,
-    pictures_of,
     protocol_of,
-    read_descriptions,
-    repeated,
+    read_explanations,
+    repeated_explanations,
     score,
+    view_images,
 )
-from saerad.interpretation.lexical import NOTHING, Bits, Clause, describe, find_rule, read_rule, strongest, window, words
+from saerad.interpretation.lexical import NOTHING, Bits, Clause, find_rule, read_rule, rule_sentence, strongest, window, words
 from saerad.interpretation.protocols import fuzz_items, protocol_files, protocol_names, read_protocol
 
 OPEN, CLOSED = SimpleNamespace(may_leave=True), SimpleNamespace(may_leave=False)
@@ -109,7 +109,7 @@ def config(server=None, **changes):
     (Clause(place="frontal image"),), (Clause(opens=True),), (Clause(place="technique", opens=True), Clause(";"), Clause(".", "before", ",")),
     (Clause("in"), Clause("before", "after", "without"), Clause("at the start"))])
 def test_reading_the_sentence_gives_the_rule_back(rule):
-    assert sorted(read_rule(describe(rule))) == sorted(rule)
+    assert sorted(read_rule(rule_sentence(rule))) == sorted(rule)
 
 
 @pytest.mark.parametrize("text", ["", "pleural effusion", "Lexical baseline: fires ", 'Lexical baseline: fires on "a"',
@@ -147,7 +147,7 @@ def test_negation_is_found():
     silent = _contexts([f"no {a} {b} effusion seen" for a in sizes for b in sides])
     rule = find_rule(active, silent, Bits(map(window, silent)), 0.1)
     assert _f1(rule, active, silent) == 1
-    assert 'on "effusion" without "no" before it' in describe(rule)
+    assert 'on "effusion" without "no" before it' in rule_sentence(rule)
 
 
 def test_order_of_words_is_found():
@@ -162,7 +162,7 @@ def test_nothing_to_say_is_said():
     everywhere = [Clause(place="findings")]
     rule = find_rule(active, silent, Bits(map(window, silent)), 0.1)
     assert rule == () or list(rule) == everywhere and _f1(rule, active, silent) < 0.67
-    assert describe(()) == NOTHING and read_rule(NOTHING) == ()
+    assert rule_sentence(()) == NOTHING and read_rule(NOTHING) == ()
 
 
 def test_prediction_uses_the_sentence_alone(folder):
@@ -349,7 +349,7 @@ def test_the_papers_protocol(few, tmp_path):
     assert len(scored) == 3 and scored.f1.min() > 0.8 and (scored.parse_failures == 0).all()
     explains = [b for b in server.bodies if b["messages"][1]["content"].startswith("Active")]
     assert len(explains) == 3 and all(b["temperature"] == 0 for b in server.bodies)
-    assert len(server.bodies) == estimate(Exemplars(few).features, config())["calls"]
+    assert len(server.bodies) == estimate_cost(Exemplars(few).features, config())["calls"]
     text = explains[0]["messages"][1]["content"]
     assert text.count("activations:") == 25 and "<<" in text and ", 10)" in text
     detects = [b["messages"][1]["content"] for b in server.bodies if not b["messages"][1]["content"].startswith("Active")]
@@ -488,7 +488,7 @@ def test_one_repair_is_enough(few, tmp_path):
 def test_the_estimate_is_what_is_sent(near, tmp_path, protocol):
     with WordServer() as server:
         cfg = config(server, protocol=protocol)
-        needed = estimate(Exemplars(near).features, cfg, Exemplars(near).contexts())
+        needed = estimate_cost(Exemplars(near).features, cfg, Exemplars(near).contexts())
         interpret(near, cfg, 0, CLOSED, tmp_path)
     sent = sum(len(m["content"]) for b in server.bodies for m in b["messages"]) / cfg.token_characters
     assert 0.8 * needed["tokens_in"] <= sent <= 1.1 * needed["tokens_in"] and len(server.bodies) <= needed["calls"]
@@ -526,7 +526,7 @@ def test_killed_and_gone_on_it_asks_nothing_twice_and_has_the_same_bytes(few, tm
         asked = len(server.bodies)
         assert 25 - 3 <= kept <= asked <= kept + 3
         interpret(few, cfg, 0, CLOSED, tmp_path / "cut")
-        assert len(server.bodies) - asked == estimate(Exemplars(few).features, cfg)["calls"] - kept
+        assert len(server.bodies) - asked == estimate_cost(Exemplars(few).features, cfg)["calls"] - kept
     same = [read_table(tmp_path / n / "interpretations.parquet") for n in ("whole", "cut")]
     assert same[0].equals(same[1])
 
@@ -561,7 +561,7 @@ def test_killed_at_ten_random_moments_no_answer_is_asked_for_again(few, tmp_path
     out, killed = tmp_path / "cut", 0
     with WordServer(latency=0.02) as server:
         cfg = config(server, concurrency=3)
-        calls = estimate(Exemplars(few).features, cfg)["calls"]
+        calls = estimate_cost(Exemplars(few).features, cfg)["calls"]
         run = [sys.executable, "-c", FORKED, cfg.model_dump_json(), str(few), str(out)]
         with subprocess.Popen(run, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, text=True,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
@@ -860,7 +860,7 @@ def test_our_protocol_tells_contrasts_and_scores_by_source(near, tmp_path):
     assert all("Near misses:" in t and "[findings; " in t and "activations:" not in t for t in explains)
     detects = [b["messages"][1]["content"] for b in server.bodies if not b["messages"][1]["content"].startswith("Active")]
     assert all(t.splitlines()[-1].startswith("Description: ") and len(t.splitlines()) <= 27 for t in detects)
-    assert len(server.bodies) <= estimate(Exemplars(near).features, config(protocol="saerad"))["calls"]
+    assert len(server.bodies) <= estimate_cost(Exemplars(near).features, config(protocol="saerad"))["calls"]
 
 
 def test_the_control_begins_like_the_examination(near, tmp_path):
@@ -884,7 +884,8 @@ def test_scores_by_source_are_those_of_plain_counting():
     truth = [True] * 10 + [False] * 20
     said = [True] * 8 + [False] * 2 + [True] * 1 + [False] * 9 + [True] * 5 + [False] * 4 + [None]
     rows = {r["source"]: r for r in by_source(truth, said, [""] * 10 + ["random"] * 10 + ["side"] * 10, np.random.default_rng(0), 200)}
-    assert rows["random"]["mistaken"] == pytest.approx(0.1) and rows["side"]["mistaken"] == pytest.approx(5 / 9) and rows["side"]["contexts"] == 9
+    assert rows["random"]["false_positive_rate"] == pytest.approx(0.1)
+    assert rows["side"]["false_positive_rate"] == pytest.approx(5 / 9) and rows["side"]["contexts"] == 9
     assert rows["random"]["f1"] == pytest.approx(2 * 0.8 / 1.9) and rows["side"]["f1_low"] < rows["side"]["f1"] < rows["side"]["f1_high"]
 
 
@@ -929,23 +930,23 @@ def test_azure(few, tmp_path, monkeypatch):
 
 def test_headers_set_the_pace():
     pace = Pace(clock=lambda: 0.0)
-    pace.heard({"x-ratelimit-limit-requests": "600", "x-ratelimit-limit-tokens": "60000"}, 500)
+    pace.read_limits({"x-ratelimit-limit-requests": "600", "x-ratelimit-limit-tokens": "60000"}, 500)
     assert pace.rate == pytest.approx(0.98 * 2)
     for _ in range(2): pace.slot()
     assert pace.held
     pace.faster(0.01)
     assert pace.rate == pytest.approx(0.98 * 2)
-    pace.heard({"x-ratelimit-limit-requests": "600", "x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1m2.5s"}, 10)
+    pace.read_limits({"x-ratelimit-limit-requests": "600", "x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1m2.5s"}, 10)
     assert pace.slot() == pytest.approx(60)
     silent = Pace(clock=lambda: 0.0)
-    silent.heard({}, 100)
+    silent.read_limits({}, 100)
     assert silent.rate == 20 and silent.cap == float("inf")
 
 
 def test_a_budget_stops_cleanly_and_goes_on(few, tmp_path):
     prices = {"price_in": 1000.0, "price_out": 0.0, "concurrency": 1}
     with WordServer() as server:
-        needed = estimate(Exemplars(few).features, config(server, **prices), Exemplars(few).contexts())
+        needed = estimate_cost(Exemplars(few).features, config(server, **prices), Exemplars(few).contexts())
         cfg = config(server, budget=needed["cost"] / 2, **prices)
         server.headers = {}
         table = interpret(few, cfg, 0, CLOSED, tmp_path)
@@ -996,7 +997,7 @@ def test_a_batch_gives_the_bytes_of_single_calls(few, tmp_path):
 
 def test_a_batch_is_no_larger_than_the_budget(few, tmp_path):
     prices = {"price_in": 1000.0, "price_out": 0.0, "batch": True, "batch_poll_s": 0.01}
-    budget = estimate(Exemplars(few).features, config(**prices), Exemplars(few).contexts())["cost"] / 2
+    budget = estimate_cost(Exemplars(few).features, config(**prices), Exemplars(few).contexts())["cost"] / 2
     with BatchServer() as server:
         table = interpret(few, config(server, budget=budget, **prices), 0, CLOSED, tmp_path)
         assert (table.status == "scored").sum() == 3 and len(server.batches) > 2    # each answer was cheap, so there was money for another batch
@@ -1015,9 +1016,9 @@ def test_a_batch_that_was_paid_for_is_waited_for(few, tmp_path):
         endpoint = Endpoint(cfg, Ledger(tmp_path / "ledger.sqlite"), may_leave=False)
         with pytest.raises(CallFailed): endpoint.ask(question, 5)
         endpoint.client = endpoint._connect()
-        write_json(tmp_path / "batch.json", {"id": endpoint._submit(endpoint.waiting), "requests": endpoint.waiting})   # killed here
+        write_json(tmp_path / "batch.json", {"id": endpoint._upload_batch(endpoint.waiting), "requests": endpoint.waiting})   # killed here
         again = Endpoint(cfg, Ledger(tmp_path / "ledger.sqlite"), may_leave=False)
-        assert again.hand_in(say=lambda text: None) == 1 and len(server.batches) == 1
+        assert again.submit_batch(say=lambda text: None) == 1 and len(server.batches) == 1
         assert again.ask(question, 5).text == "[0]"
 
 
@@ -1040,8 +1041,8 @@ def test_pictures_are_shown_and_not_kept(few, tmp_path):
     for told in explains:       # a picture behind each of the first eight active excerpts, and behind no other line
         before = [a["text"] for a, b in zip(told, told[1:], strict=False) if b["type"] == "image_url"]
         assert [line.split(".")[0] for line in before] == [str(i) for i in range(1, 9)]
-    needed = estimate(Exemplars(few).features, config(server, images=True), Exemplars(few).contexts())
-    blind = estimate(Exemplars(few).features, config(server, images=True, picture_tokens=0), Exemplars(few).contexts())
+    needed = estimate_cost(Exemplars(few).features, config(server, images=True), Exemplars(few).contexts())
+    blind = estimate_cost(Exemplars(few).features, config(server, images=True, picture_tokens=0), Exemplars(few).contexts())
     assert len(parts) == (needed["tokens_in"] - blind["tokens_in"]) / 350 and len(server.bodies) == needed["calls"]
     scored = table[table.status == "scored"]
     assert np.allclose(scored.visual_index, scored.visual_f1 - scored.f1)
@@ -1056,7 +1057,7 @@ def test_a_patch_is_framed_where_the_model_saw_it(shape, grid, patch, box):
     film = SimpleNamespace(array=lambda: np.full(shape, 100, np.uint8))
     source = {"s": SimpleNamespace(all_views={"frontal": film})}
     def look(context, grid):
-        url = pictures_of(source, grid=grid)(context)
+        url = view_images(source, grid=grid)(context)
         return np.array(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))))
     context = Context(0, ("[image]",), "image", "frontal", 0, study="s", patch=patch)
     framed, (top, left, bottom, right) = look(context, grid), box
@@ -1098,26 +1099,27 @@ def test_descriptions_of_others_are_examined(few, tmp_path):
 
 
 def test_tables_that_are_none_are_named(tmp_path):
-    with pytest.raises(UserError, match="x.docx is no table"): read_descriptions(tmp_path / "x.docx")
-    with pytest.raises(UserError, match="missing.csv does not exist"): read_descriptions(tmp_path / "missing.csv")
+    with pytest.raises(UserError, match="x.docx is no table"): read_explanations(tmp_path / "x.docx")
+    with pytest.raises(UserError, match="missing.csv does not exist"): read_explanations(tmp_path / "missing.csv")
     (tmp_path / "a.csv").write_text("feature,words\n1,x\n")
-    with pytest.raises(UserError, match="no column for explanation .it has feature, words."): read_descriptions(tmp_path / "a.csv")
+    with pytest.raises(UserError, match="no column for explanation .it has feature, words."): read_explanations(tmp_path / "a.csv")
     (tmp_path / "b.csv").write_text("feature,label\nnone,x\n")
-    with pytest.raises(UserError, match="feature 'none'; it must end in a number"): read_descriptions(tmp_path / "b.csv")
+    with pytest.raises(UserError, match="feature 'none'; it must end in a number"): read_explanations(tmp_path / "b.csv")
 
 
 def test_comparison_feature_by_feature(tmp_path):
     ours = pd.DataFrame({"feature": [1, 2], "explanation": ["left effusion", "wires"], "f1": [0.9, 0.8]})
     rows = [{"feature": "layers.15/latent_1", "description": "effusion left", "f1": 0.7}, {"feature": "3", "description": "x", "f1": 0.1}]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    both = compare(ours, read_descriptions(tmp_path / "t.jsonl"))
+    both = compare_explanations(ours, read_explanations(tmp_path / "t.jsonl"))
     assert both.feature.tolist() == [1] and both.words_shared[0] == 1 and both.f1_theirs[0] == pytest.approx(0.7)
 
 
 def test_repeated_descriptions_are_grouped():
     said = ["small left effusion seen", "seen: a small, left effusion", "right effusion", "", "pacemaker", ""]
-    assert repeated(said) == [0, 0, 2, -1, 4, -1]
-    assert repeated(["small left effusion", "effusion, left and small.", 'fires on ","', 'fires on "."', 'fires on "and"']) == [0, 0, 2, 3, 4]
+    assert repeated_explanations(said) == [0, 0, 2, -1, 4, -1]
+    five = ["small left effusion", "effusion, left and small.", 'fires on ","', 'fires on "."', 'fires on "and"']
+    assert repeated_explanations(five) == [0, 0, 2, 3, 4]
 
 
 def test_exemplars_of_another_sae(near, tmp_path, folder):
@@ -1134,4 +1136,4 @@ def test_the_strongest_are_said_apart_and_predict_nothing():
     assert strongest(active, tell_study=True) == ' Strongest where the report states "left nodule".'
     assert strongest(active, tell_study=False) == "" and strongest(active[:10], True) == ""
     rule = (Clause("nodule", stated="left nodule"), Clause(place="frontal image", stated="central line"))
-    assert sorted(read_rule(describe(rule) + strongest(active, True))) == sorted(rule)
+    assert sorted(read_rule(rule_sentence(rule) + strongest(active, True))) == sorted(rule)

@@ -336,4 +336,4 @@ def test_the_published_atlas_of_a_run_holds_none_of_its_texts(config, done, tmp_
     whole, page = atlas()
     assert '"tokens":' in whole and NOTICES[True] not in page
     published, page = atlas("--publish")
-    assert NOTICES[True] in page and '"published":true' in published.replace(" ", "") and not (folder / "atlas/films").exists()
+    assert NOTICES[True] in page and '"published":true' in published.replace(" ", "") and not (folder / "atlas/views").exists()

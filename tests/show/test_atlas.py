@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from saerad.core import UserError, read_table, write_table
 from saerad.sae.model import MatryoshkaSAE
 from saerad.show.atlas import (
-    COLUMNS,
+    FEATURE_COLUMNS,
     NOTICES,
     AtlasConfig,
     build_atlas,
@@ -39,8 +39,8 @@ from saerad.studies.sources import open_source
 NASTY = '<script>document.title = "broken"</script>'
 
 
-def with_films(folder):
-    "An invented run on a small phantom, with films for every third feature and hostile markup in texts and descriptions."
+def with_views(folder):
+    "An invented run on a small phantom, with views for every third feature and hostile markup in texts and explanations."
     studies = {"source": "phantom:0", "train_patients": 3, "validation_patients": 1, "test_patients": 2}
     (folder / "config.yaml").write_text(yaml.safe_dump({"studies": studies, "subject": {"model": "mini"}}))
     ids = [s.study for s in open_source(StudiesConfig(**studies))]
@@ -56,16 +56,16 @@ def with_films(folder):
     features.loc[best, [c for c in features if c.startswith("in_")]] = 0.0
     features.loc[best, ["in_image", "in_findings"]] = 0.5
     write_table(folder / "exemplars/features.parquet", pa.Table.from_pandas(features))
-    films = [{"feature": f, "study": ids[0], "view": "frontal", "rows": 8, "columns": 8, "peak": 2.0, "patches": [9, 10], "activations": [1.0, 2.0]}
+    views = [{"feature": f, "study": ids[0], "view": "frontal", "rows": 8, "columns": 8, "peak": 2.0, "patches": [9, 10], "activations": [1.0, 2.0]}
              for f in sorted({best, *range(0, len(table), 3)})]
-    write_table(folder / "portraits/films.parquet", pa.Table.from_pylist(films))
+    write_table(folder / "portraits/views.parquet", pa.Table.from_pylist(views))
     return best
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     run = invent_run(tmp_path_factory.mktemp("run"))
-    best = with_films(run)
+    best = with_views(run)
     draw_figures(run, FiguresConfig(dpi=60), ["f1", "steering", "film"])
     build_atlas(run)
     return run, best
@@ -110,7 +110,7 @@ def test_shades_stay_readable(activations, top):
 def test_headlines_leave_out_what_is_missing():
     assert headlines({"sae": {"loss_recovered": 0.9, "dead": None}, "steering": None}) == headlines({}) == []
     assert headlines({"truth": {"report_finding_f1": 0.912}}) == [
-        ("The subject model's own reports find what is on the film with a macro F1 of 0.91.", "")]
+        ("The subject model's own reports find what is on the radiograph with a macro F1 of 0.91.", "")]
 
 
 # ---- the atlas ------------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_the_table_has_every_feature_and_its_scores(built):
     [table] = data(run / "atlas/data/table.js")
     scores = read_table(run / "interpretations/interpretations.parquet").to_pandas()
     names = [c["name"] for c in table["columns"]]
-    assert names == [c["name"] for c in COLUMNS] and [r[0] for r in table["rows"]] == scores.feature.tolist()
+    assert names == [c["name"] for c in FEATURE_COLUMNS] and [r[0] for r in table["rows"]] == scores.feature.tolist()
     f1 = [r[names.index("f1")] for r in table["rows"]]
     assert [v is None for v in f1] == scores.f1.isna().tolist() and max(v for v in f1 if v) == pytest.approx(scores.f1.max(), abs=1e-5)
     measured = read_table(run / "steering/steerability.parquet").to_pandas().set_index("feature").measured
@@ -143,12 +143,12 @@ def test_a_page_holds_the_feature_that_it_names(built):
     assert len(page["doses"]) == 4 and all(sum(d[o] for o in OUTCOMES) == pytest.approx(1, abs=1e-3) for d in page["doses"])
     assert len(page["steered"]) == 4 and "on target" in page["steered"][0]["title"]
     assert page["neighbours"][0][0] == (best + 1) % 160 and len(page["promoted"]) == len(page["suppressed"]) == 5
-    [film] = page["films"]
-    assert (run / "atlas" / film["film"]).stat().st_size > 500 and film["patches"] == [10, 9] and film["boxes"]
+    [view] = page["views"]
+    assert (run / "atlas" / view["image"]).stat().st_size > 500 and view["patches"] == [10, 9] and view["boxes"]
     assert len(page["histogram"]["edges"]) == len(page["histogram"]["counts"]) + 1 and page["histogram"]["counts"][0] > 0
 
 
-def test_the_table_says_which_descriptions_say_the_same(built):
+def test_the_table_names_features_with_the_same_explanation(built):
     run, _ = built
     [table] = data(run / "atlas/data/table.js")
     scores = read_table(run / "interpretations/interpretations.parquet").to_pandas().set_index("feature")
@@ -159,7 +159,7 @@ def test_the_table_says_which_descriptions_say_the_same(built):
     assert {alike[f] for f in scores.index[scores.group < 0]} == {None}
 
 
-def test_a_table_without_groups_of_descriptions_shows_none(copy):
+def test_a_table_without_groups_of_explanations_shows_none(copy):
     path = copy / "interpretations/interpretations.parquet"
     write_table(path, read_table(path).drop_columns("group"))
     assert feature_table(Run(copy)).alike.isna().all()
@@ -196,10 +196,10 @@ def test_boxes_are_those_that_the_phantom_drew():
 
 
 def test_numbers_of_contexts_and_pairs_are_settings(copy):
-    write_atlas(copy, AtlasConfig(exemplars=2, per_decile=0, steered=1, films=False))
+    write_atlas(copy, AtlasConfig(exemplars=2, per_decile=0, steered=1, views=False))
     pages = {k: v for path in (copy / "atlas/data").glob("features-*.js") for k, v in data(path)[1].items()}
     assert max(sum(len(g["contexts"]) for g in p["groups"]) for p in pages.values()) == 2 and max(len(p["steered"]) for p in pages.values()) == 1
-    assert not list(copy.rglob("films/*")) and not any(p["films"] for p in pages.values())
+    assert not list(copy.rglob("views/*")) and not any(p["views"] for p in pages.values())
 
 
 def test_no_text_can_become_markup(built):
@@ -208,23 +208,23 @@ def test_no_text_can_become_markup(built):
     assert "\\u003cscript>document" in everything(run / "atlas") and "&lt;script&gt;document" in (run / "report.html").read_text()
 
 
-def test_a_published_edition_holds_no_text_no_film_and_no_study(copy):
+def test_a_published_edition_holds_no_text_no_image_and_no_study(copy):
     exemplars = read_table(copy / "exemplars/exemplars.parquet").to_pylist()
     assert "There is" in everything(copy / "atlas") and exemplars[0]["study"] in everything(copy / "atlas")
     index = build_atlas(copy, AtlasConfig(publish=True))
     shown = everything(index.parent) + (copy / "report.html").read_text()
     studies = {f"study {e['study']}" for e in exemplars}
     for secret in ("There is", "\"tokens\":[", "data:image/png", "data:image/webp", *studies): assert secret not in shown, secret
-    assert not (copy / "atlas/films").exists() and NOTICES[True] in shown and "drawn into it" not in shown
-    assert all(not p["groups"] and not p["films"] and not p["steered"] for path in index.parent.glob("data/features-*.js")
+    assert not (copy / "atlas/views").exists() and NOTICES[True] in shown and "drawn into it" not in shown
+    assert all(not p["groups"] and not p["views"] and not p["steered"] for path in index.parent.glob("data/features-*.js")
                for p in data(path)[1].values())
 
 
 def test_publishing_over_a_private_atlas_leaves_none_of_it(copy):
-    assert list((copy / "atlas/films").glob("*.webp"))
+    assert list((copy / "atlas/views").glob("*.webp"))
     (copy / "atlas/data/features-9999.js").write_text("There is a small effusion")
     write_atlas(copy, AtlasConfig(publish=True))
-    assert "There is" not in everything(copy / "atlas") and not (copy / "atlas/films").exists()
+    assert "There is" not in everything(copy / "atlas") and not (copy / "atlas/views").exists()
 
 
 def test_the_same_run_gives_the_same_bytes(copy):
@@ -242,7 +242,7 @@ def test_an_unfinished_run(copy):
     (copy / "config.yaml").unlink()
     (copy / "summary.json").unlink()
     page = (build_atlas(copy).parent.parent / "report.html").read_text()
-    assert "No feature has been described" in page and "No stage has left a number" in page and "No figures" in page
+    assert "No feature has been explained" in page and "No stage has left a number" in page and "No figures" in page
     assert feature_table(Run(copy)).f1.isna().all()
     index = (copy / "atlas/index.html").read_text()
     assert "Not in this run yet: 2" in index and "saerad interpret" in index and "saerad steer" in index and "saerad exemplars" not in index
@@ -251,7 +251,7 @@ def test_an_unfinished_run(copy):
     assert write_report(copy).exists()
 
 
-def test_a_dictionary_that_nobody_has_looked_at_gives_its_features(tmp_path):
+def test_an_sae_that_nobody_has_looked_at_gives_its_features(tmp_path):
     sae = MatryoshkaSAE(4, [2, 3], 2)
     sae.threshold.fill_(0.1)
     sae.save(tmp_path / "sae")
@@ -262,10 +262,10 @@ def test_a_dictionary_that_nobody_has_looked_at_gives_its_features(tmp_path):
     assert "Nobody has looked yet" in (index.parent / "data/features-0000.js").read_text()
 
 
-def test_a_source_that_is_gone_leaves_out_the_films(copy):
+def test_a_source_that_is_gone_leaves_out_the_views(copy):
     (copy / "config.yaml").write_text(yaml.safe_dump({"studies": {"source": "mimic-cxr:/no/such/folder"}}))
     write_atlas(copy)
-    assert not (copy / "atlas/films").exists() and '"films":[{' not in everything(copy / "atlas/data")
+    assert not (copy / "atlas/views").exists() and '"views":[{' not in everything(copy / "atlas/data")
 
 
 def test_pairs_follow_the_row_that_a_judgement_names(copy):
@@ -349,10 +349,10 @@ def test_a_feature_page_shows_it_all_and_runs_no_markup(built, browser):
     page.wait_for_selector("#feature .context")
     assert page.inner_text("#feature h1") == f"Feature {best}" and page.locator("#feature .token.peak").count() == 6
     assert page.locator("#feature .card svg[role=img][aria-label]").count() == 4, "histogram, places, outcomes, doses"
-    assert page.locator("#feature .films svg rect.box.dashed").count() > 0 and page.locator("#feature .films svg rect[fill='#F0A000']").count() == 2
+    assert page.locator("#feature .views svg rect.box.dashed").count() > 0 and page.locator("#feature .views svg rect[fill='#F0A000']").count() == 2
     assert page.locator("#feature .pair ins, #feature .pair del").count() > 0 and "<normal>" in page.inner_text("#feature")
     assert page.locator("#feature .near a").count() == 4 and page.locator("#feature .words li").count() == 10
-    assert page.evaluate("document.title") == f"Feature {best}" and NASTY in page.inner_text("#feature .description")
+    assert page.evaluate("document.title") == f"Feature {best}" and NASTY in page.inner_text("#feature .explanation")
     page.keyboard.press("ArrowRight")
     page.wait_for_function(f"(document.querySelector('#feature h1')?.textContent ?? 'Feature {best}') !== 'Feature {best}'")
     turned = page.inner_text("#feature h1").split()[1]
@@ -376,7 +376,7 @@ def test_every_filter_keeps_what_it_says(built, browser):
     for name in ("level", "mainly", "view", "finding", "status"):
         value = page.locator(f"#{name} option").evaluate_all("options => options.map(o => o.value)")[1]
         page.select_option(f"#{name}", value)
-        assert shown(page) == table[name].map(lambda said, v=value: v in str(said).split("; ")).sum() > 0, name
+        assert shown(page) == table[name].map(lambda cell, v=value: v in str(cell).split("; ")).sum() > 0, name
         page.click("#clear")
     for name, unit in (("f1", 1), ("density", 100), ("steerability", 1)):
         values = table[name].astype(float).round(5) * unit
@@ -422,7 +422,7 @@ def test_text_stands_out_from_what_is_behind_it(built, browser):
         assert ratio >= 4.5, (where, text)
 
 
-def test_features_described_alike_are_named_and_can_be_seen_side_by_side(built, browser):
+def test_features_explained_alike_are_named_and_can_be_seen_side_by_side(built, browser):
     run, _ = built
     table = feature_table(Run(run)).set_index("feature")
     together = table.index[table.alike == table.alike.value_counts().index[0]].tolist()
@@ -440,8 +440,8 @@ def test_features_described_alike_are_named_and_can_be_seen_side_by_side(built, 
     for value in ("once", "others", "alone"):
         page.select_option("#alike", value)
         kept[value] = int(page.inner_text("#count").split()[0])
-    grouped, undescribed = table.alike.notna(), ~table.description.fillna("").astype(bool)
-    assert kept == {"others": grouped.sum(), "alone": (~grouped & ~undescribed).sum(), "once": (~grouped).sum() + table.alike.nunique()}
+    grouped, unexplained = table.alike.notna(), ~table.explanation.fillna("").astype(bool)
+    assert kept == {"others": grouped.sum(), "alone": (~grouped & ~unexplained).sum(), "once": (~grouped).sum() + table.alike.nunique()}
     page.click("#clear")
     assert page.inner_text("#count") == "160 of 160 features" and "alike" not in page.url
 
@@ -465,7 +465,7 @@ def test_a_half_done_run_says_in_words_what_is_not_there_yet(copy, browser):
     page.goto(write_atlas(copy).as_uri() + "#feature=0")
     page.wait_for_selector("#feature .context")
     text = page.inner_text("#feature")
-    assert "It was not described yet." in text and "saerad portray does it" in text and "This feature was not steered." in text
+    assert "It has no explanation yet." in text and "saerad portray does it" in text and "This feature was not steered." in text
     page.keyboard.press("Escape")
     page.wait_for_selector("#list:not([hidden])")
     assert "Not in this run yet: 3" in page.inner_text("header") and "`" not in text + page.inner_text("body")
@@ -484,14 +484,14 @@ def test_every_control_has_a_name_and_every_picture_says_what_it_is(built, brows
 
 
 @pytest.mark.parametrize("width", [800, 900, 1280, 1900])
-def test_the_table_leaves_room_for_descriptions_and_every_heading(built, browser, width):
+def test_the_table_leaves_room_for_explanations_and_every_heading(built, browser, width):
     page = browser.page(width=width)
     page.goto((built[0] / "atlas/index.html").as_uri())
     page.wait_for_selector("#table .tabulator-row")
     columns = page.evaluate("""[...document.querySelectorAll(".tabulator-col")].filter(c => c.offsetWidth).map(c => {
         const button = c.querySelector("button"), title = c.querySelector(".tabulator-col-title");
         return [c.getAttribute("tabulator-field"), c.offsetWidth, button.getBoundingClientRect().width <= title.clientWidth + 1] })""")
-    assert {name: wide for name, wide, _ in columns}["description"] >= 200
+    assert {name: wide for name, wide, _ in columns}["explanation"] >= 200
     assert all(fits for _, _, fits in columns), columns
 
 

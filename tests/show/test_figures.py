@@ -173,7 +173,7 @@ def test_a_film_is_drawn_for_the_phantom_and_never_for_another_source(tmp_path):
     studies = {"source": "phantom:0", "train_patients": 2, "validation_patients": 1, "test_patients": 3}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"studies": studies}))
     numbers = collect_film(Run(tmp_path))
-    assert np.ptp(np.array(numbers.attrs["film"])) > 50 and (numbers.right > numbers.left).all() and numbers.study.nunique() == 1
+    assert np.ptp(np.array(numbers.attrs["image"])) > 50 and (numbers.right > numbers.left).all() and numbers.study.nunique() == 1
     assert not isinstance(draw_plot("film", tmp_path), str)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"studies": studies | {"source": "mimic-cxr:/data"}}))
     assert draw_plot("film", tmp_path) == "there are no numbers to draw"
@@ -225,7 +225,7 @@ def test_a_run_judged_in_several_ways_has_a_bar_for_each(tmp_path):
              "image": image}
             for method, image in (("add", "shown"), ("add", "blank"), ("other_feature", "shown"), ("random", "shown"))]
     write_table(tmp_path / "steering/judgements.parquet", pa.Table.from_pylist(rows))
-    assert collect_steering(Run(tmp_path)).pushed.tolist() == ["feature", "blank picture", "other feature", "random"]
+    assert collect_steering(Run(tmp_path)).pushed.tolist() == ["feature", "blank image", "other feature", "random"]
 
 
 def test_letters_are_matplotlibs_own_whatever_the_machine_has(tmp_path):

@@ -1,6 +1,6 @@
 """What features, runs, comparisons and studies show when they end a cell."""
 import pytest
-from test_atlas import NASTY, with_films
+from test_atlas import NASTY, with_views
 
 from saerad.core import UserError, write_json
 from saerad.show.invented import invent_run
@@ -17,7 +17,7 @@ def test_a_run_shows_its_headlines(run):
     assert "variance stays unexplained" in shown and shown.count("<li>") == 8
 
 
-def test_a_feature_shows_its_description_scores_and_contexts_escaped(run):
+def test_a_feature_shows_its_explanation_scores_and_contexts_escaped(run):
     best = int(run.features.f1.idxmax())
     shown = run[best]._repr_html_()
     assert f"feature {best}" in shown and "f1 0." in shown and "shuffled f1" in shown and "rgba(0,114,178" in shown
@@ -25,27 +25,27 @@ def test_a_feature_shows_its_description_scores_and_contexts_escaped(run):
     with pytest.raises(UserError, match="no feature 999"): run[999]
 
 
-def test_a_feature_that_fires_on_films_shows_them_with_patches_and_boxes(tmp_path):
+def test_a_feature_that_fires_on_images_shows_its_views_with_patches_and_boxes(tmp_path):
     folder = invent_run(tmp_path)
-    one = open_run(folder)[with_films(folder)]
-    shown = one._repr_html_()
+    feature = open_run(folder)[with_views(folder)]
+    shown = feature._repr_html_()
     assert shown.count("<svg") == 1 and "data:image/webp;base64," in shown and shown.count('fill="#F0A000"') == 2
     assert shown.count("fill:none;stroke:white") == shown.count("fill:none;stroke:black") > 0 and "class=" not in shown
     assert NASTY not in shown and "&lt;script&gt;" in shown
-    table = one.run.features
-    assert "<svg" not in one.run[table[(table.in_image < 0.1) & table.f1.notna()].feature.iloc[0]]._repr_html_()
+    table = feature.run.features
+    assert "<svg" not in feature.run[table[(table.in_image < 0.1) & table.f1.notna()].feature.iloc[0]]._repr_html_()
 
 
 def test_finding_wants_all_words_best_first(run):
-    found = run.find("WORD effusion")
-    assert len(found) and found.description.str.contains("effusion").all() and found.f1.dropna().is_monotonic_decreasing
+    rows = run.find("WORD effusion")
+    assert len(rows) and rows.explanation.str.contains("effusion").all() and rows.f1.dropna().is_monotonic_decreasing
     assert not len(run.find("effusion pneumothorax"))
 
 
 def test_a_comparison_shows_what_differs(run, tmp_path):
     other = invent_run(tmp_path / "other", seed=1)
-    found = compare(run.folder, other)
-    assert not len(found.settings) and "The settings are the same" in found._repr_html_() and (found.numbers["change"] == 0).all()
+    comparison = compare(run.folder, other)
+    assert not len(comparison.settings) and "The settings are the same" in comparison._repr_html_() and (comparison.numbers["change"] == 0).all()
     write_json(other / "config.yaml", {"sae": {"k": 16}, "out": "x"})      # JSON is YAML
     write_json(run.folder / "config.yaml", {"sae": {"k": 32}, "out": "y"})
     try: assert compare(run.folder, other).settings.loc["sae.k"].tolist() == [32, 16]
@@ -55,7 +55,7 @@ def test_a_comparison_shows_what_differs(run, tmp_path):
     with pytest.raises(UserError, match="is no run"): compare(run.folder, tmp_path)
 
 
-def test_a_study_shows_its_films_and_texts_escaped(tmp_path):
+def test_a_study_shows_its_views_and_texts_escaped(tmp_path):
     (tmp_path / "broken.png").write_text("no picture")
     study = Study("s<1>", "p1", "train", {"findings": "<script>x</script> clear"}, {"frontal": View.from_file(tmp_path / "broken.png")})
     shown = study._repr_html_()

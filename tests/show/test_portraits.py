@@ -1,4 +1,4 @@
-"""Votes, neighbours and films of features, against plain arithmetic."""
+"""Logit lens, neighbours and views of features, against plain arithmetic."""
 import numpy as np
 import pytest
 import torch
@@ -7,7 +7,7 @@ from scipy import sparse
 from saerad.activations.extraction import residuals
 from saerad.core import UserError, read_table
 from saerad.sae.model import MatryoshkaSAE
-from saerad.show.portraits import PortraitsConfig, film_activations, nearest_features, portray, strongest_films, top_votes, vote_matrix
+from saerad.show.portraits import PortraitsConfig, logit_lens, nearest_features, portray, strongest_views, top_tokens, view_activations
 from saerad.studies.record import StudiesConfig
 from saerad.studies.sources import open_source
 from saerad.subjects.subject import random_mini
@@ -29,12 +29,12 @@ def sae(subject):
 def source(): return open_source(StudiesConfig(source="phantom:0", train_patients=1, validation_patients=1, test_patients=3))
 
 
-def test_votes_are_the_direction_through_gain_and_unembedding_without_the_mean(subject, sae):
+def test_the_logit_lens_is_the_direction_through_gain_and_unembedding_without_the_mean(subject, sae):
     gain, head = subject.model.get_decoder().norm.weight.float(), subject.model.lm_head.weight.float()
     plain = torch.stack([head @ (gain * row) for row in sae.W_dec.detach()])
     plain = plain - plain.mean(1, keepdim=True)
-    ids, votes = top_votes(sae, vote_matrix(subject), 3, block=10)
-    assert np.allclose(votes[:, :3], plain.topk(3).values, atol=1e-4) and np.allclose(votes[:, 3:], -(-plain).topk(3).values, atol=1e-4)
+    ids, logits = top_tokens(sae, logit_lens(subject), 3, block=10)
+    assert np.allclose(logits[:, :3], plain.topk(3).values, atol=1e-4) and np.allclose(logits[:, 3:], -(-plain).topk(3).values, atol=1e-4)
     assert (ids[:, 0] == plain.argmax(1).numpy()).mean() > 0.95 and ids.shape == (64, 6)
 
 
@@ -45,35 +45,35 @@ def test_neighbours_are_the_others_by_cosine(sae):
     assert nearest_features(sae, 999)[0].shape == (64, 63)
 
 
-def test_films_hold_what_the_dictionary_reads_at_each_patch(subject, sae, source):
+def test_views_hold_what_the_sae_reads_at_each_patch(subject, sae, source):
     prompt = subject.prompt(source.split("test")[0])
     stream = residuals(subject, [prompt], 1)[0]
-    for study, view, grid, z in film_activations(subject, sae, 1, [prompt]):
+    for study, view, grid, z in view_activations(subject, sae, 1, [prompt]):
         here = np.flatnonzero((prompt.section == "image") & (prompt.view == view))
         place = prompt.row[here].astype(int) * grid[1] + prompt.col[here]
         assert study == prompt.study and sorted(place) == list(range(grid[0] * grid[1]))
         assert np.allclose(z.toarray()[place], sae.encode(stream[here].float()).numpy(), atol=1e-5)
 
 
-def test_each_feature_keeps_its_strongest_films():
-    def film(name, *peaks): return name, "frontal", (2,
+def test_each_feature_keeps_its_strongest_views():
+    def view(name, *peaks): return name, "frontal", (2,
                                                      2), sparse.csc_matrix(np.array([[0, 0, 0], peaks, [0, 0, 0],
                                                              [0, p / 2 if (p := peaks[1]) else 0, 0]], np.float32))
-    table = strongest_films([film("a", 1, 2, 0), film("b", 3, 1, 0), film("c", 2, 0, 0)], 2).to_pylist()
+    table = strongest_views([view("a", 1, 2, 0), view("b", 3, 1, 0), view("c", 2, 0, 0)], 2).to_pylist()
     assert [(r["feature"], r["study"], r["peak"]) for r in table] == [(0, "b", 3), (0, "c", 2), (1, "a", 2),
                                                                       (1, "b", 1)], "the third feature sees nothing"
     assert table[2]["patches"] == [1, 3] and table[2]["activations"] == [2.0, 1.0]
-    ours = strongest_films([film("a", 1, 2, 0), film("b", 3, 1, 0), film("c", 2, 0, 0)], 2, {"a": "x", "b": "y", "c": "y"}).to_pylist()
+    ours = strongest_views([view("a", 1, 2, 0), view("b", 3, 1, 0), view("c", 2, 0, 0)], 2, {"a": "x", "b": "y", "c": "y"}).to_pylist()
     assert [(r["feature"], r["study"]) for r in ours] == [(0, "b"), (0, "a"), (1, "a"), (1, "b")], "no patient is shown twice"
-    assert len(strongest_films([], 2)) == 0 and len(strongest_films([film("a", 0, 0, 0)], 2)) == 0
+    assert len(strongest_views([], 2)) == 0 and len(strongest_views([view("a", 0, 0, 0)], 2)) == 0
 
 
 def test_a_portrait_of_every_feature_is_written(subject, sae, source, tmp_path):
-    table = portray(source, subject, sae, 1, PortraitsConfig(words=4, neighbours=3, film_studies=2, films=1), tmp_path)
+    table = portray(source, subject, sae, 1, PortraitsConfig(tokens=4, neighbours=3, view_studies=2, views=1), tmp_path)
     assert table.num_rows == 64 and table.equals(read_table(tmp_path / "portraits.parquet"))
     row = table.slice(5, 1).to_pylist()[0]
     assert len(row["promoted"]) == len(row["suppressed_by"]) == 4 \
         and len(row["neighbours"]) == 3 and row["promoted_by"] == sorted(row["promoted_by"], reverse=True)
-    films = read_table(tmp_path / "films.parquet").to_pandas()
-    assert films.feature.is_unique and set(films.study) <= {s.study for s in source.split("test")}
+    views = read_table(tmp_path / "views.parquet").to_pandas()
+    assert views.feature.is_unique and set(views.study) <= {s.study for s in source.split("test")}
     with pytest.raises(UserError): portray(source, subject, MatryoshkaSAE(8, [16], 2), 1, PortraitsConfig(), tmp_path)

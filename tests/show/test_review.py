@@ -9,7 +9,7 @@ from sklearn.metrics import cohen_kappa_score
 
 from saerad.core import UserError, read_json, read_table, write_json, write_table
 from saerad.show.invented import invent_run
-from saerad.show.review import chosen_features, cohen, fleiss, interval, review_pack, review_score, shuffled_items
+from saerad.show.review import bootstrap_interval, chosen_features, cohen, fleiss, review_pack, review_score, shuffled_items
 from saerad.show.run_folder import Run
 
 NASTY = '<script>document.title = "broken"</script>'
@@ -31,8 +31,8 @@ def pack(run, tmp_path_factory):
 
 def answers(pack, name, rate, items=None):
     key = read_json(pack.with_name("key.json"))
-    said = {i: {"fits": rate(k)} for i, k in key["items"].items() if items is None or i in items}
-    write_json(pack.with_name(f"{name}.json"), {"pack": key["pack"], "reader": name, "items": said})
+    ratings = {i: {"fits": rate(k)} for i, k in key["items"].items() if items is None or i in items}
+    write_json(pack.with_name(f"{name}.json"), {"pack": key["pack"], "reader": name, "items": ratings})
     return pack.with_name(f"{name}.json")
 
 
@@ -42,16 +42,16 @@ def test_features_are_chosen_by_rank_or_by_number(run):
     assert top.f1.is_monotonic_decreasing and top.explanation.is_unique and top.f1.iloc[0] == scores.f1.max()
     two = scores[scores.f1.notna()].feature[:2].tolist()
     assert chosen_features(Run(run), f"{two[1]},{two[0]}").feature.tolist() == two[::-1]
-    for wrong, said in (("best", "write top:50"), ("top:0", "write top:50"), ("99999,1", "no scored description")):
-        with pytest.raises(UserError, match=said): chosen_features(Run(run), wrong)
+    for wrong, message in (("best", "write top:50"), ("top:0", "write top:50"), ("99999,1", "no scored explanation")):
+        with pytest.raises(UserError, match=message): chosen_features(Run(run), wrong)
 
 
-def test_controls_carry_another_description_and_nothing_else_does(run):
+def test_controls_carry_another_explanation_and_nothing_else_does(run):
     chosen = chosen_features(Run(run), "top:8")
-    said = chosen.set_index("feature").explanation
+    explanations = chosen.set_index("feature").explanation
     items = shuffled_items(chosen, 0.25, 0)
     assert sum(not i["own"] for i in items) == 2 and sorted(i["feature"] for i in items) == sorted(chosen.feature)
-    for item in items: assert (said[item["feature"]] == item["description"]) == item["own"]
+    for item in items: assert (explanations[item["feature"]] == item["explanation"]) == item["own"]
     assert all(i["own"] for i in shuffled_items(chosen, 0, 0)) and shuffled_items(chosen, 0.25, 0) == items != shuffled_items(chosen, 0.25, 1)
 
 
@@ -88,10 +88,11 @@ def test_kappas_are_those_of_scikit_learn_and_of_fleiss_own_example():
 
 def test_an_interval_covers_its_value_and_shrinks_with_more_items():
     draw = np.random.default_rng(1)
-    few, many = (interval(cohen, a, np.where(draw.random(n) < 0.6, a, draw.integers(0, 3, n))) for n in (20, 500) for a in [draw.integers(0, 3, n)])
+    few, many = (bootstrap_interval(cohen, a, np.where(draw.random(n) < 0.6, a, draw.integers(0, 3, n)))
+                 for n in (20, 500) for a in [draw.integers(0, 3, n)])
     for found in (few, many): assert found["low"] < found["value"] < found["high"]
     assert many["high"] - many["low"] < (few["high"] - few["low"]) / 2
-    assert interval(cohen, np.ones(5), np.ones(5)) == {"value": None, "low": None, "high": None, "items": 5}
+    assert bootstrap_interval(cohen, np.ones(5), np.ones(5)) == {"value": None, "low": None, "high": None, "items": 5}
 
 
 def test_readers_who_know_agree_and_a_kind_one_cannot_tell_controls(pack):
@@ -117,14 +118,14 @@ def test_readers_who_rated_different_items_are_compared_on_what_both_rated(pack)
     assert found["readers"]["KL"]["rated"] == 3
 
 
-@pytest.mark.parametrize("wrong, said", [({"pack": "another"}, "another|no answers to the pack"), ({"items": {}}, "no ratings"),
+@pytest.mark.parametrize("wrong, message", [({"pack": "another"}, "another|no answers to the pack"), ({"items": {}}, "no ratings"),
                                          ({"items": {"1": {"fits": 7}}}, "the rating 7"),
                                          ({"items": {"99": {"fits": 1}}}, "item 99"), ([], "no answers")])
-def test_files_that_cannot_be_scored_are_named(pack, tmp_path, wrong, said):
+def test_files_that_cannot_be_scored_are_named(pack, tmp_path, wrong, message):
     key = read_json(pack.with_name("key.json"))
     write_json(tmp_path / "key.json", key)
     write_json(tmp_path / "a.json", {"pack": key["pack"], "reader": "A", "items": {"1": {"fits": 1}}} | wrong if isinstance(wrong, dict) else wrong)
-    with pytest.raises(UserError, match=said): review_score(tmp_path / "a.json")
+    with pytest.raises(UserError, match=message): review_score(tmp_path / "a.json")
 
 
 def test_the_key_is_needed_and_a_reader_counts_once(pack, tmp_path):
@@ -155,8 +156,8 @@ def test_a_reader_rates_leaves_comes_back_and_exports(pack, browser, tmp_path):
     assert page.input_value("#item-1 [name=comment]") == "<b>wide</b>" and page.is_visible("#item-1 .said") and page.input_value("#reader") == "AB"
     with page.expect_download() as download: page.click("#export")
     download.value.save_as(tmp_path / "AB.json")
-    said = json.loads((tmp_path / "AB.json").read_text())
-    assert said["items"]["1"] | {"at": 0} == {"guess": "an effusion, I think", "coherence": 2, "revealed": True, "fits": 1,
+    exported = json.loads((tmp_path / "AB.json").read_text())
+    assert exported["items"]["1"] | {"at": 0} == {"guess": "an effusion, I think", "coherence": 2, "revealed": True, "fits": 1,
                                               "confusions": ["too_wide"], "comment": "<b>wide</b>", "at": 0}
     assert review_score(tmp_path / "AB.json", pack.with_name("key.json"))["readers"]["AB"]["rated"] == 2
     page.evaluate("localStorage.clear()")

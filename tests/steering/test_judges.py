@@ -7,7 +7,18 @@ from word_server import completion
 
 from saerad.core import UserError
 from saerad.interpretation.endpoint import EndpointConfig, Ledger
-from saerad.steering.judges import OUTCOMES, JudgeConfig, LanguageJudge, Target, agreement, differences, harms_of, judges_of, parse_verdict, target_of
+from saerad.steering.judges import (
+    OUTCOMES,
+    JudgeConfig,
+    LanguageJudge,
+    Target,
+    finding_differences,
+    harms_of,
+    judge_agreement,
+    judges_of,
+    parse_verdict,
+    target_of,
+)
 from saerad.studies.findings import read_findings
 from saerad.studies.record import Source
 
@@ -31,7 +42,7 @@ PAIR = ("Effusion.", "Effusion. Nodule.", target_of("nodule"))
 ])
 def test_harms(before, after, harms):
     old, new = read_findings(before), read_findings(after)
-    assert harms_of(old, differences(old, new)) == harms
+    assert harms_of(old, finding_differences(old, new)) == harms
 
 
 @pytest.mark.parametrize(("text", "verdict"), [
@@ -86,10 +97,10 @@ def test_agreement_is_cohens_kappa_over_the_pairs_that_both_judged():
     a = ["unchanged", "mixed", "mixed", "degenerate", "unchanged", "on_target_only"] * 4
     b = ["unchanged", "mixed", "unchanged", "degenerate", "mixed", None] * 4
     rows = [{"pair": i, "study": f"s{i // 6}", "judge": j, "outcome": o} for j, side in (("x", a), ("y", b)) for i, o in enumerate(side)]
-    told = agreement(pd.DataFrame(rows)).iloc[0]
+    told = judge_agreement(pd.DataFrame(rows)).iloc[0]
     both = [(p, q) for p, q in zip(a, b, strict=True) if q]
     assert told.pairs == 20 and told.unanswered == 4 and told.equal == pytest.approx(12 / 20)
     assert told.kappa == pytest.approx(cohen_kappa_score(*zip(*both, strict=True), labels=list(OUTCOMES)))
     assert told.kappa_low <= told.kappa <= told.kappa_high
-    same = agreement(pd.DataFrame([{**r, "outcome": "unchanged"} for r in rows])).iloc[0]
+    same = judge_agreement(pd.DataFrame([{**r, "outcome": "unchanged"} for r in rows])).iloc[0]
     assert same.equal == same.kappa == 1.0

@@ -18,8 +18,17 @@ from saerad.core import UserError, read_json, read_table
 from saerad.interpretation.endpoint import EndpointConfig
 from saerad.sae.model import MatryoshkaSAE
 from saerad.steering import steer as steering
-from saerad.steering.judges import OUTCOMES, Target, differences, direction, judge, on_target, reader_of, repeats, target_of
-from saerad.steering.steer import SteeringConfig, choose_features, choose_studies, push, side_by_side, sign_spearman, steer, steering_summary
+from saerad.steering.judges import OUTCOMES, Target, direction, finding_differences, judge, on_target, reader_of, repeats, target_of
+from saerad.steering.steer import (
+    SteeringConfig,
+    choose_features,
+    choose_studies,
+    side_by_side,
+    sign_spearman,
+    steer,
+    steering_summary,
+    steering_vector,
+)
 from saerad.studies.findings import Finding, Reading, read_findings
 from saerad.studies.record import Source, Study, View
 from saerad.subjects.subject import random_mini
@@ -60,16 +69,16 @@ def test_every_visual_concept_of_phantom_is_a_target():
 # ---------------------------------------------------------------- what has changed
 def test_differences_pair_the_most_similar():
     small, large, right = (Finding("effusion", s, "", z) for s, z in (("left", "small"), ("left", "large"), ("right", "small")))
-    found = differences(Reading((small,)), Reading((large, right)))
+    found = finding_differences(Reading((small,)), Reading((large, right)))
     assert len(found) == 2 and found[0].before == small and found[1].before is None
     assert sum(len(d.altered) for d in found) == 1
 
 
 def test_denials_do_not_count_and_doubt_does():
     absent, possible, present = (Finding("nodule", certainty=c) for c in ("absent", "uncertain", "present"))
-    assert differences(Reading((absent,)), Reading(())) == []
-    assert differences(Reading((possible,)), Reading((present,)))[0].altered == ("certainty",)
-    assert differences(Reading((absent,)), Reading((present,)))[0].before is None
+    assert finding_differences(Reading((absent,)), Reading(())) == []
+    assert finding_differences(Reading((possible,)), Reading((present,)))[0].altered == ("certainty",)
+    assert finding_differences(Reading((absent,)), Reading((present,)))[0].before is None
 
 
 FINDINGS = st.builds(Finding, st.sampled_from(["effusion", "nodule", "picc"]), st.sampled_from(["", "left", "right"]),
@@ -83,11 +92,11 @@ READINGS = st.lists(FINDINGS, max_size=4).map(lambda fs: Reading(tuple(fs)))
 def test_differences_account_for_every_change_once(old, new):
     affirmed = [sorted(f for f in r.findings if f.certainty != "absent") for r in (old, new)]
     left = list(affirmed[0])
-    for d in differences(old, new):
+    for d in finding_differences(old, new):
         if d.before: left.remove(d.before)
         if d.after: left.append(d.after)
     assert sorted(left) == affirmed[1]
-    assert differences(old, old) == []
+    assert finding_differences(old, old) == []
 
 
 @pytest.mark.parametrize(("before", "after", "target", "outcome", "effect"), [
@@ -129,7 +138,7 @@ def test_outcome_follows_from_the_counts(old, new, target):
     j = judge("old text is here.", "new text is here.", target, texts.__getitem__)
     assert j.outcome == {(0, 0): "unchanged", (1, 0): "on_target_only", (1, 1): "mixed", (0, 1): "off_target_only"}[j.on > 0, j.off > 0]
     assert abs(j.effect) <= j.on
-    assert all(direction(d, target) in (-1, 0, 1) for d in differences(old, new) if on_target(d, target))
+    assert all(direction(d, target) in (-1, 0, 1) for d in finding_differences(old, new) if on_target(d, target))
 
 
 # ---------------------------------------------------------------- broken reports
@@ -223,12 +232,12 @@ CFG = SteeringConfig(features=[1, 4], alphas=(-30, 30), studies=2, controls=1, m
 
 def test_push_has_the_length_that_was_asked_for(sae):
     row = sae.W_dec.detach()[3]
-    assert torch.allclose(push(sae, 3, -10, CFG, 0), -10 * row, atol=1e-5)
+    assert torch.allclose(steering_vector(sae, 3, -10, CFG, 0), -10 * row, atol=1e-5)
     scaled = SteeringConfig(unit="scale")
-    assert float(push(sae, 3, 2, scaled, 0).norm()) == pytest.approx(14, rel=1e-5)
-    control = push(sae, -1, 10, CFG, 0)
+    assert float(steering_vector(sae, 3, 2, scaled, 0).norm()) == pytest.approx(14, rel=1e-5)
+    control = steering_vector(sae, -1, 10, CFG, 0)
     assert float(control.norm()) == pytest.approx(10, rel=1e-5)
-    assert torch.equal(control, push(sae, -1, 10, CFG, 0)) and not torch.equal(control, push(sae, -2, 10, CFG, 0))
+    assert torch.equal(control, steering_vector(sae, -1, 10, CFG, 0)) and not torch.equal(control, steering_vector(sae, -2, 10, CFG, 0))
     assert float((control / 10 @ row).abs()) < 0.3
 
 
@@ -259,7 +268,7 @@ def test_the_stage_writes_its_tables(run, source):
 def test_texts_are_those_of_pushing_one_report_at_a_time(run, source, subject, sae):
     rows = [r for r in read_table(run / "generations.parquet").to_pylist() if r["method"] in ("add", "random")]
     for row in rows[::3]:
-        prompt, add = subject.prompt(source[row["study"]], None), push(sae, row["feature"], row["alpha"], CFG, 0)[None]
+        prompt, add = subject.prompt(source[row["study"]], None), steering_vector(sae, row["feature"], row["alpha"], CFG, 0)[None]
         assert subject.generate([prompt], 5, layer=4, add=add) == [row["steered"]]
         assert subject.generate([prompt], 5) == [row["baseline"]]
 
@@ -320,7 +329,7 @@ def test_every_way_of_steering_runs_and_is_told_apart(source, subject, sae, tmp_
     written = read_table(tmp_path / "generations.parquet").to_pandas()
     assert set(judged[~judged.control].method) == {cfg.method} and {"random", "other_feature"} <= set(judged.method)
     if cfg.method != "add":           # the controls have each feature's own coefficient, whose size depends on the text
-        assert set(written[written.method == "random"].stands_for) == {1, 4} and written.norm.isna().all()
+        assert set(written[written.method == "random"].compared_feature) == {1, 4} and written.norm.isna().all()
     if cfg.together: assert written[written.method == "add"].features.map(list).tolist() == [[1, 4]] * 2
     if cfg.without_image: assert set(judged[judged.image == "blank"].control) == {True}
 

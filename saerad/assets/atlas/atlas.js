@@ -3,21 +3,20 @@
 const saerad = { title: document.title, rows: [], columns: [], chunks: {}, state: {} };
 const $ = id => document.getElementById(id);
 const INK = "#1d1d1b", BLUE = "#0072B2", RUST = "#A03C14", SOFT = "#62625c";
-const OUTCOMES = { unchanged: "#E9E4DA", on_target_only: "#2A9D78", mixed: "#E69F00", off_target_only: "#A03C14", degenerate: "#2B2B2B" };
 const RANGES = ["f1", "density", "steerability"], CHOICES = ["level", "mainly", "view", "finding", "status"];
-const ALIKE = { once: "each description once", others: "only with others like it", alone: "only like no other" };
+const ALIKE = { once: "each explanation once", others: "only with others like it", alone: "only like no other" };
 
-const there = children => children.flat(Infinity).filter(child => child != null && child !== false);
+const present = children => children.flat(Infinity).filter(child => child != null && child !== false);
 
 function el(tag, attributes = {}, ...children) {
   const node = tag.startsWith("svg:") ? document.createElementNS("http://www.w3.org/2000/svg", tag.slice(4)) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) if (value !== false && value != null) node.setAttribute(name, value === true ? "" : value);
-  node.append(...there(children));
+  node.append(...present(children));
   return node;
 }
 
 const minus = text => text.replace("-", "−");
-const brief = text => text.replace(/^Lexical baseline: /, "");     // who described a feature is said on its page
+const brief = text => text.replace(/^Lexical baseline: /, "");     // who explained a feature stands on its page
 const plain = name => String(name).replaceAll("_", " ");
 const percent = share => share == null ? "–" : share === 0 ? "0 %" : share < 0.0001 ? `${(100 * share).toExponential(0)} %` : `${Number((100 * share).toPrecision(2))} %`;
 const show = (value, column) => value == null || value === "" ? "–" : typeof value !== "number" ? plain(value) : column.whole ? String(value)
@@ -46,7 +45,7 @@ saerad.start = table => {
   saerad.rows = table.rows.map(values => {
     const row = {};
     for (let i = 0; i < names.length; i++) row[names[i]] = values[i];
-    row.searched = `${row.feature} ${row.description ?? ""} ${row.finding ?? ""}`.toLowerCase();
+    row.searched = `${row.feature} ${row.explanation ?? ""} ${row.finding ?? ""}`.toLowerCase();
     return row;
   });
   saerad.byFeature = new Map(saerad.rows.map(row => [row.feature, row]));
@@ -71,16 +70,16 @@ function options(name) {
   $(name).closest("label").hidden = !values.length;
 }
 
-function likenesses() {                        // filters by what is described alike; by one description only where the address names its feature
-  const one = saerad.alike.has(Number(saerad.state.alike)) ? [saerad.state.alike, `like feature ${saerad.state.alike}`] : [];
-  const said = [["", "any"], ...Object.entries(ALIKE), ...(one.length ? [one] : [])];
-  $("alike").replaceChildren(...said.map(([value, text]) => el("option", { value }, text)));
+function likenesses() {                        // filters by what is explained alike; by one explanation only where the address names its feature
+  const likeOne = saerad.alike.has(Number(saerad.state.alike)) ? [saerad.state.alike, `like feature ${saerad.state.alike}`] : [];
+  const choices = [["", "any"], ...Object.entries(ALIKE), ...(likeOne.length ? [likeOne] : [])];
+  $("alike").replaceChildren(...choices.map(([value, text]) => el("option", { value }, text)));
   $("alike").closest("label").hidden = !saerad.alike.size;
 }
 
 function alike(row, wanted) {
   if (wanted === "once") return row.alike == null || row.alike === row.feature;
-  if (wanted === "others" || wanted === "alone") return (row.alike == null) === (wanted === "alone") && Boolean(row.description);
+  if (wanted === "others" || wanted === "alone") return (row.alike == null) === (wanted === "alone") && Boolean(row.explanation);
   return row.alike === Number(wanted);
 }
 
@@ -93,12 +92,12 @@ function build() {
     placeholder: "No feature fits. Clear a filter.", columnHeaderSortMulti: false, rowHeight: 50, initialSort: sorted(), renderVerticalBuffer: 300,
     columns: saerad.columns.filter(column => !column.hidden).map(column => ({
       field: column.name, title: column.title, visible: !narrow || Boolean(column.narrow),
-      width: narrow && column.name === "description" ? 216 : column.width, widthGrow: column.name === "description" ? 4 : undefined, minWidth: column.width || (column.name === "description" ? 216 : 58),
+      width: narrow && column.name === "explanation" ? 216 : column.width, widthGrow: column.name === "explanation" ? 4 : undefined, minWidth: column.width || (column.name === "explanation" ? 216 : 58),
       hozAlign: column.text ? "left" : "right", headerHozAlign: column.text ? "left" : "right", resizable: !narrow && "header",
       headerSortStartingDir: column.text ? "asc" : "desc", titleFormatter: () => el("button", { type: "button", title: column.about }, column.title),
       sorter: column.text ? "string" : "number", sorterParams: { alignEmptyValues: "bottom" },
       formatter: cell => {
-        const row = cell.getData(), text = column.name === "description" ? brief(show(row.description, column)) : show(row[column.name], column);
+        const row = cell.getData(), text = column.name === "explanation" ? brief(show(row.explanation, column)) : show(row[column.name], column);
         if (column.text && text.length > 8) cell.getElement().title = text;
         return column.name === "feature" ? el("a", { href: address({ feature: row.feature }) }, text) : document.createTextNode(text);
       } })),
@@ -204,7 +203,7 @@ function refocus() {                           // whoever comes back by key goes
 
 const home = () => el("a", { href: address({ feature: "" }) }, "‹ all features");
 const section = (title, ...children) => el("section", {}, el("h2", {}, title), children);
-const note = (...said) => el("p", { class: "notice" }, said);
+const note = (...parts) => el("p", { class: "notice" }, parts);
 const command = name => el("code", {}, `saerad ${name}`);
 const score = (name, value, about = "", control = false) => el("li", { class: control ? "control" : null }, el("small", {}, name), el("b", {}, value == null ? "–" : value.toFixed(2)), about ? el("small", {}, about) : null);
 const feature_link = number => el("a", { href: address({ feature: number }) }, String(number));
@@ -221,17 +220,17 @@ function feature(row, data) {
   share.onclick = async () => { const url = location.href.split("#")[0] + `#feature=${row.feature}`; try { await navigator.clipboard.writeText(url); share.textContent = "Copied"; } catch { window.prompt("The link to this feature:", url); } };
   const left = what => saerad.table.published ? note(`${what} were left out of this published atlas.`) : note(`This run has no ${what.toLowerCase()} of the feature.`);
   document.title = `Feature ${row.feature}`;
-  $("feature").replaceChildren(...there([
+  $("feature").replaceChildren(...present([
     el("nav", { "aria-label": "Features" }, home(), step("previous", "‹ previous", at > 0 ? all[at - 1] : null), step("next", "next ›", at >= 0 ? all[at + 1] : null), share),
     el("h1", {}, `Feature ${row.feature}`),
-    el("p", { class: "description" }, row.description || (data.reason || row.status !== "ok" ? `No description: ${data.reason || plain(row.status ?? "not examined")}.` : "It was not described yet.")),
-    described_alike(row),
+    el("p", { class: "explanation" }, row.explanation || (data.reason || row.status !== "ok" ? `No explanation: ${data.reason || plain(row.status ?? "not examined")}.` : "It has no explanation yet.")),
+    explained_alike(row),
     data.tags.length ? el("ul", { class: "tags", "aria-label": "Properties" }, data.tags.map(tag => el("li", {}, tag))) : null,
     row.f1 == null ? null : el("ul", { class: "scores", "aria-label": "Scores" }, score("F1", row.f1, data.interval), score("precision", row.precision), score("recall", row.recall),
-      data.near_f1 == null ? null : score("F1 against near misses", data.near_f1), score("F1 with another feature's description", row.shuffled_f1, "control", true), score("F1 of always saying yes", data.always_yes_f1, "control", true)),
+      data.near_f1 == null ? null : score("F1 against near misses", data.near_f1), score("F1 with another feature's explanation", row.shuffled_f1, "control", true), score("F1 of always saying yes", data.always_yes_f1, "control", true)),
     el("p", { class: "where" }, data.about),
-    el("div", { class: "cards" }, card("How strongly it fires", histogram(data)), card("Where it fires", places(data)), card("Words it votes for", votes(data)), card("Nearest features", neighbours(data))),
-    section("On the films", data.films.length ? [el("div", { class: "films" }, data.films.map(film)), el("p", { class: "where" }, data.films_about)] : data.places.image || saerad.table.published ? left("Films") : note("It does not fire on films.")),
+    el("div", { class: "cards" }, card("How strongly it fires", histogram(data)), card("Where it fires", places(data)), card("Logit lens: what it promotes", logitLens(data)), card("Nearest features", neighbours(data))),
+    section("On the radiographs", data.views.length ? [el("div", { class: "views" }, data.views.map(view)), el("p", { class: "where" }, data.views_about)] : data.places.image || saerad.table.published ? left("Radiographs") : note("It does not fire on radiographs.")),
     section("In the text", data.groups.length ? contexts(data) : left("Contexts")),
     section("What pushing on it does", data.doses.length ? [el("p", { class: "where" }, data.steering), el("div", { class: "cards two" }, card("What becomes of the reports", outcomes(data)), card("More push, more change?", dose(data)))] : note("This feature was not steered."),
       data.steered.map(pair), data.doses.length && !data.steered.length ? left("Steered reports") : null)]));
@@ -239,12 +238,12 @@ function feature(row, data) {
   window.scrollTo(0, 0);
 }
 
-function described_alike(row, most = 12) {      // the others whose descriptions say the same
+function explained_alike(row, most = 12) {      // the others whose explanations say the same
   const others = (saerad.alike.get(row.alike) ?? []).filter(other => other !== row.feature);
   if (!others.length) return null;
   const named = others.slice(0, most).flatMap((other, i) => [i ? ", " : "", feature_link(other)]), rest = others.length - most;
   const all = { ...Object.fromEntries(Object.keys(saerad.state).map(name => [name, ""])), alike: row.alike };
-  return el("p", { class: "where alike" }, "Described alike: ", named, rest > 0 ? ` and ${rest} more` : null, " · ", el("a", { href: address(all) }, "see them side by side"));
+  return el("p", { class: "where alike" }, "Explained alike: ", named, rest > 0 ? ` and ${rest} more` : null, " · ", el("a", { href: address(all) }, "see them side by side"));
 }
 
 const card = (title, body) => el("section", { class: "card" }, el("h3", {}, title), body);
@@ -281,12 +280,12 @@ function places(data) {
 }
 
 function outcomes(data) {
-  const rows = data.doses.flatMap(d => Object.keys(OUTCOMES).map(kind => ({ alpha: d.name, kind: plain(kind), share: d[kind] })));
-  const label = data.doses.map(d => `${d.name}: ${Object.keys(OUTCOMES).map(kind => `${plain(kind)} ${Math.round(100 * d[kind])} percent`).join(", ")}`).join("; ");
+  const rows = data.doses.flatMap(d => Object.keys(saerad.table.outcomes).map(kind => ({ alpha: d.name, kind: plain(kind), share: d[kind] })));
+  const label = data.doses.map(d => `${d.name}: ${Object.keys(saerad.table.outcomes).map(kind => `${plain(kind)} ${Math.round(100 * d[kind])} percent`).join(", ")}`).join("; ");
   return [chart(label, { height: 46 + 26 * data.doses.length, marginLeft: 64, marginTop: 4, marginBottom: 36, x: { label: "share of reports", labelAnchor: "center", labelArrow: "none", domain: [0, 1], ticks: 4 }, y: { label: null, domain: data.doses.map(d => d.name) },
-    color: { domain: Object.keys(OUTCOMES).map(plain), range: Object.values(OUTCOMES) },
+    color: { domain: Object.keys(saerad.table.outcomes).map(plain), range: Object.values(saerad.table.outcomes) },
     marks: [vendoredPlot.barX(rows, { x: "share", y: "alpha", fill: "kind", stroke: INK, strokeWidth: 0.3, insetTop: 3, insetBottom: 3 })] }),
-    el("ul", { class: "legend" }, Object.entries(OUTCOMES).map(([kind, colour]) => el("li", {}, el("i", { style: `background:${colour}` }), plain(kind))))];
+    el("ul", { class: "legend" }, Object.entries(saerad.table.outcomes).map(([kind, colour]) => el("li", {}, el("i", { style: `background:${colour}` }), plain(kind))))];
 }
 
 function dose(data) {
@@ -299,25 +298,25 @@ function dose(data) {
     el("ul", { class: "legend" }, el("li", {}, el("i", { style: `background:${INK};border-radius:50%` }), "changed"), el("li", {}, el("i", { style: "background:#2A9D78;transform:rotate(45deg)" }), "changed on target (also with other changes)"))];
 }
 
-function votes(data) {
-  if (!data.promoted.length) return note("The words were not computed in this run; ", command("portray"), " does it.");
-  const list = (title, words, kind) => el("div", {}, el("h4", {}, title), el("ol", { class: `words ${kind}` }, words.map(([word, vote]) => el("li", {}, el("code", {}, word), el("small", {}, minus(vote.toFixed(2)))))));
-  return [el("div", { class: "votes" }, list("promoted", data.promoted, "up"), list("suppressed", data.suppressed, "down")), el("p", { class: "where" }, "Decoder row through the unembedding: a hint, since the layers in between are left out.")];
+function logitLens(data) {
+  if (!data.promoted.length) return note("The promoted tokens were not computed in this run; ", command("portray"), " does it.");
+  const list = (title, words, kind) => el("div", {}, el("h4", {}, title), el("ol", { class: `words ${kind}` }, words.map(([word, logit]) => el("li", {}, el("code", {}, word), el("small", {}, minus(logit.toFixed(2)))))));
+  return [el("div", { class: "lens" }, list("promoted", data.promoted, "up"), list("suppressed", data.suppressed, "down")), el("p", { class: "where" }, "Decoder row through the unembedding: a hint, since the layers in between are left out.")];
 }
 
 function neighbours(data) {
   if (!data.neighbours.length) return note("Not computed in this run; ", command("portray"), " does it.");
-  return [el("ol", { class: "near" }, data.neighbours.map(([other, cosine]) => el("li", {}, feature_link(other), el("small", {}, minus(cosine.toFixed(2))), el("span", {}, brief(saerad.byFeature.get(other)?.description || "no description"))))), el("p", { class: "where" }, "By the cosine of the decoder rows.")];
+  return [el("ol", { class: "near" }, data.neighbours.map(([other, cosine]) => el("li", {}, feature_link(other), el("small", {}, minus(cosine.toFixed(2))), el("span", {}, brief(saerad.byFeature.get(other)?.explanation || "no explanation"))))), el("p", { class: "where" }, "By the cosine of the decoder rows.")];
 }
 
 // ---- its exemplars
-function film(shown) {
+function view(shown) {
   const { columns, rows, patches, activations, boxes } = shown, top = Math.max(...activations, 1e-9), width = 100 / columns, height = 100 / rows;
   const best = patches[activations.indexOf(Math.max(...activations))];
   const cell = (patch, i) => el("svg:rect", { x: (patch % columns) * width, y: Math.floor(patch / columns) * height, width, height, fill: "#F0A000", "fill-opacity": (0.08 + 0.55 * activations[i] / top).toFixed(3) }, el("svg:title", {}, activations[i].toFixed(2)));
   const box = b => [el("svg:rect", { class: "box", x: b.left, y: b.top, width: b.width, height: b.height }), el("svg:rect", { class: "box dashed", x: b.left, y: b.top, width: b.width, height: b.height })];
   return el("figure", {}, el("svg:svg", { viewBox: "0 0 100 100", role: "img", "aria-label": `${shown.title}; strongest at patch row ${Math.floor(best / columns) + 1} of ${rows}, column ${best % columns + 1} of ${columns}` },
-    el("svg:image", { href: shown.film, width: 100, height: 100, preserveAspectRatio: "none" }), patches.map(cell), boxes.map(box)),
+    el("svg:image", { href: shown.image, width: 100, height: 100, preserveAspectRatio: "none" }), patches.map(cell), boxes.map(box)),
     el("figcaption", {}, el("b", {}, shown.title), boxes.length ? el("ul", {}, boxes.map(b => el("li", {}, b.text))) : null));
 }
 
@@ -332,7 +331,7 @@ function tokens(context, top) {
 
 function contexts(data) {
   const top = Math.max(1e-9, ...data.groups.flatMap(group => group.contexts.flatMap(context => context.activations)));
-  return [data.places.image > 0.5 ? note(`${percent(data.places.image)} of its firings are on patches of films; these are the others.`) : null, el("p", { class: "where" }, "The darker a word, the stronger the feature; the strongest is underlined, and pointing at a word shows its activation. Tenths are of the feature's own firings, by strength."),
+  return [data.places.image > 0.5 ? note(`${percent(data.places.image)} of its firings are on patches of radiographs; these are the others.`) : null, el("p", { class: "where" }, "The darker a word, the stronger the feature; the strongest is underlined, and pointing at a word shows its activation. Tenths are of the feature's own firings, by strength."),
     data.groups.map((group, i) => el("details", { class: "decile", open: i < 2 }, el("summary", {}, group.title), group.contexts.map(context =>
       el("div", { class: "context" }, el("small", {}, context.place), el("span", { class: "window" }, tokens(context, top))))))];
 }

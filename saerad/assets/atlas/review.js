@@ -6,7 +6,7 @@ let kept = { pack, reader: "", items: {} };
 
 function trouble(sentence) { $("trouble").textContent = sentence; $("trouble").hidden = !sentence; }
 
-function load() { try { const found = JSON.parse(localStorage.getItem(key)); if (found && found.pack === pack) kept = found; } catch (error) { console.warn(error); } }
+function load() { try { const stored = JSON.parse(localStorage.getItem(key)); if (stored && stored.pack === pack) kept = stored; } catch (error) { console.warn(error); } }
 
 function save() {
   try { localStorage.setItem(key, JSON.stringify(kept)); trouble(""); }
@@ -32,7 +32,7 @@ function show(number, moved = true) {
   $("jump").scrollIntoView({ block: "start" });
 }
 
-function reveal(section, yes) {          // what was guessed before the description was seen is not changed after it
+function reveal(section, yes) {          // what was guessed before the explanation was seen is not changed after it
   section.querySelector(".after").hidden = !yes;
   section.querySelector(".reveal").hidden = yes;
   for (const field of section.querySelectorAll("[name=guess], [name^=coherence]")) field.disabled = yes;
@@ -41,23 +41,23 @@ function reveal(section, yes) {          // what was guessed before the descript
 function fill() {
   $("reader").value = kept.reader;
   for (const section of items) {
-    const said = kept.items[section.dataset.item] ?? {};
-    section.querySelector("[name=guess]").value = said.guess ?? "";
-    section.querySelector("[name=comment]").value = said.comment ?? "";
-    for (const radio of section.querySelectorAll("[type=radio]")) radio.checked = said[radio.name.split("-")[0]] === Number(radio.value);
-    for (const box of section.querySelectorAll("[type=checkbox]")) box.checked = (said.confusions ?? []).includes(box.value);
-    reveal(section, Boolean(said.revealed));
+    const given = kept.items[section.dataset.item] ?? {};
+    section.querySelector("[name=guess]").value = given.guess ?? "";
+    section.querySelector("[name=comment]").value = given.comment ?? "";
+    for (const radio of section.querySelectorAll("[type=radio]")) radio.checked = given[radio.name.split("-")[0]] === Number(radio.value);
+    for (const box of section.querySelectorAll("[type=checkbox]")) box.checked = (given.confusions ?? []).includes(box.value);
+    reveal(section, Boolean(given.revealed));
   }
   progress();
 }
 
 for (const section of items) {
   section.addEventListener("input", event => {
-    const said = answer(section), field = event.target;
-    if (field.type === "radio") said[field.name.split("-")[0]] = Number(field.value);
-    else if (field.type === "checkbox") said.confusions = [...section.querySelectorAll("[type=checkbox]:checked")].map(box => box.value);
-    else said[field.name] = field.value;
-    said.at = new Date().toISOString();
+    const given = answer(section), field = event.target;
+    if (field.type === "radio") given[field.name.split("-")[0]] = Number(field.value);
+    else if (field.type === "checkbox") given.confusions = [...section.querySelectorAll("[type=checkbox]:checked")].map(box => box.value);
+    else given[field.name] = field.value;
+    given.at = new Date().toISOString();
     save();
   });
   section.querySelector(".reveal").addEventListener("click", () => { answer(section).revealed = true; reveal(section, true); save(); section.querySelector(".said").focus(); });
@@ -78,9 +78,9 @@ $("export").addEventListener("click", () => {
 
 $("import").addEventListener("change", async () => {
   try {
-    const found = JSON.parse(await $("import").files[0].text());
-    if (found.pack !== pack) { trouble("That file belongs to another pack; nothing was changed."); return; }
-    kept = { pack, reader: String(found.reader ?? ""), items: found.items ?? {} };
+    const file = JSON.parse(await $("import").files[0].text());
+    if (file.pack !== pack) { trouble("That file belongs to another pack; nothing was changed."); return; }
+    kept = { pack, reader: String(file.reader ?? ""), items: file.items ?? {} };
     save(); fill();
   } catch { trouble("That file holds no answers of a review; nothing was changed."); }
 });
