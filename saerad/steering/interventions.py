@@ -59,7 +59,6 @@ def clamping(sae: MatryoshkaSAE, features: Sequence[int], values: Sequence[float
     """Set features to values (normalised units, raw / `sae.scale`), whatever they were; 0 takes a feature out."""
     return _of_features(sae, features, torch.tensor(values).float(), -torch.ones(len(features)), positions, from_sentence)
 
-# %% ../../nbs/steering/interventions.ipynb #2b8fe1b8
 def scaling(sae: MatryoshkaSAE, features: Sequence[int], factors: Sequence[float], positions: Positions = "all",
             from_sentence: int = 0) -> Intervention:
     """Multiply the activations that features have; where a feature is silent nothing happens."""
