@@ -142,7 +142,7 @@ def explain_prompt(contexts: FeatureContexts, protocol: Protocol) -> list[Messag
     """Messages that ask for an explanation."""
     top = max(max(e.activations) for e in contexts.active)
     groups = {"Active excerpts:": [_heading(e, protocol) + mark_tokens(e, top, protocol) for e in select_active(contexts.active, protocol)],
-              "Near misses:": [unmarked(c, protocol) for c in contexts.near_silent[:protocol.near]],
+              "Near misses:": [unmarked(c, protocol) for c in contexts.hard_silent[:protocol.near]],
               "Silent excerpts:": [unmarked(c, protocol) for c in contexts.silent[:protocol.silent]]}
     lines = [line for head, excerpts in groups.items() if excerpts for line in (head, *_numbered(excerpts), "")]
     return [{"role": "system", "content": fill_prompt(protocol.explain_prompt, protocol._folder, scale=protocol.scale)},
