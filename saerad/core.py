@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['T', 'UserError', 'Section', 'write_beside', 'write_json', 'read_json', 'write_table', 'read_table', 'content_hash',
-           'file_hash', 'rng', 'torch_rng', 'progress', 'join_processes']
+           'file_hash', 'rng', 'torch_rng', 'progress', 'prefetch', 'join_processes']
 
 # %% ../nbs/core.ipynb #2b7c87e8
 import atexit
@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -116,6 +117,16 @@ def torch_rng(seed: int, *names: Any) -> torch.Generator:
 def progress(items: Iterable[T], desc: str, total: int | None = None) -> Iterable[T]:
     """A progress bar around `items` that appears after two seconds, and never where `TQDM_DISABLE` is set."""
     return tqdm(items, desc=desc, total=total, delay=2, leave=False, dynamic_ncols=True)
+
+# %% ../nbs/core.ipynb #366248df
+def prefetch(items: Iterator[T]) -> Iterator[T]:
+    """Yield the items, the next one being made in another thread; it is begun when the one before has been taken."""
+    end = object()
+    with ThreadPoolExecutor(1, "prefetch") as thread:
+        coming = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield item
 
 # %% ../nbs/core.ipynb #28b40fbf
 def join_processes() -> None:

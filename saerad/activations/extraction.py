@@ -26,8 +26,8 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from .store import TOKEN_SCHEMA, Store, StoreWriter, ahead
-from ..core import Section, UserError, content_hash, join_processes, progress, rng
+from .store import TOKEN_SCHEMA, Store, StoreWriter
+from ..core import Section, UserError, content_hash, join_processes, prefetch, progress, rng
 from ..studies.record import SPLITS, Source, Study
 from ..subjects.subject import Prompt, Subject
 
@@ -192,7 +192,7 @@ def passes(subject: Subject, windows: Iterator[list[Laid]], cfg: ExtractionConfi
            ) -> Iterator[tuple[list[Laid], list[Laid], dict[int, Callable[[], Tensor]]]]:
     """For every batch of every window: the window, if this is its last batch, the batch, and its kept rows by layer, on their way."""
     layers = hookpoints(cfg)
-    for window in ahead(windows):
+    for window in prefetch(windows):
         if cfg.reports == "generated": window = with_own_reports(subject, window, cfg)
         able = [laid for laid in window if laid.prompt is not None]
         batches = [[able[i] for i in b] for b in batches_by_length([len(laid.prompt) for laid in able], cfg.batch_size)] or [[]]

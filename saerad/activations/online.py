@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .extraction import ExtractionConfig, Laid, alone_at, read_windows, store_key, windows_of
-from .store import MEMORY, deal
+from .store import MEMORY, deal_batches
 from ..core import UserError, rng
 from ..studies.record import Source, Study
 from ..subjects.subject import Subject
@@ -42,7 +42,7 @@ class Online:
         """
         studies = self.source.split(split)
         if not studies: raise UserError(f"{self.source.spec} has no studies in its {split} split.")
-        return deal(self._buffers(studies, split, seed, start * batch_size), batch_size, start)
+        return deal_batches(self._buffers(studies, split, seed, start * batch_size), batch_size, start)
 
 # %% ../../nbs/activations/online.ipynb #8e2448a4
 @patch
