@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MiniConfig', 'findings_of', 'answers_of', 'places_of', 'LabelHead', 'patches_of', 'as_pixels', 'train_tower',
-           'Lesson', 'lessons_of', 'batches_by_length', 'report_loss', 'train_words', 'held_out_loss',
-           'gather_pictures', 'all_patches', 'train_tower_once', 'train_mini', 'DecoderConfig', 'train_decoder']
+           'Lesson', 'lessons_of', 'training_batches', 'report_loss', 'train_words', 'held_out_loss', 'gather_pictures',
+           'all_patches', 'train_tower_once', 'train_mini', 'DecoderConfig', 'train_decoder']
 
 # %% ../../nbs/subjects/mini.ipynb #b684cc7c
 from collections.abc import Mapping, Sequence
@@ -152,7 +152,7 @@ def lessons_of(studies: Sequence[Study], tokenizer: PreTrainedTokenizerBase, pat
     return lessons
 
 # %% ../../nbs/subjects/mini.ipynb #29237614
-def batches_by_length(lengths: Sequence[int], batch: int, draw: np.random.Generator) -> list[np.ndarray]:
+def training_batches(lengths: Sequence[int], batch: int, draw: np.random.Generator) -> list[np.ndarray]:
     """Every index once, in batches of similar length, the batches in random order."""
     order = np.argsort(np.asarray(lengths) + draw.random(len(lengths)) * 8, kind="stable")
     batches = np.array_split(order, max(1, len(order) // batch))
@@ -195,7 +195,7 @@ def _one_epoch(model: PreTrainedModel, train: Sequence[Lesson], patches: Tensor 
                seed: int, epoch: int) -> dict[str, float]:
     "Teach every lesson once; gives the losses of the last batch."
     model.train()
-    order = batches_by_length([len(x.ids) for x in train], cfg.batch, rng(seed, "words", epoch))
+    order = training_batches([len(x.ids) for x in train], cfg.batch, rng(seed, "words", epoch))
     for rows in progress(order, f"teaching the words, epoch {epoch + 1} of {cfg.epochs}"):
         with torch.autocast("cpu", torch.bfloat16):
             loss, looking = report_loss(model, [train[i] for i in rows], patches, look)
@@ -244,7 +244,7 @@ def held_out_loss(model: PreTrainedModel, lessons: Sequence[Lesson], patches: Te
     """Cross-entropy (nats a report token) on lessons that were not trained on."""
     was, total, count = model.training, 0.0, 0
     model.eval()
-    for rows in batches_by_length([len(x.ids) for x in lessons], cfg.batch, rng(0)):
+    for rows in training_batches([len(x.ids) for x in lessons], cfg.batch, rng(0)):
         tokens = sum(len(lessons[i].ids) - lessons[i].begin - 1 for i in rows)
         with torch.autocast("cpu", torch.bfloat16): loss = report_loss(model, [lessons[i] for i in rows], patches, None)[0]
         total, count = total + float(loss) * tokens, count + tokens

@@ -19,7 +19,6 @@ from saerad.subjects.mini import (
     DecoderConfig,
     MiniConfig,
     answers_of,
-    batches_by_length,
     findings_of,
     gather_pictures,
     lessons_of,
@@ -27,6 +26,7 @@ from saerad.subjects.mini import (
     report_loss,
     train_decoder,
     train_mini,
+    training_batches,
 )
 from saerad.subjects.subject import SubjectConfig, find_checkpoint, new_mini, open_subject, train_tokenizer
 
@@ -58,7 +58,7 @@ def test_without_a_truth_the_report_is_read():
 
 def test_batches_hold_every_lesson_once():
     lengths = list(np.random.default_rng(0).integers(10, 300, 101))
-    batches = batches_by_length(lengths, 8, np.random.default_rng(1))
+    batches = training_batches(lengths, 8, np.random.default_rng(1))
     assert sorted(np.concatenate(batches)) == list(range(101))
     assert np.median([np.ptp([lengths[i] for i in b]) for b in batches]) < 40
 
