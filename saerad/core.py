@@ -26,8 +26,6 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
-T = TypeVar("T")
-
 # %% ../nbs/core.ipynb #23fdec34
 class UserError(Exception):
     """Something wrong with an input, in one plain sentence that names it and the mend."""
@@ -114,13 +112,18 @@ def torch_rng(seed: int, *names: Any) -> torch.Generator:
     return torch.Generator().manual_seed(_seed(seed, names) % 2**63)
 
 # %% ../nbs/core.ipynb #c2220648
+T = TypeVar("T")
+
 def progress(items: Iterable[T], desc: str, total: int | None = None) -> Iterable[T]:
     """A progress bar around `items` that appears after two seconds, and never where `TQDM_DISABLE` is set."""
     return tqdm(items, desc=desc, total=total, delay=2, leave=False, dynamic_ncols=True)
 
-# %% ../nbs/core.ipynb #366248df
+# %% ../nbs/core.ipynb #5fe888b5
 def prefetch(items: Iterator[T]) -> Iterator[T]:
-    """Yield the items, the next one being made in another thread; it is begun when the one before has been taken."""
+    """Yield `items`, each made in another thread while the one before it is in use.
+
+    The next item is begun when the one before has been taken; an error in making one is raised where that item would have come.
+    """
     end = object()
     with ThreadPoolExecutor(1, "prefetch") as thread:
         coming = thread.submit(next, items, end)

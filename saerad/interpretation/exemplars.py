@@ -469,7 +469,7 @@ class Encoder:
 
 def is_large(sae: MatryoshkaSAE, least: int = 2**22) -> bool:
     """Whether a rough search pays: weights that are many, float32 and on a CPU that multiplies bfloat16, and a compiler for the kernels."""
-    able = sae.W_enc.device.type == "cpu" and sae.W_enc.dtype == torch.float32 and sae.selection == "batch" and float(sae.threshold) > 0
+    able = sae.W_enc.device.type == "cpu" and sae.W_enc.dtype == torch.float32 and sae.kind == "batch_topk" and float(sae.threshold) > 0
     return able and sae.d * sae.width >= least and has_bfloat16(sae.W_enc.device) and kernels.native() is not None
 
 # %% ../../nbs/interpretation/exemplars.ipynb #cadf7eea

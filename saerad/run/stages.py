@@ -122,7 +122,7 @@ STAGES = {s.name: s for s in (
     Stage("subject", do_subject, ("subject", "studies"), (), ("subjects/mini", "subjects/subject"), ("subject",), ("studies",)),
     Stage("extract", do_extract, ("extraction",), ("subject",), ("activations/extraction", "activations/store", "subjects/subject"),
           ("activations",), ("studies", "model")),
-    Stage("train", do_train, ("sae", "training"), ("extract",), ("sae/model", "sae/training", "sae/kernels", "sae/ranks"),
+    Stage("train", do_train, ("sae", "training"), ("extract",), ("sae/model", "sae/kinds", "sae/training", "sae/kernels", "sae/ranks"),
           ("sae/sae.safetensors", "sae/config.json", "sae/metrics.jsonl", "sae/checkpoint")),
     Stage("evaluate", do_evaluate, ("evaluation",), ("train",), ("sae/evaluation",), ("sae/evaluation.json", "sae/concepts.parquet", "sae/control")),
     Stage("exemplars", do_exemplars, ("exemplars",), ("train",),

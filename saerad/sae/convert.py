@@ -50,7 +50,8 @@ class Found:
 def sae(self: Found) -> MatryoshkaSAE:
     """The SAE itself; raises `UserError` when its threshold was never set."""
     check_tensors(f"this {self.format} checkpoint", self.tensors, *self.tensors["W_enc"].shape)
-    sae = MatryoshkaSAE(self.tensors["W_enc"].shape[0], self.group_sizes, self.k, self.level_weights, selection=self.selection, drawn=False)
+    kind = "topk" if self.selection == "token" else "batch_topk"
+    sae = MatryoshkaSAE(self.tensors["W_enc"].shape[0], self.group_sizes, self.k, self.level_weights, kind=kind, drawn=False)
     sae.load_state_dict(self.tensors)
     return sae.eval().requires_grad_(False)
 
@@ -152,7 +153,7 @@ def _in_its_layout(path: Path) -> Found | None:
     if (path / "sae.safetensors").exists() and (path / "cfg.json").exists(): return recalled(_from_sparsify(path), path)
     if not (path / "sae.safetensors").exists(): return None
     sae = MatryoshkaSAE.load(path)
-    return Found("saerad", sae.kind, sae.tensors(), sae.group_sizes, sae.k, [], sae.selection, sae.level_weights)
+    return Found("saerad", sae.kind_name, sae.tensors(), sae.group_sizes, sae.k, [], "token" if sae.kind == "topk" else "batch", sae.level_weights)
 
 # %% ../../nbs/sae/convert.ipynb #b1bb4ef7
 def read_sae(path: Path | str) -> Found:

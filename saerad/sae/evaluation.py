@@ -419,7 +419,7 @@ def random_control(store: Store, sae: MatryoshkaSAE, subject: Subject, source: S
     """
     settings, found = ExtractionConfig(**store.meta["made_from"]["settings"]), {}
     studies = _some(source.split("train"), cfg.control_studies) + _some(source.split("test"), max(1, cfg.control_studies // 4))
-    some, shape = replace(source, studies=studies), SAEConfig(expansion=max(1, sae.width // sae.d), k=sae.k, selection=sae.selection)
+    some, shape = replace(source, studies=studies), SAEConfig(expansion=max(1, sae.width // sae.d), k=sae.k, kind=sae.kind)
     training = TrainingConfig(steps=cfg.control_steps, batch_size=1024)
     for name, world in (("control", shuffled(subject)), ("control_trained", nullcontext(subject))):
         with world as model: control = extract(some, model, settings, Path(out) / name / "activations")

@@ -18,11 +18,10 @@ import torch
 import torch.distributed as dist
 from fastcore.basics import patch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..activations.store import Store
 from ..core import UserError, join_processes
-from .model import MatryoshkaSAE
 
 # %% ../../nbs/sae/ranks.ipynb #47a16fcf
 class Ranks:
@@ -44,7 +43,7 @@ class Ranks:
 
 # %% ../../nbs/sae/ranks.ipynb #d8a2c645
 @patch(as_prop=True)
-def first(self: Ranks) -> bool:
+def is_first(self: Ranks) -> bool:
     """Whether this process writes what is written once."""
     return self.rank == 0
 
@@ -91,13 +90,13 @@ def barrier(self: Ranks) -> None:
 def kth_largest(self: Ranks, values: Float[Tensor, "..."], k: int) -> float:
     """The k-th largest positive float32 among all processes' `values`, exactly; 0 when fewer are positive."""
     bits = values[values > 0].float().view(torch.int32)
-    high, left = _bin(self, bits >> 16, k)
+    high, left = _bin_of_kth(self, bits >> 16, k)
     if high < 0: return 0.0
-    low, _ = _bin(self, bits[bits >> 16 == high] & 0xffff, left)
+    low, _ = _bin_of_kth(self, bits[bits >> 16 == high] & 0xffff, left)
     return float(torch.tensor(high << 16 | low, dtype=torch.int32).view(torch.float32))
 
 # %% ../../nbs/sae/ranks.ipynb #fecde716
-def _bin(ranks: Ranks, bits: Tensor, k: int) -> tuple[int, int]:
+def _bin_of_kth(ranks: Ranks, bits: Tensor, k: int) -> tuple[int, int]:
     "The bin of the k-th largest, and which it is within that bin; -1 when there are fewer."
     counts = ranks.everywhere(torch.bincount(bits, minlength=1 << 16)).cpu()
     above = counts.flip(0).cumsum(0)
@@ -141,22 +140,26 @@ def _rows(ranks: Ranks, sizes: Sequence[int], rank: int) -> Tensor:
     return torch.cat([torch.arange(a + rank * n // ranks.size, a + (rank + 1) * n // ranks.size) for a, n in zip(starts, sizes, strict=True)])
 
 # %% ../../nbs/sae/ranks.ipynb #05b4b833
+def _feature_axes(sae: nn.Module) -> dict[str, int]:
+    "The tensors of an SAE that have an entry for every feature, and along which axis; the encoder's features are columns."
+    return {name: int(name == "W_enc") for name, p in sae.named_parameters() if name != "b_dec"}
+
+# %% ../../nbs/sae/ranks.ipynb #dc5dc2ef
 @patch
-def part(self: Ranks, sae: MatryoshkaSAE) -> MatryoshkaSAE:
+def part(self: Ranks, sae: nn.Module) -> nn.Module:
     """The SAE that this process trains, on its device: all of it, or its share of the features."""
     if not self.shard: return sae.to(self.device)
-    rows = _rows(self, sae.group_sizes, self.rank)
-    mine = MatryoshkaSAE(sae.d, [n // self.size for n in sae.group_sizes], sae.k, sae.level_weights, selection=sae.selection, drawn=False)
-    state = sae.state_dict()
-    mine.load_state_dict(state | {"W_enc": state["W_enc"][:, rows], "W_dec": state["W_dec"][rows], "b_enc": state["b_enc"][rows]})
-    return mine.to(self.device)
+    rows, state = _rows(self, sae.group_sizes, self.rank), sae.state_dict()
+    own = sae.with_groups([n // self.size for n in sae.group_sizes])
+    own.load_state_dict(state | {name: state[name].index_select(axis, rows) for name, axis in _feature_axes(sae).items()})
+    return own.to(self.device)
 
 # %% ../../nbs/sae/ranks.ipynb #4f6a9ed8
-def _joined(ranks: Ranks, t: Float[Tensor, "part ..."], sizes: Sequence[int]) -> Float[Tensor, "whole ..."] | None:
+def _gather_rows(ranks: Ranks, t: Float[Tensor, "part ..."], sizes: Sequence[int]) -> Float[Tensor, "whole ..."] | None:
     "The rows of all processes in the order of the whole dictionary, in the first process; None in the others."
-    parts = [torch.empty_like(t) for _ in range(ranks.size)] if ranks.first else None
+    parts = [torch.empty_like(t) for _ in range(ranks.size)] if ranks.is_first else None
     dist.gather(t, parts)
-    if not ranks.first: return None
+    if not ranks.is_first: return None
     joined = t.new_empty(sum(sizes), *t.shape[1:], device="cpu")
     for rank, one in enumerate(parts): joined[_rows(ranks, sizes, rank)] = one.cpu()
     return joined
@@ -164,20 +167,20 @@ def _joined(ranks: Ranks, t: Float[Tensor, "part ..."], sizes: Sequence[int]) ->
 # %% ../../nbs/sae/ranks.ipynb #5c2b48ce
 @patch
 @torch.no_grad()
-def whole(self: Ranks, sae: MatryoshkaSAE) -> MatryoshkaSAE:
+def whole(self: Ranks, sae: nn.Module) -> nn.Module:
     """The trained SAE on the CPU, put together in the first process (the others keep their part)."""
     if not self.shard: return sae.cpu()
     sizes, state = [n * self.size for n in sae.group_sizes], dict(sae.state_dict())
-    for name in ("W_enc", "W_dec", "b_enc"):
-        joined = _joined(self, (state[name].T if name == "W_enc" else state[name]).contiguous(), sizes)
-        if self.first: state[name] = joined.T.contiguous() if name == "W_enc" else joined
-    if not self.first: return sae.cpu()
-    full = MatryoshkaSAE(sae.d, sizes, sae.k, sae.level_weights, selection=sae.selection, drawn=False)
+    for name, axis in _feature_axes(sae).items():
+        joined = _gather_rows(self, (state[name].T if axis else state[name]).contiguous(), sizes)
+        if self.is_first: state[name] = joined.T.contiguous() if axis else joined
+    if not self.is_first: return sae.cpu()
+    full = sae.with_groups(sizes)
     full.load_state_dict(state)
     return full
 
 # %% ../../nbs/sae/ranks.ipynb #33ceb3d1
-class _Share:
+class _BatchSlice:
     "A store whose batches are one process's slice of the joined ones."
     def __init__(self, store: Store, rank: int, size: int):
         self.store, self.rank, self.size = store, rank, size
@@ -194,9 +197,9 @@ class _Share:
 
 # %% ../../nbs/sae/ranks.ipynb #66bf3e9b
 @patch
-def mine(self: Ranks, store: Store) -> Any:
+def reader(self: Ranks, store: Store) -> Any:
     """What this process reads its batches from."""
-    return store if self.size == 1 or self.shard else _Share(store, self.rank, self.size)
+    return store if self.size == 1 or self.shard else _BatchSlice(store, self.rank, self.size)
 
 # %% ../../nbs/sae/ranks.ipynb #b98844f4
 @patch
@@ -214,10 +217,10 @@ def _file(ranks: Ranks, folder: Path, step: int) -> Path:
 
 # %% ../../nbs/sae/ranks.ipynb #1b957554
 @patch
-def keep(self: Ranks, folder: Path, step: int, save: Callable[[Path], None]) -> None:
+def save_checkpoint(self: Ranks, folder: Path, step: int, save: Callable[[Path], None]) -> None:
     """Write the checkpoint of one step."""
     if self.shard: save(_file(self, folder, step))
-    elif self.first: save(folder / "state.safetensors")
+    elif self.is_first: save(folder / "state.safetensors")
     self.barrier()
     if not self.shard: return
     for old in folder.glob(f"state-*-{self.rank}of{self.size}.safetensors"):
@@ -225,7 +228,7 @@ def keep(self: Ranks, folder: Path, step: int, save: Callable[[Path], None]) -> 
 
 # %% ../../nbs/sae/ranks.ipynb #98bc4408
 @patch
-def found(self: Ranks, folder: Path) -> list[Path]:
+def resumable(self: Ranks, folder: Path) -> list[Path]:
     """The checkpoint that all processes can take up, if there may be one."""
     if not self.shard: return [folder / "state.safetensors"]
     steps = [int(p.name.split("-")[1]) for p in folder.glob(f"state-*-{self.rank}of{self.size}.safetensors")]

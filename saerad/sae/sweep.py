@@ -53,7 +53,7 @@ def compared(name: str, jobs: dict[str, Job], saes: dict[str, MatryoshkaSAE], ro
     split = next(s for s in ("validation", "test", "train") if len(job.store.where(s)))
     found = reconstruction(job.store, sae, spread(job.store.where(split), rows))
     shared = [agreement(sae, saes[n])["matched"] for n in _twins(name, jobs)]
-    return {"name": name, "d": sae.d, "width": sae.width, "k": sae.k, "kind": sae.kind, "group_order": sae.group_order, "seed": job.seed,
+    return {"name": name, "d": sae.d, "width": sae.width, "k": sae.k, "kind": sae.kind_name, "group_order": sae.group_order, "seed": job.seed,
             "store": job.store.folder.name, "split": split, "rows": found["rows"], "fvu": found["fvu"], "l0": found["l0"], "silent": found["silent"],
             "decoder_cosine": decoder_cosine(sae)["mean_nearest"], "seed_agreement": sum(shared) / len(shared) if shared else None}
 

@@ -350,7 +350,7 @@ def select(self: Trainer, x: Float[Tensor, "n d"], tokens: int) -> Kept:
     sae = self.sae
     with torch.no_grad():
         pre = product(x - sae.b_dec, sae.W_enc, self.fast and x.is_cuda).add_(sae.b_enc)
-        return token_topk(pre, sae.k) if sae.selection == "token" else batch_topk(pre, sae.k, self.ranks, tokens)
+        return token_topk(pre, sae.k) if sae.kind == "topk" else batch_topk(pre, sae.k, self.ranks, tokens)
 
 # %% ../../nbs/sae/training.ipynb #96cebf07
 @patch
@@ -492,7 +492,7 @@ def native_step(self: Trainer, x: Tensor, dead: Tensor, tokens: int) -> Taken:
     sae, aux = self.sae, 0.0
     centred = torch.sub(x, sae.b_dec, out=self.room("centred", x.shape))
     step = kernels.Step(centred, sae.W_enc.detach().T, sae.W_dec.detach(), sae.group_sizes, sae.level_weights, self.scratch)
-    places, value, cut = (self.search_by_token if sae.selection == "token" else self.search)(step, centred)
+    places, value, cut = (self.search_by_token if sae.kind == "topk" else self.search)(step, centred)
     reviving = bool(len(dead) and self.cfg.aux_alpha)
     found, bias = kernels.measure(step, places, value, residual=reviving), 0.0
     if reviving:
@@ -707,13 +707,13 @@ class _Run:
         plain = MatryoshkaSAE.from_config(job.store.d, job.sae, job.seed)
         self.trainer = self._trainer(plain)
         if not self._restore(): self.trainer = self._trainer(begin(job.store, job.sae, job.training, job.seed, seed))
-        if ranks.first: job.out.mkdir(parents=True, exist_ok=True)
+        if ranks.is_first: job.out.mkdir(parents=True, exist_ok=True)
         ranks.barrier()
 
     def _trainer(self, sae: MatryoshkaSAE) -> Trainer: return Trainer(self.ranks.part(sae), self.job.training, self.ranks)
 
     def _restore(self) -> bool:
-        for path in self.ranks.found(self.folder):
+        for path in self.ranks.resumable(self.folder):
             if self.ranks.all(self.trainer.restore(path, self.fingerprint)): return True
         return False
 
@@ -721,11 +721,12 @@ class _Run:
         metrics, cfg, step = self.trainer.advance(x), self.job.training, self.trainer.step
         last = step == cfg.steps
         if last or step % cfg.log_every == 0: log.write(metrics)
-        if last or step % cfg.checkpoint_every == 0: self.ranks.keep(self.folder, step, lambda path: self.trainer.save(path, self.fingerprint))
+        if last or step % cfg.checkpoint_every == 0:
+            self.ranks.save_checkpoint(self.folder, step, lambda path: self.trainer.save(path, self.fingerprint))
 
     def finish(self) -> MatryoshkaSAE:
         sae = self.ranks.whole(self.trainer.sae)
-        if self.ranks.first: sae.save(self.job.out)
+        if self.ranks.is_first: sae.save(self.job.out)
         return sae.eval().requires_grad_(False)
 
 # %% ../../nbs/sae/training.ipynb #913c3b7f
@@ -736,9 +737,9 @@ def _loop(runs: Sequence[_Run], seed: int) -> None:
     ranks, size = runs[0].ranks, runs[0].job.training.batch_size
     stores = {id(run.job.store): run.job.store for run in runs}
     with ExitStack() as stack:
-        streams = {key: ahead(ranks.mine(store).batches("train", size, seed, start=first)) for key, store in stores.items()}
+        streams = {key: ahead(ranks.reader(store).batches("train", size, seed, start=first)) for key, store in stores.items()}
         readers = {key: stack.enter_context(closing(stream)) for key, stream in streams.items()}
-        logs = [stack.enter_context(Log(run.job.out, run.trainer.step, silent=not ranks.first)) for run in runs]
+        logs = [stack.enter_context(Log(run.job.out, run.trainer.step, silent=not ranks.is_first)) for run in runs]
         for step in progress(range(first, steps), "training the SAE" if len(runs) == 1 else f"training {len(runs)} SAEs"):
             batches = {key: next(reader)[2] for key, reader in readers.items()}
             for run, log in zip(runs, logs, strict=True):

@@ -405,7 +405,7 @@ def test_only_large_dictionaries_are_searched(monkeypatch):
     monkeypatch.setattr(kernels, "native", lambda: None)
     x = rows(10)
     assert not Encoder(sae).quick and torch.equal(Encoder(sae)(x), sae.encode(x))
-    sae.selection = "token"
+    sae.kind = "topk"
     assert not Encoder(sae).quick
 
 

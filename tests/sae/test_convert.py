@@ -25,9 +25,9 @@ def test_folding_the_scale_changes_units_and_nothing_else(sae, x):
 
 
 @pytest.mark.parametrize("to", FORMATS)
-@pytest.mark.parametrize("selection", ["batch", "token"])
-def test_round_trips_end_with_the_same_bytes(sae, x, tmp_path, to, selection):
-    sae.selection = selection
+@pytest.mark.parametrize("kind", ["batch_topk", "topk"])
+def test_round_trips_end_with_the_same_bytes(sae, x, tmp_path, to, kind):
+    sae.kind = kind
     sae.save(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "out", to, force=True)
     convert(tmp_path / "out", tmp_path / "back", "saerad")
@@ -37,7 +37,7 @@ def test_round_trips_end_with_the_same_bytes(sae, x, tmp_path, to, selection):
 
 @pytest.mark.parametrize("to", FORMATS[1:])
 def test_without_our_files_beside_it_a_copy_still_means_the_same(sae, x, tmp_path, to):
-    if to == "sparsify": sae = MatryoshkaSAE.from_config(16, SAEConfig(k=8, group_fractions=(1.0,), selection="token"))
+    if to == "sparsify": sae = MatryoshkaSAE.from_config(16, SAEConfig(k=8, group_fractions=(1.0,), kind="topk"))
     if to == "sparsify": sae.threshold.fill_(0.0)
     sae.save(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "out", to)
@@ -59,7 +59,7 @@ def test_our_file_beside_other_weights_is_ignored(sae, x, tmp_path):
 def test_a_lossy_export_is_refused_unless_forced(sae, tmp_path):
     sae.save(tmp_path / "ours")
     with pytest.raises(UserError, match="no threshold.*--force"): convert(tmp_path / "ours", tmp_path / "out", "sparsify")
-    sae.selection = "token"
+    sae.kind = "topk"
     sae.save(tmp_path / "token")
     for to in ("sae_lens", "dictionary_learning"):
         with pytest.raises(UserError, match="no Matryoshka"): convert(tmp_path / "token", tmp_path / "out", to)
@@ -67,7 +67,7 @@ def test_a_lossy_export_is_refused_unless_forced(sae, tmp_path):
 
 
 def test_sparsify_layout_by_its_own_formula(x, tmp_path):
-    sae = MatryoshkaSAE.from_config(16, SAEConfig(k=8, group_fractions=(1.0,), selection="token"))
+    sae = MatryoshkaSAE.from_config(16, SAEConfig(k=8, group_fractions=(1.0,), kind="topk"))
     sae.threshold.fill_(0.0)
     sae.scale.fill_(3.1)
     sae.save(tmp_path / "ours")

@@ -104,18 +104,18 @@ def test_sparse_rows_equal_dense_ones(sae, x):
 
 
 def test_a_topk_kind_keeps_k_for_every_token(x):
-    sae = MatryoshkaSAE.from_config(16, SAEConfig(k=5, group_fractions=(1.0,), selection="token"))
+    sae = MatryoshkaSAE.from_config(16, SAEConfig(k=5, group_fractions=(1.0,), kind="topk"))
     sae.threshold.fill_(0.0)
     pre = sae.preactivations(x)
     z = sae.encode(x)
     assert torch.equal(z > 0, (pre >= pre.sort(dim=1, descending=True).values[:, 4:5]) & (pre > 0))
-    assert torch.equal(z[z > 0], pre[z > 0]) and sae.kind == "topk"
+    assert torch.equal(z[z > 0], pre[z > 0]) and sae.kind_name == "topk"
     assert torch.equal(torch.cat([sae.encode(row[None]) for row in x]) > 0, z > 0)
 
 
 def test_kinds_have_names():
-    kinds = {((1,), "batch"): "batch_topk", ((1, 2), "batch"): "matryoshka_batch_topk", ((3,), "token"): "topk", ((1, 2), "token"): "matryoshka_topk"}
-    for (sizes, selection), kind in kinds.items(): assert MatryoshkaSAE(2, sizes, 1, selection=selection).kind == kind
+    for kind in ("batch_topk", "topk", "jumprelu"):
+        for sizes, name in (((3,), kind), ((1, 2), f"matryoshka_{kind}")): assert MatryoshkaSAE(2, sizes, 1, kind=kind).kind_name == name
 
 
 # --- files

@@ -203,8 +203,8 @@ def test_aux_gradients_by_hand_are_those_of_automatic_differentiation(k):
 
 ENGINES = ["reference", "dense", "sparse", *NATIVE]
 KINDS = {"matryoshka": SAEConfig(k=4), "reversed, weighted": SAEConfig(k=4, group_order="reversed", level_weights=(1, 0, 2, 1, 3)),
-         "batch topk": SAEConfig(k=4, group_fractions=(1.0,)), "topk": SAEConfig(k=4, group_fractions=(1.0,), selection="token"),
-         "matryoshka topk": SAEConfig(k=4, selection="token")}
+         "batch topk": SAEConfig(k=4, group_fractions=(1.0,)), "topk": SAEConfig(k=4, group_fractions=(1.0,), kind="topk"),
+         "matryoshka topk": SAEConfig(k=4, kind="topk")}
 
 
 def steps(engine: str, shape: SAEConfig, n: int = 12, **settings) -> tuple[MatryoshkaSAE, list[dict[str, float]]]:
@@ -248,16 +248,16 @@ def test_every_engine_revives_as_the_reference_does(engine):
 
 
 @pytest.mark.skipif(not NATIVE, reason="no C++ compiler")
-@pytest.mark.parametrize("selection", ["batch", "token"])
+@pytest.mark.parametrize("kind", ["batch_topk", "topk"])
 @pytest.mark.parametrize("precision", ["int8", "bfloat16", "float32"])
-def test_a_rough_search_keeps_what_float32_keeps(selection, precision):
+def test_a_rough_search_keeps_what_float32_keeps(kind, precision):
     cfg = TrainingConfig(engine="native", precision=precision, steps=10, batch_size=256)
-    trainer = Trainer(MatryoshkaSAE.from_config(96, SAEConfig(k=9, selection=selection)), cfg)
+    trainer = Trainer(MatryoshkaSAE.from_config(96, SAEConfig(k=9, kind=kind)), cfg)
     for seed in range(4):
         x = torch.randn(256, 96, generator=torch.Generator().manual_seed(seed)) / 96 ** 0.5
         expected = trainer.select(x, 256)
         step = kernels.Step(x, trainer.sae.W_enc.detach().T, trainer.sae.W_dec.detach(), trainer.sae.group_sizes, trainer.sae.level_weights)
-        places, value, cut = (trainer.search if selection == "batch" else trainer.search_by_token)(step, x)
+        places, value, cut = (trainer.search if kind == "batch_topk" else trainer.search_by_token)(step, x)
         assert torch.equal(places.row_of() * 384 + places.col, expected.row * 384 + expected.col)
         assert torch.allclose(value, expected.value, rtol=1e-5) and cut == pytest.approx(expected.cut, rel=1e-5)
 
