@@ -604,7 +604,7 @@ def _plan_pools(held: np.ndarray, size: int, place: int, seed: int, split: str) 
 # %% ../../nbs/activations/store.ipynb #6f232e52
 @patch
 def _fill_pool(self: Store, slices: list[_ShardSlice], pool: _PoolPlan, out: dict[str, np.ndarray], scratch: bytearray) -> None:
-    "Read the rows of a pool to their places in `out`, the disk being told of 64 shards at a time."
+    "Read the rows of a pool to their places in `out`; the operating system hears of 64 shards in advance."
     ends = np.cumsum(pool.counts)
     plan = zip(slices, pool.begins.tolist(), pool.counts.tolist(), ends.tolist(), strict=True)
     wanted = [(piece, begin, n, pool.places[end - n:end]) for piece, begin, n, end in plan if n]

@@ -41,7 +41,7 @@ def combinations(grid: dict[str, Sequence[Any]]) -> dict[str, list[str]]:
 
 # %% ../../nbs/sae/sweep.ipynb #f54b762c
 def _other_seeds(name: str, jobs: dict[str, Job]) -> list[str]:
-    "The jobs that differ from one by the seed alone."
+    "The jobs that differ from this one by the seed alone."
     job = jobs[name]
     return [n for n, other in jobs.items()
             if (other.store, other.sae, other.training) == (job.store, job.sae, job.training) and other.seed != job.seed]
