@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from _bench import alternate, report
 
-from saerad.activations.store import CHUNK, TOKEN_SCHEMA, Store, StoreWriter
+from saerad.activations.store import CHUNK_BYTES, TOKEN_SCHEMA, Store, StoreWriter
 from saerad.core import progress, torch_rng
 
 BATCH, STUDY = 4096, 150
@@ -39,7 +39,7 @@ def write_plain(path: Path, x: torch.Tensor) -> None:
     """The same bytes into one file, chunk after chunk."""
     data = memoryview(x.numpy()).cast("B")
     with open(path, "wb") as f:
-        for i in range(0, len(data), 16 * CHUNK): f.write(data[i:i + 16 * CHUNK])
+        for i in range(0, len(data), 16 * CHUNK_BYTES): f.write(data[i:i + 16 * CHUNK_BYTES])
 
 
 def read_plain(path: Path, shape: torch.Size, epochs: int) -> None:

@@ -16,8 +16,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .extraction import ExtractionConfig, Laid, alone_at, read_windows, store_key, windows_of
-from .store import MEMORY, deal
+from .extraction import ExtractionConfig, PreparedStudy, read_windows, single_layer, store_key, windows_of
+from .store import MEMORY, deal_batches
 from ..core import UserError, rng
 from ..studies.record import Source, Study
 from ..subjects.subject import Subject
@@ -27,7 +27,7 @@ class Online:
     """Rows of a hookpoint straight from the model, dealt as `Store.batches` deals them; `memory` bounds the buffer in bytes."""
     def __init__(self, source: Source, subject: Subject, cfg: ExtractionConfig, memory: int = MEMORY):
         if cfg.reports == "generated": raise UserError("extraction.reports is generated, which has no online mode; make a store.")
-        self.source, self.subject, self.cfg, self.d = source, subject, alone_at(cfg, cfg.layer), subject.d_model
+        self.source, self.subject, self.cfg, self.d = source, subject, single_layer(cfg, cfg.layer), subject.d_model
         self.size = max(1, memory // 3 // (4 * self.d))     # a buffer is gathered, shuffled and dealt: three times its size
 
     @cached_property
@@ -42,27 +42,27 @@ class Online:
         """
         studies = self.source.split(split)
         if not studies: raise UserError(f"{self.source.spec} has no studies in its {split} split.")
-        return deal(self._buffers(studies, split, seed, start * batch_size), batch_size, start)
+        return deal_batches(self._buffers(studies, split, seed, start * batch_size), batch_size, start)
 
 # %% ../../nbs/activations/online.ipynb #8e2448a4
 @patch
-def _windows(self: Online, studies: Sequence[Study], split: str, seed: int) -> Iterator[list[Laid]]:
-    "Windows of laid-out studies, epoch after epoch, each in an order of its own."
+def _windows(self: Online, studies: Sequence[Study], split: str, seed: int) -> Iterator[list[PreparedStudy]]:
+    "Windows of prepared studies, epoch after epoch, each in an order of its own."
     for epoch in count():
-        order, kept = rng(seed, "studies", split, epoch).permutation(len(studies)), 0
+        order, rows = rng(seed, "studies", split, epoch).permutation(len(studies)), 0
         for window in windows_of(self.subject, [studies[i] for i in order], self.cfg):
-            kept += _kept(window)
+            rows += _count_rows(window)
             yield window
-        if not kept: raise UserError(f"No token of the {split} split was kept; check the source and the token filter.")
+        if not rows: raise UserError(f"No token of the {split} split was kept; check the source and the token filter.")
 
-def _kept(window: Sequence[Laid]) -> int: return sum(len(laid.tokens) for laid in window if laid.tokens is not None)
+def _count_rows(window: Sequence[PreparedStudy]) -> int: return sum(len(prepared.tokens) for prepared in window if prepared.tokens is not None)
 
-def _from(windows: Iterator[list[Laid]], place: int) -> tuple[int, Iterator[list[Laid]]]:
+def _windows_from(windows: Iterator[list[PreparedStudy]], place: int) -> tuple[int, Iterator[list[PreparedStudy]]]:
     "Where the window that holds `place` begins, and the windows from it on."
     begin = 0
     for window in windows:
-        if begin + _kept(window) > place: return begin, chain([window], windows)
-        begin += _kept(window)
+        if begin + _count_rows(window) > place: return begin, chain([window], windows)
+        begin += _count_rows(window)
     raise ValueError("the windows end before that place")
 
 # %% ../../nbs/activations/online.ipynb #a9dde045
@@ -70,15 +70,15 @@ def _from(windows: Iterator[list[Laid]], place: int) -> tuple[int, Iterator[list
 def _buffers(self: Online, studies: Sequence[Study], split: str, seed: int, place: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     "Shuffled buffers from the one that holds `place` on, each with the place of its first row."
     first = place - place % self.size
-    begin, windows = _from(self._windows(studies, split, seed), first)
-    got, n, drop = [], 0, first - begin
-    for laid in read_windows(self.subject, windows, self.cfg):
-        if laid.problem: continue
-        x = laid.rows.pop(self.cfg.layer).float()
+    begin, windows = _windows_from(self._windows(studies, split, seed), first)
+    gathered, n, drop = [], 0, first - begin
+    for prepared in read_windows(self.subject, windows, self.cfg):
+        if prepared.problem: continue
+        x = prepared.rows.pop(self.cfg.layer).float()
         drop, x = max(0, drop - len(x)), x[drop:]
-        got, n = [*got, x], n + len(x)
+        gathered, n = [*gathered, x], n + len(x)
         while n >= self.size:
-            rows, order = torch.cat(got), rng(seed, "buffer", split, first).permutation(self.size)
-            got, n = [rows[self.size:].clone()], n - self.size
+            rows, order = torch.cat(gathered), rng(seed, "buffer", split, first).permutation(self.size)
+            gathered, n = [rows[self.size:].clone()], n - self.size
             yield first, {"order": first + order, "activations": rows[torch.from_numpy(order)].numpy()}
             first += self.size

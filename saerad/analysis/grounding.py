@@ -20,7 +20,7 @@ from sklearn.metrics import roc_auc_score
 from ..activations.extraction import residuals
 from ..activations.store import Store
 from ..core import progress
-from ..sae.evaluation import with_other_picture
+from ..sae.evaluation import with_other_views
 from ..sae.model import MatryoshkaSAE
 from ..show.portraits import view_activations
 from ..studies.findings import PHANTOM_KINDS, Finding
@@ -73,7 +73,7 @@ def picture_variants(subject: Subject, studies: Sequence[Study], reports: bool =
     """Prompts of the studies with their own picture, with another patient's, and with an even grey; `reports`: teacher-forced."""
     def laid(some: Sequence[Study]) -> list[Prompt]: return [subject.prompt(s, s.sections["findings"] if reports else None) for s in some]
     own = laid(studies)
-    return {"own": own, "another's": laid(with_other_picture(studies)), "none": [replace(p, pixels=torch.zeros_like(p.pixels)) for p in own]}
+    return {"own": own, "another's": laid(with_other_views(studies)), "none": [replace(p, pixels=torch.zeros_like(p.pixels)) for p in own]}
 
 # %% ../../nbs/analysis/grounding.ipynb #601d82bf
 def prior_variants(study: Study, other: Study) -> dict[str, Study]:

@@ -13,7 +13,7 @@ from scipy import sparse
 from scipy.stats import rankdata
 
 from ..activations.store import Store
-from ..sae.evaluation import EvaluationConfig, concept_tokens, concepts_of, spread
+from ..sae.evaluation import EvaluationConfig, concept_tokens, concepts_of, evenly_spaced
 from ..studies.record import Source
 
 # %% ../../nbs/analysis/probes.ipynb #822282aa
@@ -56,7 +56,7 @@ def direction_recovery(store: Store, source: Source, cfg: EvaluationConfig = Eva
     enough = (marks.sum(0) >= cfg.min_positives[0]) & (marks_test.sum(0) >= cfg.min_positives[1])
     marks, marks_test = marks[:, enough], marks_test[:, enough]
     names = [c.name for c, kept in zip(concepts_of("word"), enough, strict=True) if kept]
-    some = spread(np.arange(len(x)), coordinate_rows)
+    some = evenly_spaced(np.arange(len(x)), coordinate_rows)
     ways = {"coordinate": _coordinates(x[some], marks[some]), "means": mean_directions(x, marks), "probe": probe_directions(x, marks)}
     tables = [pd.DataFrame({"concept": names, "way": way, "auroc_test": np.diag(ranked_aurocs(x_test @ d, marks_test))}) for way, d in ways.items()]
     return pd.concat(tables, ignore_index=True)

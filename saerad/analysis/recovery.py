@@ -19,7 +19,7 @@ from torch import Tensor
 from ..activations.store import Store
 from ..core import UserError, rng
 from ..sae.encoder import encode_rows
-from ..sae.evaluation import EvaluationConfig, concept_tokens, concepts_of, spread, study_maxima
+from ..sae.evaluation import EvaluationConfig, concept_tokens, concepts_of, evenly_spaced, study_maxima
 from ..sae.model import MatryoshkaSAE
 from ..studies.record import Source
 
@@ -123,7 +123,7 @@ def probe(store: Store | Part, source: Source, cfg: EvaluationConfig = Evaluatio
 
     A word concept is learned from text tokens, a visual one from all of them, marked by their study.
     """
-    rows = spread(store.where("train"), cfg.concept_rows)
+    rows = evenly_spaced(store.where("train"), cfg.concept_rows)
     text, marks = concept_tokens(store, source, rows)
     studies = store.tokens["study"].take(rows).to_pylist()
     seen = {s: [float(c.name in source[s].truth.visual) for c in concepts_of("visual")] for s in set(studies)}

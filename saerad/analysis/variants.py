@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ..activations.extraction import alone_at, hookpoints
+from ..activations.extraction import hookpoints, single_layer
 from ..core import UserError, content_hash, read_json, write_json
 from ..run.config import Config, changed
 from ..run.stages import STAGES, do_stage, is_finished, locked, model_hash, plan, run_config, write_config
@@ -25,8 +25,8 @@ from ..show.run_folder import Run
 def _variant(base: Run, name: str, settings: Sequence[str]) -> Run:
     "A variant by its settings; raises `UserError` where it cannot share the activations."
     config = changed(base.config, settings)
-    config = config.model_copy(update={"extraction": alone_at(config.extraction, config.extraction.layer), "out": None})
-    own, theirs = (content_hash(c.studies, c.subject, alone_at(c.extraction, 0)) for c in (config, base.config))
+    config = config.model_copy(update={"extraction": single_layer(config.extraction, config.extraction.layer), "out": None})
+    own, theirs = (content_hash(c.studies, c.subject, single_layer(c.extraction, 0)) for c in (config, base.config))
     if own != theirs: raise UserError(f"the variant {name} changes studies, subject or extraction; make it a run of its own.")
     if config.extraction.layer not in (known := hookpoints(base.config.extraction)):
         raise UserError(f"the variant {name} reads layer {config.extraction.layer}, and the layers recorded are {known}; "

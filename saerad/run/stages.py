@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 import saerad
-from ..activations.extraction import meet, world
+from ..activations.extraction import barrier, rank_and_size
 from ..activations.online import Online
 from ..activations.store import Store
 from ..core import UserError, content_hash, file_hash, read_table, write_beside, write_json
@@ -210,14 +210,14 @@ def run_config(config: Config, out: Path | str | None = None, first: str | None 
     names = [name for name in keys if list(STAGES).index(name) <= list(STAGES).index(last)]
     if first and first not in names: raise UserError(f"--from {first} is not a stage of this command; its stages are {', '.join(names)}.")
     forced = names[names.index(first):] if first else []
-    if world()[0]: return assist(run, names)
+    if rank_and_size()[0]: return assist(run, names)
     if any(name in forced or not is_finished(run, STAGES[name], keys[name]) for name in names): check(run)
     with locked(run.folder):
         write_config(run)
         for name in names:
             if name not in forced and is_finished(run, STAGES[name], keys[name]):
                 say(f"{name:<10} finished before")
-                if name in SHARED: meet(False)
+                if name in SHARED: barrier(False)
             else: do_stage(run, STAGES[name], keys, name in forced, say)
             summary = summarise(run, list(STAGES))
             write_json(run / "summary.json", summary)
@@ -229,7 +229,7 @@ SHARED = ("extract", "train")
 def assist(run: Run, names: Sequence[str]) -> dict[str, Any]:
     """What a further rank does: its part of the shared stages among `names`, where the first rank says that they are to be done."""
     for name in names:
-        if name in SHARED and meet(): STAGES[name].do(run)
+        if name in SHARED and barrier(): STAGES[name].do(run)
     return {}
 
 # %% ../../nbs/run/stages.ipynb #8661387a
@@ -246,7 +246,7 @@ def do_stage(run: Run, stage: Stage, keys: dict[str, str], forced: bool, say: Ca
     stages[stage.name] = entry
     write_json(run / "manifest.json", run.manifest)
     started = time.monotonic()
-    if stage.name in SHARED: meet()
+    if stage.name in SHARED: barrier()
     try: stage.do(run)
     finally: entry["seconds"] = round(entry["seconds"] + time.monotonic() - started, 1)
     entry |= {"finished": True, "files": files_of(run, stage), "peak_memory_gb": peak_memory()}

@@ -20,7 +20,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from saerad.activations.extraction import (
     ExtractionConfig,
-    alone_at,
     batches_by_length,
     extract,
     folder_of,
@@ -28,6 +27,7 @@ from saerad.activations.extraction import (
     kept_tokens,
     parts_of,
     residuals,
+    single_layer,
     token_table,
 )
 from saerad.activations.store import Store
@@ -252,7 +252,7 @@ def test_activations_that_are_not_finite(source: Source, tmp_path: Path) -> None
     sick = random_mini(0)
     word = sick.prompt(source.studies[1], source.studies[1].sections["findings"]).ids[-2]
     with torch.no_grad(): sick.model.get_input_embeddings().weight[word] = torch.nan
-    with pytest.raises(UserError, match="Study s.* after layer 1 .*not finite"): extract(source, sick, SMALL, tmp_path)
+    with pytest.raises(UserError, match="Study s.* at the output of layer 1 .*not finite"): extract(source, sick, SMALL, tmp_path)
     assert not (tmp_path / "store.json").exists()
 
 
@@ -280,7 +280,7 @@ def test_several_hookpoints_are_what_each_would_have_been_alone(subject: Subject
     cfg = SMALL.model_copy(update={"more_layers": (3, 0)})
     extract(source, subject, cfg, tmp_path / "together")
     for layer in (1, 3, 0):
-        extract(source, subject, alone_at(cfg, layer), tmp_path / str(layer))
+        extract(source, subject, single_layer(cfg, layer), tmp_path / str(layer))
         found = {n: h for n, h in contents_of_files(folder_of(tmp_path / "together", cfg, layer)).items()}
         assert found == contents(tmp_path / str(layer))
     dealt = [next(Store.open(folder_of(tmp_path / "together", cfg, layer)).batches("train", 64, seed=5))[1] for layer in (1, 3, 0)]

@@ -13,31 +13,31 @@ from saerad.core import UserError, read_table
 from saerad.sae.evaluation import (
     EvaluationConfig,
     _whole_studies,
-    absorbed,
-    agreement,
     aurocs,
     centred_ranks,
     concept_recovery,
     concept_tokens,
     concepts_of,
+    count_absorbed,
     dead_share,
+    decoder_agreement,
     decoder_cosine,
-    density,
+    density_histogram,
     evaluate,
+    evenly_spaced,
     finding_f1,
-    four_readings,
     fvu,
     loss_recovered,
-    predicted,
     read_batch,
     reconstruction,
     report_finding_f1,
-    shuffled,
+    report_targets,
+    shuffled_weights,
+    spliced_losses,
     spliced_positions,
-    spread,
     study_maxima,
     union_of,
-    with_other_picture,
+    with_other_views,
 )
 from saerad.sae.model import MatryoshkaSAE, SAEConfig
 from saerad.studies.grammar import CONCEPTS
@@ -73,8 +73,8 @@ def test_fvu_of_known_errors():
 
 def test_spread_keeps_first_and_last_and_order():
     rows = np.arange(1000) * 3
-    assert np.array_equal(spread(rows, 5000), rows)
-    some = spread(rows, 10)
+    assert np.array_equal(evenly_spaced(rows, 5000), rows)
+    some = evenly_spaced(rows, 10)
     assert len(some) == 10 and some[0] == 0 and some[-1] == rows[-1] and (np.diff(some) > 0).all()
 
 
@@ -115,7 +115,7 @@ def prompts_of(world, n):
 
 def test_predicted_tokens_are_the_findings_and_their_end(world):
     prompts = prompts_of(world, 3)
-    study, position = predicted(prompts)
+    study, position = report_targets(prompts)
     for i, prompt in enumerate(prompts):
         at = position[study == i].numpy()
         assert set(prompt.section[at[:-1]]) == {"findings"} and at[-1] == len(prompt) - 1
@@ -126,7 +126,7 @@ def test_loss_is_that_of_a_bare_pass(world):
     prompts = prompts_of(world, 2)
     batch = world.subject.collate(prompts)
     with torch.no_grad(): logits = world.subject.model(**batch).logits
-    study, position = predicted(prompts)
+    study, position = report_targets(prompts)
     plain = torch.nn.functional.cross_entropy(logits[study, position - 1], batch["input_ids"][study, position], reduction="sum")
     assert read_batch(world.subject, prompts, LAYER).loss == pytest.approx(float(plain), rel=1e-5)
 
@@ -157,12 +157,12 @@ def test_positions_are_the_stored_ones_or_all(world):
 def test_an_exact_sae_recovers_everything_and_a_useless_one_nothing(world):
     prompts, cfg = prompts_of(world, 3), ExtractionConfig(layer=LAYER)
     mean = torch.zeros(256)
-    exact = four_readings(world.subject, world.sae, prompts, mean, cfg, "kept")
+    exact = spliced_losses(world.subject, world.sae, prompts, mean, cfg, "kept")
     assert exact["spliced"] == pytest.approx(exact["clean"], rel=1e-5) and exact["kl"] == pytest.approx(0, abs=1e-3)
     assert exact["mean"] == pytest.approx(exact["zero"], rel=1e-6)
     silent = MatryoshkaSAE(256, (256,), 1)
     silent.threshold.fill_(1e9)
-    nothing = four_readings(world.subject, silent, prompts, mean, cfg, "kept")
+    nothing = spliced_losses(world.subject, silent, prompts, mean, cfg, "kept")
     assert nothing["spliced"] == pytest.approx(nothing["zero"], rel=1e-6)
 
 
@@ -265,12 +265,12 @@ def test_f1_by_kind():
 
 def test_another_picture_is_another_patients_and_text_stays(world):
     studies = world.source.split("test")
-    for old, new in zip(studies, with_other_picture(studies), strict=True):
+    for old, new in zip(studies, with_other_views(studies), strict=True):
         assert new.sections == old.sections and new.study == old.study and new.truth is old.truth
         owner = next(s for s in studies if s.views["frontal"] is new.views["frontal"])
         assert owner.patient != old.patient
     same_patient = [s for s in studies if s.patient == studies[0].patient]
-    with pytest.raises(UserError, match="no other patient"): with_other_picture(same_patient)
+    with pytest.raises(UserError, match="no other patient"): with_other_views(same_patient)
 
 
 def test_a_model_that_writes_the_truth_scores_one(world):
@@ -314,11 +314,11 @@ def test_agreement_of_a_permuted_copy_is_whole_and_of_a_stranger_none():
     one, other = (MatryoshkaSAE(64, (32, 96), 4, seed=s) for s in (0, 1))
     permuted = MatryoshkaSAE(64, (32, 96), 4)
     permuted.W_dec.data = one.W_dec.data[torch.randperm(128, generator=torch.Generator().manual_seed(0))] * 3
-    assert agreement(one, permuted) == {"matched": 1.0, "mean_best": pytest.approx(1.0, abs=1e-5)}
-    assert agreement(one, other)["matched"] == 0 and agreement(one, other)["mean_best"] < 0.6
+    assert decoder_agreement(one, permuted) == {"matched": 1.0, "mean_best": pytest.approx(1.0, abs=1e-5)}
+    assert decoder_agreement(one, other)["matched"] == 0 and decoder_agreement(one, other)["mean_best"] < 0.6
     half = MatryoshkaSAE(64, (32, 96), 4, seed=1)
     half.W_dec.data[:64] = one.W_dec.data[:64]
-    assert agreement(one, half)["matched"] == 0.5
+    assert decoder_agreement(one, half)["matched"] == 0.5
 
 
 def test_decoder_cosine_sees_a_repeated_row():
@@ -329,7 +329,7 @@ def test_decoder_cosine_sees_a_repeated_row():
 
 
 def test_density_counts_every_feature_once():
-    assert density(np.array([0, 1e-6, 5e-3, 0.5, 1.0])) == {"<1e-5": 2, "<1e-4": 0, "<1e-3": 0, "<1e-2": 1, "<1e-1": 0, "<=1": 2}
+    assert density_histogram(np.array([0, 1e-6, 5e-3, 0.5, 1.0])) == {"<1e-5": 2, "<1e-4": 0, "<1e-3": 0, "<1e-2": 1, "<1e-1": 0, "<=1": 2}
 
 
 def test_a_split_concept_needs_the_union():
@@ -344,8 +344,8 @@ def test_absorbed_is_where_one_other_feature_carries_the_direction():
     sae = MatryoshkaSAE(3, (4,), 1)
     sae.W_dec.data = torch.tensor([[1., 0, 0], [0.8, 0.6, 0], [0, 0, 1.], [0.5, 0, 0.8]])
     z = sparse.csr_matrix(np.array([[0, 2, 0, 0], [0, 0, 3, 0], [0, 1, 0, 1.6], [0, 0, 0, 0.]]))
-    assert absorbed(sae, z, np.arange(4), [0], np.array([1., 0, 0])) == 2
-    assert absorbed(sae, z, np.arange(4), [0], np.array([1., 0, 0]), share=0.9) == 1
+    assert count_absorbed(sae, z, np.arange(4), [0], np.array([1., 0, 0])) == 2
+    assert count_absorbed(sae, z, np.arange(4), [0], np.array([1., 0, 0]), share=0.9) == 1
 
 
 def test_fvu_by_medium_and_view(world):
@@ -357,13 +357,13 @@ def test_fvu_by_medium_and_view(world):
 
 
 def test_kl_of_the_floors_is_counted_too(world):
-    readings = four_readings(world.subject, world.sae, prompts_of(world, 2), torch.zeros(256), ExtractionConfig(layer=LAYER), "kept")
+    readings = spliced_losses(world.subject, world.sae, prompts_of(world, 2), torch.zeros(256), ExtractionConfig(layer=LAYER), "kept")
     assert readings["kl_zero"] == pytest.approx(readings["kl_mean"]) and readings["kl_zero"] > readings["kl"] >= -1e-4
 
 
 def test_shuffled_weights_are_put_back(world):
     before = [p.detach().clone() for p in world.subject.model.parameters()]
-    with shuffled(world.subject):
+    with shuffled_weights(world.subject):
         now = list(world.subject.model.parameters())
         assert any(not torch.equal(a, b) for a, b in zip(before, now, strict=True))
         assert all(torch.allclose(a.float().sum(), b.float().sum(), atol=1e-2) for a, b in zip(before, now, strict=True))
