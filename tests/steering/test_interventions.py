@@ -194,12 +194,13 @@ def padded(ids: list[int], like: list[int], pad: int) -> list[int]: return [*ids
 
 
 @pytest.mark.parametrize("positions", ["all", "prompt", "image", "generated"])
-@pytest.mark.parametrize("kind", ["add", "clamp", "scale"])
+@pytest.mark.parametrize("kind", ["add", "clamp", "scale", "scale topk"])
 def test_equal_to_a_forward_hook_at_every_kind_of_position(subject, prompt, positions, kind):
     sae, v = trained(), torch.randn(1, 256, generator=torch.Generator().manual_seed(3)) * 2
     how = {"add": adding(v, positions),
            "clamp": clamping(sae, [1, 5], [9.0, -4.0], positions),
-           "scale": scaling(sae, [0, 3], [-8.0, 9.0], positions)}[kind]
+           "scale": scaling(sae, [0, 3], [-8.0, 9.0], positions),
+           "scale topk": scaling(of_kind("topk", d=256), [0, 3, 5], [-8.0, 9.0, 9.0], positions)}[kind]
     where = prompt_mask(prompt.section, [how])[..., None]
     later = 1.0 if positions in ("all", "generated") else 0.0
     def change(stream, first): return Batch([how]).change(stream) * (where if first else later)
