@@ -137,7 +137,7 @@ def _as_sae(directions: Float[Tensor, "n d"], scale: float) -> MatryoshkaSAE:
     rows = torch.nn.functional.normalize(directions, dim=1)
     sae = MatryoshkaSAE(rows.shape[1], (len(rows),), k=len(rows), drawn=False)
     sae.scale.fill_(scale)
-    sae.W_enc.data, made.W_dec.data = rows.T.contiguous(), rows
+    sae.W_enc.data, sae.W_dec.data = rows.T.contiguous(), rows
     sae.b_enc.data.fill_(4.0)          # above any projection of a vector that is not several times longer than these
     sae.threshold.fill_(0.0)
     return sae.eval().requires_grad_(False)
