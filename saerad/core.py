@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['T', 'UserError', 'Section', 'write_beside', 'write_json', 'read_json', 'write_table', 'read_table', 'content_hash',
-           'file_hash', 'rng', 'torch_rng', 'progress', 'spearman', 'join_processes']
+           'file_hash', 'rng', 'torch_rng', 'spearman', 'progress', 'join_processes']
 
 # %% ../nbs/core.ipynb #2b7c87e8
 import atexit
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -112,15 +112,10 @@ def torch_rng(seed: int, *names: Any) -> torch.Generator:
     """A torch generator (CPU) for one named use of chance."""
     return torch.Generator().manual_seed(_seed(seed, names) % 2**63)
 
-# %% ../nbs/core.ipynb #c2220648
-def progress(items: Iterable[T], desc: str, total: int | None = None) -> Iterable[T]:
-    """A progress bar around `items` that appears after two seconds, and never where `TQDM_DISABLE` is set."""
-    return tqdm(items, desc=desc, total=total, delay=2, leave=False, dynamic_ncols=True)
-
 # %% ../nbs/core.ipynb #56b33014
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+def spearman(a: Iterable[float], b: Iterable[float]) -> float:
     """Spearman's rank correlation over the pairs without a NaN; NaN for fewer than three of them, or where one side is constant."""
-    pairs = np.array([a, b], dtype=float)
+    pairs = np.array([list(a), list(b)], dtype=float)
     ranks = [_average_ranks(side) for side in pairs[:, ~np.isnan(pairs).any(axis=0)]]
     return float(np.corrcoef(*ranks)[0, 1]) if len(ranks[0]) > 2 and all(np.ptp(r) > 0 for r in ranks) else float("nan")
 
@@ -128,6 +123,11 @@ def _average_ranks(values: np.ndarray) -> np.ndarray:
     "Ranks from 1; equal values share the mean of theirs."
     _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (counts.cumsum() - (counts - 1) / 2)[which]
+
+# %% ../nbs/core.ipynb #c2220648
+def progress(items: Iterable[T], desc: str, total: int | None = None) -> Iterable[T]:
+    """A progress bar around `items` that appears after two seconds, and never where `TQDM_DISABLE` is set."""
+    return tqdm(items, desc=desc, total=total, delay=2, leave=False, dynamic_ncols=True)
 
 # %% ../nbs/core.ipynb #28b40fbf
 def join_processes() -> None:
