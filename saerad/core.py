@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 # %% ../nbs/core.ipynb #23fdec34
 class UserError(Exception):
-    """Something wrong with an input, in one plain sentence that names it and the mend."""
+    """Something wrong with an input, in one plain sentence that names it and the fix."""
 
 # %% ../nbs/core.ipynb #3c65e6c1
 class Section(BaseModel):
@@ -53,10 +53,10 @@ def write_beside(path: Path | str) -> Iterator[Path]:
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as sorted, indented JSON, whole or not at all."""
     with write_beside(path) as part:
-        part.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=_plain) + "\n")
+        part.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=_jsonable) + "\n")
 
-def _plain(value: Any) -> Any:
-    "What JSON has no word for, in words that it has."
+def _jsonable(value: Any) -> Any:
+    "A value that JSON has no type for, as one that it has."
     if isinstance(value, BaseModel): return value.model_dump(mode="json")
     if isinstance(value, (np.generic, np.ndarray, torch.Tensor)): return value.tolist()
     if isinstance(value, (set, frozenset)): return sorted(value)
@@ -64,7 +64,7 @@ def _plain(value: Any) -> Any:
 
 # %% ../nbs/core.ipynb #e5fdc2a8
 def read_json(path: Path | str) -> Any:
-    """Read a JSON file; raises `UserError` when it is absent or is no JSON."""
+    """Read a JSON file; raises `UserError` when it is absent or is not JSON."""
     try: return json.loads(Path(path).read_text())
     except FileNotFoundError as e: raise UserError(f"{path} is missing; run the stage that writes it first.") from e
     except json.JSONDecodeError as e: raise UserError(f"{path} is not JSON ({e}); delete it and run its stage again.") from e
@@ -91,7 +91,7 @@ def content_hash(*values: Any) -> str:
         if isinstance(value, np.ndarray):
             digest.update(f"{value.dtype}{value.shape}".encode())
             digest.update(np.ascontiguousarray(value).tobytes())
-        else: digest.update(json.dumps(value, sort_keys=True, default=_plain).encode())
+        else: digest.update(json.dumps(value, sort_keys=True, default=_jsonable).encode())
         digest.update(b"\0")
     return digest.hexdigest()
 

@@ -30,18 +30,18 @@ def test_directions(made):
 def test_aurocs_with_ties(made):
     x, marks = made
     scores = x.round()
-    told = ranked_aurocs(scores, marks)
-    assert told.shape == (3, 6) and told[1, 4] == pytest.approx(roc_auc_score(marks[:, 1], scores[:, 4]))
+    aurocs = ranked_aurocs(scores, marks)
+    assert aurocs.shape == (3, 6) and aurocs[1, 4] == pytest.approx(roc_auc_score(marks[:, 1], scores[:, 4]))
 
 
 def test_recovery_is_judged_on_test_patients(tmp_path):
     source = open_source(StudiesConfig(source="phantom:0", train_patients=30, validation_patients=1, test_patients=15))
     store = extract(source, random_mini(), ExtractionConfig(layer=0, image_tokens="none"), tmp_path / "store")
-    told = direction_recovery(store, source, EvaluationConfig(min_positives=(20, 8)))
-    assert set(told.way) == {"coordinate", "means", "probe"} and told.groupby("way").concept.nunique().nunique() == 1
+    recovered = direction_recovery(store, source, EvaluationConfig(min_positives=(20, 8)))
+    assert set(recovered.way) == {"coordinate", "means", "probe"} and recovered.groupby("way").concept.nunique().nunique() == 1
     name = "left"
     (rows, marks), (rows_test, marks_test) = (concept_tokens(store, source, store.where(s)) for s in ("train", "test"))
     j = [c.name for c in concepts_of("word")].index(name)
-    x, y, there = store.read(rows).numpy(), store.read(rows_test).numpy(), marks[:, [j]].toarray()
-    expected = roc_auc_score(marks_test[:, [j]].toarray().ravel(), (y @ mean_directions(x, there)).ravel())
-    assert told[(told.concept == name) & (told.way == "means")].auroc_test.item() == pytest.approx(expected, abs=1e-4)
+    x, y, mark = store.read(rows).numpy(), store.read(rows_test).numpy(), marks[:, [j]].toarray()
+    expected = roc_auc_score(marks_test[:, [j]].toarray().ravel(), (y @ mean_directions(x, mark)).ravel())
+    assert recovered[(recovered.concept == name) & (recovered.way == "means")].auroc_test.item() == pytest.approx(expected, abs=1e-4)

@@ -43,13 +43,13 @@ def test_intervals_hold_the_evaluations_own_number(world):
     source, store, dictionary = world
     concepts = concept_recovery(store, dictionary, source, FEW)
     counted = concepts.to_pandas().dropna(subset="feature")
-    told = recovery_intervals(store, dictionary, source, concepts, draws=50)
+    intervals = recovery_intervals(store, dictionary, source, concepts, draws=50)
     for kind in ("word", "visual"):
-        some = counted[counted.kind == kind]
-        assert told[kind].concepts == len(some) and told[kind].share == pytest.approx(some.tracked.mean())
-        assert told[kind].low <= told[kind].high
-    assert told["all"].share == pytest.approx(counted.tracked.mean())
-    assert told == recovery_intervals(store, dictionary, source, concepts, draws=50)
+        of_kind = counted[counted.kind == kind]
+        assert intervals[kind].concepts == len(of_kind) and intervals[kind].share == pytest.approx(of_kind.tracked.mean())
+        assert intervals[kind].low <= intervals[kind].high
+    assert intervals["all"].share == pytest.approx(counted.tracked.mean())
+    assert intervals == recovery_intervals(store, dictionary, source, concepts, draws=50)
 
 
 def test_a_part_holds_the_tokens_of_its_sections(world):
@@ -82,5 +82,5 @@ def test_a_probe_finds_a_direction_that_was_put_in():
     tokens = pa.table({"study": list(studies), "section": ["image"] * 120, "start": [-1] * 120, "end": [-1] * 120})
     store = SimpleNamespace(d=4, tokens=tokens, read=lambda rows: x[torch.from_numpy(rows)],
                             where=lambda split: np.arange(80) if split == "train" else np.arange(80, 120))
-    found = concept_recovery(store, probe(store, studies), studies).to_pandas().set_index("concept")
-    assert (found.auroc_test[names] > 0.9).all() and found.feature[names].nunique() == 3
+    concepts = concept_recovery(store, probe(store, studies), studies).to_pandas().set_index("concept")
+    assert (concepts.auroc_test[names] > 0.9).all() and concepts.feature[names].nunique() == 3

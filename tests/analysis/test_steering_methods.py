@@ -14,8 +14,8 @@ from saerad.studies.sources import open_source
 
 
 def test_the_threshold_is_the_one_with_the_best_f1():
-    z, there = np.array([0, 0, 0.2, 0.3, 1.0, 2.0]), np.array([0, 0, 0, 0, 1, 1], bool)
-    score, level = _threshold(z, there)
+    z, marked = np.array([0, 0, 0.2, 0.3, 1.0, 2.0]), np.array([0, 0, 0, 0, 1, 1], bool)
+    score, level = _threshold(z, marked)
     assert score == 1.0 and 0.3 <= level < 1.0
     assert _threshold(np.zeros(4), np.array([1, 0, 0, 0], bool)) == (0.0, 0.0)
 
@@ -42,12 +42,12 @@ PAIRS = pd.DataFrame([
 
 
 def test_three_judges():
-    told = judged(PAIRS, {"effusion": target_of("effusion")})
-    assert told.outcome.tolist() == ["mixed", "on_target_only", "unchanged", "degenerate"]
-    assert told.outcome_kinds.tolist() == ["on_target_only", "on_target_only", "unchanged", "degenerate"]     # the nodule's side is no change
-    assert told.outcome_rules.tolist() == told.outcome.tolist()
-    assert told.eligible.tolist() == [True, True, False, True]
-    table = method_table(told.assign(image="shown")).loc["add"]
+    verdicts = judged(PAIRS, {"effusion": target_of("effusion")})
+    assert verdicts.outcome.tolist() == ["mixed", "on_target_only", "unchanged", "degenerate"]
+    assert verdicts.outcome_kinds.tolist() == ["on_target_only", "on_target_only", "unchanged", "degenerate"]     # the nodule's side is no change
+    assert verdicts.outcome_rules.tolist() == verdicts.outcome.tolist()
+    assert verdicts.eligible.tolist() == [True, True, False, True]
+    table = method_table(verdicts.assign(image="shown")).loc["add"]
     assert (table.on_target_only, table.kinds, table.degenerate, table.reports) == (0.25, 0.5, 0.25, 4)
     assert table.eligible == pytest.approx(1 / 3) and table.low <= 0.25 <= table.high
 

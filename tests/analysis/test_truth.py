@@ -1,4 +1,4 @@
-"""Descriptions against the phantom's truth: tags of contexts against the tags of words, and the concept that a feature tracks."""
+"""Explanations against the phantom's truth: tags of contexts against the tags of words, and the concept that a feature tracks."""
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -40,36 +40,36 @@ def contexts(source, store, width):
 
 def test_the_concepts_of_a_context_are_those_of_its_words_and_of_its_study(world):
     source, store = world
-    some = list(contexts(source, store, 6))
-    marks, names = true_concepts(store, source, some), list(CONCEPTS)
-    for c, row in zip(some, marks, strict=True):
+    every = list(contexts(source, store, 6))
+    marks, names = true_concepts(store, source, every), list(CONCEPTS)
+    for c, row in zip(every, marks, strict=True):
         study = source[c.study]
         words = study.truth.words["findings"][c.offset:c.offset + 6]
-        assert {n for n, there in zip(names, row, strict=True) if there} == {n for w in words for n in w.concepts} | study.truth.visual
+        assert {n for n, true in zip(names, row, strict=True) if true} == {n for w in words for n in w.concepts} | study.truth.visual
 
 
 def test_f1_is_that_of_sklearn():
     draw = np.random.default_rng(0)
-    truth, said = draw.random(60) < 0.4, draw.random((60, 3)) < 0.5
-    assert np.allclose(f1_of(truth, said), [f1_score(truth, said[:, j]) for j in range(3)])
+    truth, predicted = draw.random(60) < 0.4, draw.random((60, 3)) < 0.5
+    assert np.allclose(f1_of(truth, predicted), [f1_score(truth, predicted[:, j]) for j in range(3)])
 
 
 def test_a_feature_that_is_a_concept_is_found_to_track_it(world):
     source, store = world
-    some = list(contexts(source, store, 6))
-    marks = true_concepts(store, source, some)[:, list(CONCEPTS).index("effusion")]
-    active, silent = ([c for c, m in zip(some, marks, strict=True) if m == want] for want in (True, False))
+    every = list(contexts(source, store, 6))
+    marks = true_concepts(store, source, every)[:, list(CONCEPTS).index("effusion")]
+    active, silent = ([c for c, m in zip(every, marks, strict=True) if m == want] for want in (True, False))
     half = [len(active) // 2, len(silent) // 2]
     f = FeatureContexts(7, 0.1, tuple(active[:half[0]]), tuple(silent[:half[1]]), (*active[half[0]:], *silent[half[1]:]),
-                        np.arange(len(some) - sum(half)) < len(active) - half[0])
+                        np.arange(len(every) - sum(half)) < len(active) - half[0])
     assert tracked_concepts(store, source, [f]).to_dict("records") == [{"feature": 7, "concept": "effusion", "concept_f1": 1.0}]
 
 
 def test_the_share_that_names_its_concept():
-    said = pd.DataFrame({"feature": [1, 2, 3, 4], "status": ["scored"] * 3 + ["unscored"], "f1": 0.9, "near_f1": 0.8, "shuffled_f1": 0.1,
-                         "explanation": ["pleural effusion", "wires", 'fires on "x" without "nodule" before it', "nodule"]})
+    interpretations = pd.DataFrame({"feature": [1, 2, 3, 4], "status": ["scored"] * 3 + ["unscored"], "f1": 0.9, "near_f1": 0.8, "shuffled_f1": 0.1,
+                                    "explanation": ["pleural effusion", "wires", 'fires on "x" without "nodule" before it', "nodule"]})
     tracked = pd.DataFrame({"feature": [1, 2, 3, 4], "concept": ["effusion", "effusion", "nodule", "nodule"], "concept_f1": [0.9, 0.9, 0.5, 0.9]})
-    table = truth_table(said, tracked)
+    table = truth_table(interpretations, tracked)
     assert table.named.tolist() == [True, False, False]
     share = share_named(table, 0.7, np.random.default_rng(0))
     assert share["features"] == 2 and share["named"] == 0.5 and share["shuffled"] == 0.5 and share["low"] <= 0.5 <= share["high"]

@@ -55,8 +55,8 @@ def test_what_cannot_be_shared_is_named(tmp_path):
 def test_a_table_has_the_numbers_of_every_variant(done):
     table = variant_table(done[1], SETTINGS).set_index("name")
     for name, variant in done[1].items():
-        found = read_json(variant / "sae/evaluation.json")
-        assert table.fvu[name] == found["fvu"] and table.loss_mean[name] == found["loss_mean"]
+        evaluation = read_json(variant / "sae/evaluation.json")
+        assert table.fvu[name] == evaluation["fvu"] and table.loss_mean[name] == evaluation["loss_mean"]
     assert list(table.k) == [8, 16, 8] and table.seed["c"] == 1 and table.layer["c"] == 2
     assert (table.features == 1024).all() and "interpretation_features" not in table    # that stage has not run
 
