@@ -119,9 +119,9 @@ def progress(items: Iterable[T], desc: str, total: int | None = None) -> Iterabl
     return tqdm(items, desc=desc, total=total, delay=2, leave=False, dynamic_ncols=True)
 
 # %% ../nbs/core.ipynb #56b33014
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+def spearman(a: Iterable[float], b: Iterable[float]) -> float:
     """Spearman's rank correlation over the pairs without a NaN; NaN for fewer than three of them, or where one side is constant."""
-    pairs = np.array([a, b], dtype=float)
+    pairs = np.array([list(a), list(b)], dtype=float)
     ranks = [_average_ranks(side) for side in pairs[:, ~np.isnan(pairs).any(axis=0)]]
     return float(np.corrcoef(*ranks)[0, 1]) if len(ranks[0]) > 2 and all(np.ptp(r) > 0 for r in ranks) else float("nan")
 

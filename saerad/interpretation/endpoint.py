@@ -251,7 +251,7 @@ def _let_in(self: Pace, now: float) -> float:
 # %% ../../nbs/interpretation/endpoint.ipynb #d74cd188
 @patch
 def read_limits(self: Pace, headers: Mapping[str, str], tokens: int) -> None:
-    """Take in the limits a minute that the headers of an answer of so many tokens state, and how long to wait where nothing remains."""
+    """Follow the limits per minute in the headers of an answer of `tokens` tokens, and wait where nothing remains."""
     limits = {kind: _header_number(headers.get(f"x-ratelimit-limit-{kind}", "")) for kind in ("requests", "tokens")}
     with self.lock:
         self.tokens = tokens if not self.tokens else 0.95 * self.tokens + 0.05 * tokens

@@ -436,7 +436,7 @@ def interpret(exemplars: Path | str, cfg: InterpretationConfig, seed: int, sourc
         check_destination(cfg, source.may_leave)
         print(f"interpretation: {format_estimate(needed, cfg)}")
     ledger = Ledger(out / "ledger.sqlite")
-    interpreter = _interpreter(table, cfg, ledger, source)
+    interpreter = _make_interpreter(table, cfg, ledger, source)
     try:
         rows = _all_rows(table, cfg, seed, interpreter)
         write_table(out / "interpretations.parquet", pa.Table.from_pylist(rows, INTERPRETATIONS))
@@ -472,7 +472,7 @@ def format_estimate(needed: Mapping[str, Any], cfg: InterpretationConfig) -> str
     return f"{needed['features']:,} features, at most {needed['calls']:,} calls to {host_of(cfg.base_url)}{tokens}; {cost}"
 
 # %% ../../nbs/interpretation/interpret.ipynb #035e07f1
-def _interpreter(table: Exemplars, cfg: InterpretationConfig, ledger: Ledger, source: Source) -> Interpreter:
+def _make_interpreter(table: Exemplars, cfg: InterpretationConfig, ledger: Ledger, source: Source) -> Interpreter:
     "The interpreter that the config names."
     if cfg.interpreter == "openai":
         return LanguageModel(Endpoint(cfg, ledger, source.may_leave), cfg, view_images(source, grid=table.grid) if cfg.images else lambda c: None)

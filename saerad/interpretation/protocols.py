@@ -144,18 +144,18 @@ def explain_prompt(contexts: FeatureContexts, protocol: Protocol) -> list[Messag
     groups = {"Active excerpts:": [_heading(e, protocol) + mark_tokens(e, top, protocol) for e in select_active(contexts.active, protocol)],
               "Near misses:": [unmarked(c, protocol) for c in contexts.hard_silent[:protocol.near]],
               "Silent excerpts:": [unmarked(c, protocol) for c in contexts.silent[:protocol.silent]]}
-    lines = [line for head, excerpts in groups.items() if excerpts for line in (head, *_numbered(excerpts), "")]
+    lines = [line for head, excerpts in groups.items() if excerpts for line in (head, *_numbered_lines(excerpts), "")]
     return [{"role": "system", "content": fill_prompt(protocol.explain_prompt, protocol._folder, scale=protocol.scale)},
             {"role": "user", "content": "\n".join(lines[:-1])}]
 
 # %% ../../nbs/interpretation/protocols.ipynb #81824155
-def _numbered(lines: Sequence[str]) -> list[str]: return [f"{i}. {line}" for i, line in enumerate(lines, 1)]
+def _numbered_lines(lines: Sequence[str]) -> list[str]: return [f"{i}. {line}" for i, line in enumerate(lines, 1)]
 
 # %% ../../nbs/interpretation/protocols.ipynb #584f5933
 def _yes_no_prompt(prompt: str, explanation: str, lines: Sequence[str], protocol: Protocol) -> list[Message]:
     "Messages that ask for a 0 or a 1 for each of some lines."
     example = str([(i + 1) % 2 for i in range(len(lines))])
-    question, listed = f"Description: {explanation}", _numbered(lines)
+    question, listed = f"Description: {explanation}", _numbered_lines(lines)
     user = [*listed, "", question] if protocol.contexts_first else [question, "", *listed]
     return [{"role": "system", "content": fill_prompt(prompt, protocol._folder, count=len(lines), example=example)},
             {"role": "user", "content": "\n".join(user)}]

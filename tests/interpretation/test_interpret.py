@@ -65,7 +65,7 @@ from saerad.interpretation.interpret import (
     score,
     view_images,
 )
-from saerad.interpretation.lexical import NOTHING, Bits, Clause, find_rule, read_rule, rule_sentence, strongest, window, words
+from saerad.interpretation.lexical import NO_RULE, Bits, Clause, find_rule, read_rule, rule_sentence, strongest, window, words
 from saerad.interpretation.protocols import fuzz_items, protocol_files, protocol_names, read_protocol
 
 OPEN, CLOSED = SimpleNamespace(may_leave=True), SimpleNamespace(may_leave=False)
@@ -162,7 +162,7 @@ def test_nothing_to_say_is_said():
     everywhere = [Clause(place="findings")]
     rule = find_rule(active, silent, Bits(map(window, silent)), 0.1)
     assert rule == () or list(rule) == everywhere and _f1(rule, active, silent) < 0.67
-    assert rule_sentence(()) == NOTHING and read_rule(NOTHING) == ()
+    assert rule_sentence(()) == NO_RULE and read_rule(NO_RULE) == ()
 
 
 def test_prediction_uses_the_sentence_alone(folder):

@@ -334,11 +334,11 @@ def test_every_way_of_steering_runs_and_is_told_apart(source, subject, sae, tmp_
     if cfg.without_image: assert set(judged[judged.image == "blank"].control) == {True}
 
 
-def test_blank_pictures_need_pictures(source, sae, tmp_path, monkeypatch):
+def test_blank_images_need_images(source, sae, tmp_path, monkeypatch):
     blind = random_mini(0)
     lay_out = blind.lay_out
     blind.lay_out = lambda study, report: replace(lay_out(study, report), pixels=None)
-    with pytest.raises(UserError, match="steering.without_image needs pictures"):
+    with pytest.raises(UserError, match="steering.without_image needs images"):
         steer(source, blind, sae, SAID, CFG.model_copy(update={"without_image": True}), 0, tmp_path, layer=4)
 
 
