@@ -20,9 +20,9 @@ import yaml
 from _bench import report
 
 from saerad.core import write_table
-from saerad.interpretation.exemplars import SCHEMA
+from saerad.interpretation.exemplars import PLACES, SCHEMA
 from saerad.show.atlas import AtlasConfig, write_atlas
-from saerad.show.figures import FINDINGS, OUTCOMES, PLACES
+from saerad.show.figures import FINDINGS, OUTCOMES
 from saerad.studies.record import StudiesConfig
 from saerad.studies.sources import open_source
 

@@ -19,7 +19,8 @@ from _bench import report
 
 from saerad.activations.store import TOKEN_SCHEMA, Store, StoreWriter
 from saerad.core import progress
-from saerad.interpretation.exemplars import Collector, Encoder, ExemplarsConfig, collect_exemplars
+from saerad.interpretation.exemplars import Collector, ExemplarsConfig, collect_exemplars
+from saerad.sae.encoder import Encoder
 from saerad.sae.model import MatryoshkaSAE
 
 LENGTH, WINDOW, CONSTRUCTED = 128, 8, 256     # tokens a study, tokens either side of a peak, features that delphi's constructor is timed on

@@ -21,7 +21,7 @@ from _bench import report
 from saerad.core import read_table, write_table
 from saerad.interpretation.endpoint import Endpoint, EndpointConfig, Ledger
 from saerad.interpretation.exemplars import ExemplarsConfig, collect_exemplars
-from saerad.interpretation.hard_negatives import add_near_misses
+from saerad.interpretation.hard_negatives import add_hard_negatives
 from saerad.interpretation.interpret import InterpretationConfig, interpret
 
 ROOT = Path(__file__).parents[1]
@@ -89,7 +89,7 @@ def world(folder, features=None):
     store, sae = make_store(folder / "store"), make_sae()
     cfg = ExemplarsConfig(min_explain=5, min_score=5, explain_from="deciles")
     collect_exemplars(store, sae, cfg, 0, folder / "exemplars")
-    add_near_misses(store, sae, cfg, 0, folder / "exemplars")
+    add_hard_negatives(store, sae, cfg, 0, folder / "exemplars")
     keep(folder / "exemplars", features)
     return folder / "exemplars"
 
@@ -183,7 +183,7 @@ def phantom(folder, features):
     for name, order in (("paper", "top"), ("saerad", "deciles")):
         cfg = ExemplarsConfig(explain_from=order)
         collect_exemplars(store, sae, cfg, 0, folder / name)
-        add_near_misses(store, sae, cfg, 0, folder / name)
+        add_hard_negatives(store, sae, cfg, 0, folder / name)
         keep(folder / name, features)
 
 

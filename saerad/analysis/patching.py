@@ -25,7 +25,7 @@ from ..core import content_hash, file_hash, progress, read_table, torch_rng, wri
 from ..sae.model import MatryoshkaSAE
 from ..steering import interventions
 from ..steering.effects import share_interval
-from ..steering.interventions import Intervention, adding, placing, write_steered
+from ..steering.interventions import Intervention, adding, adding_per_token, write_steered
 from ..steering.judges import Judgement, Reader, judge, target_of
 from ..studies.findings import Finding
 from ..studies.grammar import parse_report
@@ -58,7 +58,7 @@ def steps_of(sae: MatryoshkaSAE | None, before: Float[Tensor, "tokens d"], after
     end, earlier = adding(gap[-1], "generated"), torch.cat([gap[:-1], torch.zeros_like(gap[-1:])])
     fields = {"patches": own, "random": noise / noise.norm(dim=1, keepdim=True) * own.norm(dim=1, keepdim=True)}
     if sae is not None: fields |= _in_features(sae, before, after, at, few)
-    return {"stream": replace(end, field=earlier), "end": end} | {name: placing(field) for name, field in fields.items()}
+    return {"stream": replace(end, per_token=earlier), "end": end} | {name: adding_per_token(field) for name, field in fields.items()}
 
 # %% ../../nbs/analysis/patching.ipynb #e6d7436d
 SCHEMA = pa.schema([(n, pa.string()) for n in ("study", "patient", "finding", "step", "baseline", "text")] + [("times", pa.float64())])
@@ -149,7 +149,7 @@ def by_count(subject: Subject, sae: MatryoshkaSAE, layer: int, studies: Sequence
     key, tables = content_hash(common, sae.tensors(), float(sae.threshold), layer, seed, list(counts))[:12], []
     def steps(before: Tensor, after: Tensor, image: np.ndarray, draw: torch.Generator) -> dict[str, Intervention]:
         at = torch.from_numpy(np.flatnonzero(image))
-        return {str(n): placing(_in_features(sae, before, after, at, n)["features"]) for n in counts}
+        return {str(n): adding_per_token(_in_features(sae, before, after, at, n)["features"]) for n in counts}
     for study in progress(studies, "numbers of features"):
         absent = [f for f in findings if f.kind not in {g.kind for g in study.truth.findings}]
         if not absent: continue

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..activations.store import Store
 from ..core import UserError, rng
+from ..sae.encoder import encode_rows
 from ..sae.evaluation import EvaluationConfig, concept_tokens, concepts_of, spread, study_maxima
-from ..sae.model import MatryoshkaSAE, encode_rows
+from ..sae.model import MatryoshkaSAE
 from ..studies.record import Source
 
 # %% ../../nbs/analysis/recovery.ipynb #5b2668d7

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from ..activations.store import Store
 from ..core import Section, content_hash, file_hash, progress, read_table, torch_rng, write_table
+from ..sae.encoder import encode_rows
 from ..sae.evaluation import concept_tokens, concepts_of
-from ..sae.model import MatryoshkaSAE, encode_rows
+from ..sae.model import MatryoshkaSAE
 from ..steering import interventions
 from ..steering.effects import co_activation, geometry, output_scores, predicted_steerability, share_interval, some_activations
 from ..steering.interventions import adding, clamping, scaling, write_steered

@@ -132,7 +132,7 @@ class Lexical:
         self._rules: dict[str, tuple[Clause, ...]] = {}
         self.background = Bits(window(c, self.protocol.tell_study) for c in background)
     def explain(self, contexts: FeatureContexts) -> Explanation:
-        silent = [*contexts.silent, *(contexts.near_silent if self.protocol.near else ())]
+        silent = [*contexts.silent, *(contexts.hard_silent if self.protocol.near else ())]
         rule = find_rule(contexts.active, silent, self.background, contexts.prevalence, self.protocol.tell_study)
         more = strongest(contexts.active, self.protocol.tell_study) if self.protocol.order == "spread" else ""
         return Explanation(contexts.feature, describe(rule) + more)
@@ -546,9 +546,9 @@ def examination(f: FeatureContexts, protocol: Shown, seed: int) -> tuple[list[Co
     active, silent = (np.flatnonzero(f.truth == t) for t in (True, False))
     active = active[np.linspace(0, len(active) - 1, min(len(active), protocol.score_active)).round().astype(int)]
     silent = silent[:protocol.score_silent]
-    near = range(min(len(f.near_scoring), protocol.score_near))
-    contexts = [*(f.scoring[i] for i in (*active, *silent)), *(f.near_scoring[i] for i in near)]
-    source = np.array([""] * len(active) + ["random"] * len(silent) + [f.near_sources[i] for i in near])
+    near = range(min(len(f.hard_scoring), protocol.score_near))
+    contexts = [*(f.scoring[i] for i in (*active, *silent)), *(f.hard_scoring[i] for i in near)]
+    source = np.array([""] * len(active) + ["random"] * len(silent) + [f.hard_sources[i] for i in near])
     order = rng(seed, "interpretation", "order", f.feature).permutation(len(contexts))
     return [contexts[i] for i in order], source[order] == "", source[order]
 

@@ -141,7 +141,7 @@ def explain_prompt(contexts: FeatureContexts, protocol: Protocol) -> list[Messag
     """Messages that ask for an explanation."""
     top = max(max(e.activations) for e in contexts.active)
     groups = {"Active excerpts:": [_heading(e, protocol) + marked(e, top, protocol) for e in shown_active(contexts.active, protocol)],
-              "Near misses:": [plain(c, protocol) for c in contexts.near_silent[:protocol.near]],
+              "Near misses:": [plain(c, protocol) for c in contexts.hard_silent[:protocol.near]],
               "Silent excerpts:": [plain(c, protocol) for c in contexts.silent[:protocol.silent]]}
     lines = [line for head, some in groups.items() if some for line in (head, *_numbered(some), "")]
     return [{"role": "system", "content": filled_in(protocol.explain_prompt, protocol._folder, scale=protocol.scale)},

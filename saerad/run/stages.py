@@ -68,9 +68,9 @@ def do_evaluate(run: Run) -> None:
 def do_exemplars(run: Run) -> None:
     """Collect the contexts of every feature, near misses among them."""
     from saerad.interpretation.exemplars import collect_exemplars
-    from saerad.interpretation.hard_negatives import add_near_misses
+    from saerad.interpretation.hard_negatives import add_hard_negatives
     collect_exemplars(run.store, run.sae, run.config.exemplars, run.config.seed, run / "exemplars")
-    add_near_misses(run.store, run.sae, run.config.exemplars, run.config.seed, run / "exemplars")
+    add_hard_negatives(run.store, run.sae, run.config.exemplars, run.config.seed, run / "exemplars")
 
 # %% ../../nbs/run/stages.ipynb #4bc7ed38
 def do_interpret(run: Run) -> None:

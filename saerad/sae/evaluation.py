@@ -28,7 +28,8 @@ from torch import Tensor
 from ..activations.extraction import ExtractionConfig, extract, kept_tokens
 from ..activations.store import Store
 from ..core import Section, UserError, progress, torch_rng, write_json, write_table
-from .model import MatryoshkaSAE, SAEConfig, check_width, encode_rows
+from .encoder import encode_rows
+from .model import MatryoshkaSAE, SAEConfig, check_width
 from .training import TrainingConfig, train_sae
 from ..studies.findings import PHANTOM_KINDS, Reading
 from ..studies.grammar import CONCEPTS, Concept, parse_report

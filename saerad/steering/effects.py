@@ -27,7 +27,8 @@ from torch import Tensor
 
 from ..activations.store import Store
 from ..core import read_table, rng, write_table
-from ..sae.model import MatryoshkaSAE, encode_rows
+from ..sae.encoder import encode_rows
+from ..sae.model import MatryoshkaSAE
 from .judges import HARMS, OUTCOMES, Reader
 from ..studies.findings import KINDS
 from ..subjects.subject import Subject

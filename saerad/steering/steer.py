@@ -323,9 +323,9 @@ def generations_table(done: Mapping[Row, tuple[str, float]], studies: Mapping[st
     out = []
     for r in sorted(kept, key=lambda r: (place[replace(r, study="")], r.study)):
         before, how = baseline[r.study, r.image], doing.get(unplaced(r))
-        constant = how is not None and not how.gain.any()
+        constant = how is not None and not how.scale.any()
         out.append(vars(r) | common | {
-            "norm": round(float((how.shift @ how.directions).norm()), 4) if constant else None, "patient": studies[r.study].patient,
+            "norm": round(float((how.offset @ how.directions).norm()), 4) if constant else None, "patient": studies[r.study].patient,
             "features": members.get(r.feature, [r.feature] if r.feature >= 0 else []), "baseline": before[0], "steered": done[r][0],
             "perplexity": done[r][1], "baseline_perplexity": before[1]})
     return pa.Table.from_pylist(out, GENERATIONS)
@@ -449,7 +449,7 @@ def _key(subject: Subject, layer: int, sae: MatryoshkaSAE, cfg: SteeringConfig, 
          doing: Mapping[Row, Intervention]) -> str:
     "A hash of all that the reports depend on."
     seen = [t for p in dict.fromkeys(prompts.values()) for t in (p.ids, p.pixels) if t is not None]
-    how = [t for i in doing.values() for t in (i.directions, i.readers, i.biases, i.shift, i.gain)]
+    how = [t for i in doing.values() for t in (i.directions, i.encoder.encoder_rows, i.encoder.biases, i.offset, i.scale)]
     return content_hash(subject.hash, layer, cfg.max_new_tokens or subject.max_report_tokens, cfg.batch_size, cfg.positions, cfg.from_sentence,
                         float(sae.threshold), [vars(r) for r in rows], file_hash(interventions.__file__), *seen, *how)
 

@@ -27,7 +27,7 @@ def test_steps(dictionary):
     image = np.array([0, 1, 1, 1, 0], bool)
     steps = steps_of(dictionary, before, after, image, torch.Generator().manual_seed(1), few=3)
     assert set(steps) == set(STEPS) - {"film"}
-    fields = {name: step.field for name, step in steps.items() if step.field is not None}
+    fields = {name: step.per_token for name, step in steps.items() if step.per_token is not None}
     stream = fields.pop("stream")
     assert torch.allclose(stream[:-1], (after - before)[:-1]) and not stream[-1].any()         # the last token is changed by the vector that stays on
     assert torch.allclose(steps["stream"].directions[0], after[-1] - before[-1]) and steps["stream"].positions == "generated"
@@ -43,7 +43,7 @@ def test_steps(dictionary):
     largest = max(range(24), key=lambda f: float(z[image][:, f].norm()))
     assert torch.allclose(fields["feature"][1], z[1, largest] * dictionary.W_dec[largest].detach() * 3.0, atol=1e-5)
     end = steps["end"]
-    assert end.field is None and end.positions == "generated" and torch.allclose(end.directions[0], after[-1] - before[-1])
+    assert end.per_token is None and end.positions == "generated" and torch.allclose(end.directions[0], after[-1] - before[-1])
 
 
 def test_findings_that_are_there_are_not_painted_and_nothing_is_written_twice(tmp_path, monkeypatch):

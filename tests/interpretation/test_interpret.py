@@ -41,7 +41,7 @@ from saerad.interpretation.endpoint import (
     parse_list,
 )
 from saerad.interpretation.exemplars import Context, Example, Exemplars, ExemplarsConfig, collect_exemplars
-from saerad.interpretation.hard_negatives import add_near_misses
+from saerad.interpretation.hard_negatives import add_hard_negatives
 from saerad.interpretation.interpret import (
     Explanation,
     InterpretationConfig,
@@ -843,7 +843,7 @@ def near(tmp_path_factory):
     store, sae = make_store(base / "store"), make_sae()
     cfg = ExemplarsConfig(min_explain=5, min_score=5, explain_from="deciles")
     collect_exemplars(store, sae, cfg, 0, base / "exemplars")
-    add_near_misses(store, sae, cfg, 0, base / "exemplars")
+    add_hard_negatives(store, sae, cfg, 0, base / "exemplars")
     features = read_table(base / "exemplars" / "features.parquet").to_pandas()
     features.loc[~features.feature.isin([WORDS.index("effusion"), WORDS.index("small"), MIXED]), "status"] = "dead"
     write_table(base / "exemplars" / "features.parquet", pa.Table.from_pandas(features, preserve_index=False))
@@ -876,7 +876,7 @@ def test_no_examination_is_worth_its_name_without_the_others_patients(near):
         contexts, truth, source = examination(f, p, 0)
         assert truth.sum() == min(40, f.truth.sum()) and (source == "random").sum() == min(40, (~f.truth).sum())
         assert len({c.row for c in contexts if c.low >= 0}) > 0 and not (truth & (source != "")).any()
-        told = {c.study for c in (*f.active, *f.silent, *f.near_silent)}
+        told = {c.study for c in (*f.active, *f.silent, *f.hard_silent)}
         assert not told & {c.study for c in contexts}
 
 

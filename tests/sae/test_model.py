@@ -2,14 +2,12 @@
 import json
 import os
 
-import numpy as np
 import pytest
 import safetensors.torch as st
 import torch
-from conftest import Rows
 
 from saerad.core import UserError
-from saerad.sae.model import MatryoshkaSAE, SAEConfig, encode_rows
+from saerad.sae.model import MatryoshkaSAE, SAEConfig
 
 # --- settings
 
@@ -92,15 +90,6 @@ def test_prefixes_decode_to_the_running_sum(sae, x):
         assert torch.allclose(now - before, z[:, start:prefix] @ sae.W_dec[start:prefix] * 7.5, atol=1e-4)
         before = now
     assert torch.equal(sae.decode(z, sae.width), sae.decode(z))
-
-
-def test_sparse_rows_equal_dense_ones(sae, x):
-    rows = np.array([5, 3, 3, 49, 0])
-    found = encode_rows(sae, Rows(x), rows, batch=2)
-    assert found.shape == (5, 64) and found.dtype == np.float32
-    assert np.allclose(found.toarray(), sae.encode(x[rows]).numpy(), atol=1e-6)
-    assert encode_rows(sae, Rows(x), rows[:0]).shape == (0, 64)
-    with pytest.raises(UserError, match="width 16.*width 3"): encode_rows(sae, Rows(torch.zeros(2, 3)), np.array([0]))
 
 
 def test_a_topk_kind_keeps_k_for_every_token(x):

@@ -12,13 +12,13 @@ from saerad.core import UserError
 from saerad.sae.model import MatryoshkaSAE
 from saerad.steering.interventions import (
     Batch,
-    Roomy,
+    BufferedLayer,
     adding,
+    adding_per_token,
+    buffered_cache,
     clamping,
     perplexities,
-    placing,
     prompt_mask,
-    roomy_cache,
     scaling,
     sentence_ends,
     write_steered,
@@ -85,6 +85,90 @@ def test_rows_with_different_numbers_of_features_do_not_disturb_each_other():
     assert torch.allclose(together.select([2, 0]).change(x[[2, 0]]), together.change(x)[[2, 0]], atol=1e-5)
 
 
+# ---------------------------------------------------------------- an intervention and the encoder agree on what fires
+def of_kind(kind: str, width: int = 12, d: int = 8, seed: int = 1) -> MatryoshkaSAE:
+    """A small SAE of a kind that fires on most tokens, with more features above its threshold than a TopK keeps."""
+    sae = MatryoshkaSAE(d, (width // 2, width - width // 2), k=3, seed=seed, kind=kind)
+    sae.b_enc.data, sae.b_dec.data = torch.linspace(-0.1, 0.2, width), torch.full((d,), 0.1)
+    sae.scale.fill_(5.0)
+    sae.threshold.fill_(0.05)
+    return sae
+
+
+KINDS = ("batch_topk", "topk")
+
+
+def tokens_for(sae: MatryoshkaSAE, n: int = 40) -> torch.Tensor:
+    return torch.randn(n, sae.d, generator=torch.Generator().manual_seed(5)) * 5
+
+
+def passed_over(sae: MatryoshkaSAE, x: torch.Tensor) -> tuple[int, int]:
+    """A token and a feature that is above the threshold there, but not among those that `encode` keeps."""
+    pre = sae.preactivations(x / sae.scale)
+    return tuple(((pre > sae.threshold + 0.1) & (sae.encode(x) == 0)).nonzero()[0].tolist())
+
+
+def test_a_feature_outside_the_top_k_is_silent_to_clamping_and_scaling():
+    sae = of_kind("topk")
+    x = tokens_for(sae)
+    token, feature = passed_over(sae, x)
+    here = x[None, token:token + 1]
+    assert float(Batch([clamping(sae, [feature], [0.0])]).change(here).abs().max()) == 0
+    assert float(Batch([scaling(sae, [feature], [2.0])]).change(here).abs().max()) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scaling_by_two_adds_the_encoded_activation_once_more(kind):
+    sae = of_kind(kind)
+    x = tokens_for(sae)
+    z = sae.encode(x)
+    for feature in range(sae.width):
+        expected = z[:, feature:feature + 1] * sae.W_dec.detach()[feature] * sae.scale
+        assert torch.allclose(Batch([scaling(sae, [feature], [2.0])]).change(x[None])[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_change_is_the_edited_encoding_decoded_minus_the_encoding_decoded(kind):
+    sae = of_kind(kind)
+    x = tokens_for(sae)
+    z, at = sae.encode(x), [2, 7, 9]
+    clamped, scaled = z.clone(), z.clone()
+    clamped[:, at] = torch.tensor([0.0, 1.5, -1.0])
+    scaled[:, at] *= torch.tensor([0.0, 2.0, -1.0])
+    for how, edited in ((clamping(sae, at, [0.0, 1.5, -1.0]), clamped), (scaling(sae, at, [0.0, 2.0, -1.0]), scaled)):
+        assert torch.allclose(Batch([how]).change(x[None])[0], (sae.decode(edited) - sae.decode(z)).detach(), atol=1e-4)
+
+
+def test_rows_of_different_saes_and_kinds_beside_plain_vectors():
+    saes = {kind: of_kind(kind, seed=i) for i, kind in enumerate((*KINDS, "batch_topk"))} | {"another topk": of_kind("topk", width=20, seed=9)}
+    rows, expected = [], []
+    x = tokens_for(saes["topk"], 30).view(5, 6, 8)
+    x = torch.cat([x, x.flip(1)])
+    for i, (sae, at) in enumerate(((saes["topk"], [1, 5]), (saes["batch_topk"], [3]), (saes["another topk"], [19, 0, 4]), (saes["topk"], [11]))):
+        rows += [scaling(sae, at, [float(j) for j in range(len(at))]), adding(torch.ones(1, 8) * i)]
+        z = sae.encode(x[2 * i])
+        factors = torch.zeros(sae.width).index_fill(0, torch.tensor(at), 1.0)
+        factors[at] = torch.tensor([float(j) - 1 for j in range(len(at))])
+        expected += [((z * factors) @ sae.W_dec * sae.scale).detach(), torch.full((6, 8), float(i))]
+    batch, x = Batch(rows), x[:8]
+    assert torch.allclose(batch.change(x), torch.stack(expected), atol=1e-4)
+    keep = [6, 1, 4, 0]
+    assert torch.allclose(batch.select(keep).change(x[keep]), torch.stack(expected)[keep], atol=1e-4)
+    one = x[:1].expand(8, -1, -1)                 # a prompt: all rows read the same stream
+    assert torch.allclose(batch.change(one), batch.change(one.contiguous()), atol=1e-5)
+
+
+def test_a_threshold_kind_is_gated_as_it_always_was():
+    """Bit for bit: the products of the features' own encoder rows with the raw stream, where they are above the threshold."""
+    sae = of_kind("batch_topk")
+    x, t, at = tokens_for(sae).view(2, 20, 8), sae.tensors(), [4, 1]
+    pre = torch.einsum("rtd,rnd->rtn", x, (t["W_enc"][:, at].T / 5.0).expand(2, -1, -1)) + (t["b_enc"][at] - t["b_dec"] @ t["W_enc"][:, at])
+    z = torch.where(pre > float(sae.threshold), pre, 0)
+    coefficients = torch.tensor([1.0, 2.0]) - z
+    expected = torch.einsum("rtn,rnd->rtd", coefficients, (t["W_dec"][at] * 5.0).expand(2, -1, -1))
+    assert torch.equal(Batch([clamping(sae, at, [1.0, 2.0])] * 2).change(x), expected)
+
+
 # ---------------------------------------------------------------- where
 def test_masks():
     section = np.array(["boilerplate", "image", "image", "indication"])
@@ -110,12 +194,13 @@ def padded(ids: list[int], like: list[int], pad: int) -> list[int]: return [*ids
 
 
 @pytest.mark.parametrize("positions", ["all", "prompt", "image", "generated"])
-@pytest.mark.parametrize("kind", ["add", "clamp", "scale"])
+@pytest.mark.parametrize("kind", ["add", "clamp", "scale", "scale topk"])
 def test_equal_to_a_forward_hook_at_every_kind_of_position(subject, prompt, positions, kind):
     sae, v = trained(), torch.randn(1, 256, generator=torch.Generator().manual_seed(3)) * 2
     how = {"add": adding(v, positions),
            "clamp": clamping(sae, [1, 5], [9.0, -4.0], positions),
-           "scale": scaling(sae, [0, 3], [-8.0, 9.0], positions)}[kind]
+           "scale": scaling(sae, [0, 3], [-8.0, 9.0], positions),
+           "scale topk": scaling(of_kind("topk", d=256), [0, 3, 5], [-8.0, 9.0, 9.0], positions)}[kind]
     where = prompt_mask(prompt.section, [how])[..., None]
     later = 1.0 if positions in ("all", "generated") else 0.0
     def change(stream, first): return Batch([how]).change(stream) * (where if first else later)
@@ -127,7 +212,8 @@ def test_equal_to_a_forward_hook_at_every_kind_of_position(subject, prompt, posi
 def test_a_field_is_added_to_the_prompt_token_by_token_and_to_its_row_alone(subject, prompt):
     field = torch.randn(len(prompt), 256, generator=torch.Generator().manual_seed(4)) * 2
     expected = hooked(subject, prompt, 4, lambda stream, first: field if first else 0.0 * stream, 8)
-    plain, placed, pushed = write_steered(subject, prompt, [adding(torch.zeros(1, 256)), placing(field), adding(field[:1])], 4, 8, perplexity=False)
+    rows = [adding(torch.zeros(1, 256)), adding_per_token(field), adding(field[:1])]
+    plain, placed, pushed = write_steered(subject, prompt, rows, 4, 8, perplexity=False)
     pad = subject.tokenizer.pad_token_id
     assert padded(list(placed.ids), expected, pad) == expected
     assert plain.ids == write_steered(subject, prompt, [adding(torch.zeros(1, 256))], 4, 8, perplexity=False)[0].ids != placed.ids
@@ -172,8 +258,8 @@ def test_image_positions_need_an_image(subject, prompt):
 # ---------------------------------------------------------------- cache and perplexity
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.sampled_from(["one", "three", "repeat", "select"]), min_size=1, max_size=8), st.integers(1, 9))
-def test_the_roomy_cache_is_the_usual_one(steps, room):
-    ours, theirs = Roomy(room), DynamicCache()
+def test_the_buffered_cache_is_the_usual_one(steps, capacity):
+    ours, theirs = BufferedLayer(capacity), DynamicCache()
     draw, rows = torch.Generator().manual_seed(0), 2
     for step in ["three", *steps]:
         if step == "repeat" and rows < 9: ours.batch_repeat_interleave(2), theirs.batch_repeat_interleave(2)
@@ -195,4 +281,4 @@ def test_perplexity_is_that_of_a_plain_pass(real):
         inputs |= {"attention_mask": torch.ones_like(inputs["input_ids"]), "position_ids": torch.arange(inputs["input_ids"].shape[1])[None]}
         with torch.no_grad(): logp = real.model(**inputs).logits[0, -len(ids) - 1:-1].log_softmax(-1)
         assert got == pytest.approx(float((-logp.gather(1, torch.tensor(ids)[:, None]).mean()).exp()), rel=1e-3)
-    assert len(roomy_cache(real, 5).layers) == real.n_layers
+    assert len(buffered_cache(real, 5).layers) == real.n_layers
