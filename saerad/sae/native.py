@@ -28,7 +28,7 @@ class Search:
     @torch.no_grad()
     def rough(self, centred: Float[Tensor, "n d"], use_int8: bool = False, features: int = 2048) -> tuple[Tensor, float]:
         """Preactivations in bfloat16 [n, width], made some features at a time, and the standard error that 8-bit integers may add."""
-        W, b, kind = self.sae.W_enc.detach().T, self.sae.b_enc.detach(), torch.bfloat16 if self.use_bf16 else torch.float32
+        W, b, kind = self.sae.W_enc.detach().T.contiguous(), self.sae.b_enc.detach(), torch.bfloat16 if self.use_bf16 else torch.float32
         pre = kernels.scratch_buffer(self.scratch, "pre", (len(centred), self.sae.width), torch.bfloat16)
         if use_int8: return pre, kernels.rough_products(centred, W, b, pre, features)
         x = centred.to(kind)

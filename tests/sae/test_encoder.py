@@ -15,7 +15,7 @@ DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 
 
 def small_sae(kind: str, width: int = 24, seed: int = 1) -> MatryoshkaSAE:
-    sae = MatryoshkaSAE(8, (width // 2, width - width // 2), k=3, seed=seed, selection="token" if kind == "topk" else "batch")
+    sae = MatryoshkaSAE(8, (width // 2, width - width // 2), k=3, seed=seed, kind=kind)
     sae.b_enc.data, sae.b_dec.data = torch.linspace(-0.1, 0.2, width), torch.full((8,), 0.1)
     sae.scale.fill_(5.0)
     sae.threshold.fill_(0.3)
@@ -143,5 +143,5 @@ def test_only_large_dictionaries_are_searched(monkeypatch):
     monkeypatch.setattr(kernels, "native", lambda: None)
     x = rows(10)
     assert not Encoder(sae).searches and torch.equal(Encoder(sae)(x), sae.encode(x))
-    sae.selection = "token"
+    sae.kind = "topk"
     assert not Encoder(sae).searches

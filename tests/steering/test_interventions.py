@@ -88,7 +88,7 @@ def test_rows_with_different_numbers_of_features_do_not_disturb_each_other():
 # ---------------------------------------------------------------- an intervention and the encoder agree on what fires
 def of_kind(kind: str, width: int = 12, d: int = 8, seed: int = 1) -> MatryoshkaSAE:
     """A small SAE of a kind that fires on most tokens, with more features above its threshold than a TopK keeps."""
-    sae = MatryoshkaSAE(d, (width // 2, width - width // 2), k=3, seed=seed, selection="token" if kind == "topk" else "batch")
+    sae = MatryoshkaSAE(d, (width // 2, width - width // 2), k=3, seed=seed, kind=kind)
     sae.b_enc.data, sae.b_dec.data = torch.linspace(-0.1, 0.2, width), torch.full((d,), 0.1)
     sae.scale.fill_(5.0)
     sae.threshold.fill_(0.05)
