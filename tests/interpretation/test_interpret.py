@@ -819,7 +819,7 @@ def test_protocols_are_files_and_unknown_ones_are_named(tmp_path):
     assert read_protocol(str(own)).active == 25
     (tmp_path / "mine-1.txt").write_text("Explain as {json}.")
     own.write_text("explain_prompt: mine-1\ndetect_prompt: detect-paper-1\nactive: 5\n")
-    with pytest.raises(UserError, match="mine-1.txt has braces around something else than scale"): read_protocol(str(own))
+    with pytest.raises(UserError, match="mine-1.txt has braces around something other than scale"): read_protocol(str(own))
     own.write_text("explain_promt: x\n")
     with pytest.raises(UserError, match="mine.yaml is not a protocol"): read_protocol(str(own))
 
