@@ -29,7 +29,7 @@ class MiniConfig(Section):
     vision_epochs: int = 10      # the vision tower on labels, before anything is written
     vision_batch: int = 32
     vision_lr: float = 1e-3
-    place_weight: float = 4.0    # of "what is in this patch?" beside the questions about the whole picture
+    place_weight: float = 4.0    # of "what is in this patch?" beside the questions about the whole image
     epochs: int = 8              # the projector and the decoder on reports, the tower kept as it is
     batch: int = 32
     lr: float = 1e-3
@@ -45,10 +45,10 @@ def _questions(finding: Finding) -> list[str]:
 
 # %% ../../nbs/subjects/mini.ipynb #19f698e6
 def findings_of(study: Study) -> Sequence[Finding]:
-    """What is there: from the truth where there is one, else what the report says is present."""
+    """What is there: from the truth where there is one, else what the rules for English reports read in its report as present."""
     if study.truth is not None: return study.truth.findings
-    read = read_findings(study.sections.get("findings", "")).findings
-    return [f for f in read if f.certainty == "present" and f.change != "resolved"]
+    stated = read_findings(study.sections.get("findings", "")).findings
+    return [f for f in stated if f.certainty == "present" and f.change != "resolved"]
 
 # %% ../../nbs/subjects/mini.ipynb #1e5ce40a
 def answers_of(study: Study, questions: Sequence[str]) -> Float[np.ndarray, "questions"]:
@@ -58,11 +58,11 @@ def answers_of(study: Study, questions: Sequence[str]) -> Float[np.ndarray, "que
 
 # %% ../../nbs/subjects/mini.ipynb #b6f24c72
 def patch_places(study: Study) -> Bool[np.ndarray, "patches kinds"] | None:
-    """Which kinds are in which patch of the frontal view, where the truth says it."""
+    """Which kinds are in which patch of the frontal view, where the truth tells it."""
     if not hasattr(study.truth, "patches"): return None
-    seen = np.zeros((64, len(PHANTOM_KINDS)), bool)
-    for finding, where in study.truth.patches.items(): seen[:, PHANTOM_KINDS.index(finding.kind)] |= where.ravel()
-    return seen
+    kinds = np.zeros((64, len(PHANTOM_KINDS)), bool)
+    for finding, where in study.truth.patches.items(): kinds[:, PHANTOM_KINDS.index(finding.kind)] |= where.ravel()
+    return kinds
 
 # %% ../../nbs/subjects/mini.ipynb #266e7539
 class LabelHead(nn.Module):
@@ -81,9 +81,9 @@ def patches_of(tower: Dinov2Backbone, pixels: Float[Tensor, "batch channels heig
     return tower(pixels).feature_maps[-1][:, 1:]
 
 # %% ../../nbs/subjects/mini.ipynb #8ba3b30d
-def as_pixels(pictures: UInt8[np.ndarray, "batch height width"]) -> Float[Tensor, "batch 1 height width"]:
+def as_pixels(images: UInt8[np.ndarray, "batch height width"]) -> Float[Tensor, "batch 1 height width"]:
     """Normalised as MAIRA-2 does: mean 0.5307, standard deviation 0.2583 of the full range."""
-    return (torch.from_numpy(pictures)[:, None].float() / 255 - MEAN) / STD
+    return (torch.from_numpy(images)[:, None].float() / 255 - MEAN) / STD
 
 # %% ../../nbs/subjects/mini.ipynb #2a2a9406
 def _jitter(pixels: Tensor, draw: np.random.Generator, reach: int = 3) -> Tensor:
@@ -110,19 +110,19 @@ def _yes_no(logits: Tensor, truth: np.ndarray) -> Tensor:
     return nn.functional.binary_cross_entropy_with_logits(logits.float(), torch.from_numpy(truth).float())
 
 # %% ../../nbs/subjects/mini.ipynb #f10503fc
-def train_tower(tower: Dinov2Backbone, pictures: UInt8[np.ndarray, "n height width"], answers: Float[np.ndarray, "n questions"],
+def train_tower(tower: Dinov2Backbone, images: UInt8[np.ndarray, "n height width"], answers: Float[np.ndarray, "n questions"],
                 places: Bool[np.ndarray, "n patches kinds"] | None, cfg: MiniConfig, seed: int) -> LabelHead:
     """Teach the tower the labels; returns the head that reads them off (it is not part of `mini`)."""
     torch.manual_seed(seed)
     head, draw = LabelHead(tower.config.hidden_size, answers.shape[1]), rng(seed, "tower")
-    per_epoch, weights = max(1, len(pictures) // cfg.vision_batch), [*tower.parameters(), *head.parameters()]
+    per_epoch, weights = max(1, len(images) // cfg.vision_batch), [*tower.parameters(), *head.parameters()]
     steps = cfg.vision_epochs * per_epoch
     cycle = _one_cycle(weights, cfg.vision_lr, steps)
     tower.train()
-    order = (rows for _ in range(cfg.vision_epochs) for rows in np.array_split(draw.permutation(len(pictures)), per_epoch))
+    order = (rows for _ in range(cfg.vision_epochs) for rows in np.array_split(draw.permutation(len(images)), per_epoch))
     for rows in progress(order, "teaching the eyes", steps):
         with torch.autocast("cpu", torch.bfloat16):
-            logits, local = head(patches_of(tower, _jitter(as_pixels(pictures[rows]), draw)))
+            logits, local = head(patches_of(tower, _jitter(as_pixels(images[rows]), draw)))
         loss = _yes_no(logits, answers[rows]) + (0 if places is None else cfg.place_weight * _yes_no(local, places[rows]))
         _update(loss, weights, *cycle)
     tower.eval()
@@ -131,9 +131,9 @@ def train_tower(tower: Dinov2Backbone, pictures: UInt8[np.ndarray, "n height wid
 # %% ../../nbs/subjects/mini.ipynb #9aecb7d7
 @dataclass(eq=False)
 class Lesson:
-    """One study as tokens, with the pictures that it refers to."""
+    """One study as tokens, with the views that it refers to."""
     ids: np.ndarray             # prompt, report and end of text
-    pictures: tuple[int, ...]   # rows of the table of patches, in the order of the prompt's views
+    views: tuple[int, ...]    # rows of the table of patches, in the order of the prompt's views
     begin: int                  # position of the last token of the prompt
     answers: np.ndarray         # of the questions of the tower
 
@@ -167,8 +167,8 @@ def _embedded(model: PreTrainedModel, ids: Tensor, lessons: Sequence[Lesson], pa
     "What the decoder reads: words, and patches in their places."
     embedded = _decoder(model).embed_tokens(ids)
     if patches is None: return embedded
-    seen = model.model.multi_modal_projector(patches[torch.tensor([r for x in lessons for r in x.pictures])].float())
-    return embedded.masked_scatter((ids == model.config.image_token_index)[..., None], seen.flatten(0, 1).to(embedded.dtype))
+    projected = model.model.multi_modal_projector(patches[torch.tensor([r for x in lessons for r in x.views])].float())
+    return embedded.masked_scatter((ids == model.config.image_token_index)[..., None], projected.flatten(0, 1).to(embedded.dtype))
 
 # %% ../../nbs/subjects/mini.ipynb #4e53d2a6
 def _report_positions(lessons: Sequence[Lesson], length: int) -> Bool[Tensor, "batch positions"]:
@@ -183,8 +183,8 @@ def report_loss(model: PreTrainedModel, lessons: Sequence[Lesson], patches: Tens
     ids = nn.utils.rnn.pad_sequence([torch.from_numpy(x.ids) for x in lessons], batch_first=True, padding_value=model.config.pad_token_id)
     read = _embedded(model, ids, lessons, patches)
     out = _decoder(model)(inputs_embeds=read, output_hidden_states=look is not None, use_cache=False)
-    told = _report_positions(lessons, ids.shape[1])
-    loss = nn.functional.cross_entropy(model.lm_head(out.last_hidden_state[:, :-1][told]).float(), ids[:, 1:][told])
+    positions = _report_positions(lessons, ids.shape[1])
+    loss = nn.functional.cross_entropy(model.lm_head(out.last_hidden_state[:, :-1][positions]).float(), ids[:, 1:][positions])
     if look is None: return loss, torch.zeros(())
     begin = torch.tensor([x.begin for x in lessons])
     halfway = out.hidden_states[len(out.hidden_states) // 2][torch.arange(len(lessons)), begin]
@@ -205,7 +205,7 @@ def _one_epoch(model: PreTrainedModel, train: Sequence[Lesson], patches: Tensor 
 # %% ../../nbs/subjects/mini.ipynb #92170339
 def train_words(model: PreTrainedModel, train: Sequence[Lesson], held_out: Sequence[Lesson], patches: Tensor | None, cfg: MiniConfig,
                 seed: int, checkpoint: Path | None = None) -> list[dict[str, float]]:
-    """Teach projector and decoder to write the reports; returns the losses after each epoch (nats a token)."""
+    """Teach projector and decoder to write the reports; returns the losses after each epoch (nats per token)."""
     torch.manual_seed(seed)
     asked = len(train[0].answers) if patches is not None and cfg.look_weight else 0
     look = nn.Linear(model.config.get_text_config().hidden_size, asked) if asked else None
@@ -241,7 +241,7 @@ def _resume(state: dict, path: Path | None) -> list[dict]:
 # %% ../../nbs/subjects/mini.ipynb #33c819b3
 @torch.no_grad()
 def held_out_loss(model: PreTrainedModel, lessons: Sequence[Lesson], patches: Tensor | None, cfg: MiniConfig) -> float:
-    """Cross-entropy (nats a report token) on lessons that were not trained on."""
+    """Cross-entropy (nats per report token) on lessons that were not trained on."""
     was, total, count = model.training, 0.0, 0
     model.eval()
     for rows in training_batches([len(x.ids) for x in lessons], cfg.batch, rng(0)):
@@ -253,27 +253,27 @@ def held_out_loss(model: PreTrainedModel, lessons: Sequence[Lesson], patches: Te
 
 # %% ../../nbs/subjects/mini.ipynb #a71da9d8
 def gather_views(studies: Sequence[Study], size: int) -> tuple[UInt8[np.ndarray, "n size size"], dict[str, int]]:
-    """All pictures that the studies show, prepared and stacked, and the row of each by name."""
-    names = {p.name: p for s in studies for p in s.all_views.values()}
-    films = [np.round((prepare_image(p.array(), size, 1)[0].numpy() * STD + MEAN) * 255).astype(np.uint8)
-             for p in progress(names.values(), "reading the pictures")]
-    return np.stack(films) if films else np.zeros((0, size, size), np.uint8), {name: i for i, name in enumerate(names)}
+    """The images of all views that the studies show, prepared and stacked, and the row of each by name."""
+    views = {p.name: p for s in studies for p in s.all_views.values()}
+    images = [np.round((prepare_image(p.array(), size, 1)[0].numpy() * STD + MEAN) * 255).astype(np.uint8)
+             for p in progress(views.values(), "reading the images")]
+    return np.stack(images) if images else np.zeros((0, size, size), np.uint8), {name: i for i, name in enumerate(views)}
 
 # %% ../../nbs/subjects/mini.ipynb #cb1233aa
 @torch.no_grad()
-def all_patches(tower: Dinov2Backbone, pictures: UInt8[np.ndarray, "n size size"], batch: int = 128) -> Float[Tensor, "n patches width"]:
-    """The tower's patches of every picture, kept in bfloat16 because there are many."""
-    return torch.cat([patches_of(tower, as_pixels(pictures[i:i + batch])).bfloat16()
-                      for i in progress(range(0, len(pictures), batch), "looking at the pictures")])
+def all_patches(tower: Dinov2Backbone, images: UInt8[np.ndarray, "n size size"], batch: int = 128) -> Float[Tensor, "n patches width"]:
+    """The tower's patches of every image, kept in bfloat16 because there are many."""
+    return torch.cat([patches_of(tower, as_pixels(images[i:i + batch])).bfloat16()
+                      for i in progress(range(0, len(images), batch), "looking at the images")])
 
 # %% ../../nbs/subjects/mini.ipynb #1b0ae9be
-def train_tower_once(tower: Dinov2Backbone, pictures: np.ndarray, answers: np.ndarray, places: np.ndarray | None, cfg: MiniConfig, seed: int,
+def train_tower_once(tower: Dinov2Backbone, images: np.ndarray, answers: np.ndarray, places: np.ndarray | None, cfg: MiniConfig, seed: int,
                      kept: Path) -> None:
     """Train the tower, or take it from `kept` where an interrupted training left it."""
     if kept.exists():
         tower.load_state_dict(torch.load(kept, weights_only=True))
         return
-    train_tower(tower, pictures, answers, places, cfg, seed)
+    train_tower(tower, images, answers, places, cfg, seed)
     with write_beside(kept) as part: torch.save(tower.state_dict(), part)
 
 # %% ../../nbs/subjects/mini.ipynb #b774e52b
@@ -287,19 +287,20 @@ def train_mini(source: Source, out: Path | str, cfg: MiniConfig = MiniConfig(), 
     tokenizer = train_tokenizer((t for s in train for t in s.sections.values()), cfg.vocabulary)
     model, out = new_mini(tokenizer, seed), Path(out)
     tower, size = model.model.vision_tower, model.config.vision_config.image_size
-    pictures, rows = gather_views([*train, *held_out], size)
-    if not rows: raise UserError(f"{source.spec} has no pictures; mini needs them to learn to look.")
+    images, rows = gather_views([*train, *held_out], size)
+    if not rows: raise UserError(f"{source.spec} has no images; mini needs them to learn to look.")
     questions = sorted({q for s in train for f in findings_of(s) for q in _questions(f)})
     shown = [s for s in train if "frontal" in s.views]
-    train_tower_once(tower, pictures[[rows[s.views["frontal"].name] for s in shown]],
+    train_tower_once(tower, images[[rows[s.views["frontal"].name] for s in shown]],
                      np.stack([answers_of(s, questions) for s in shown]), _stacked([patch_places(s) for s in shown]), cfg, seed, out / "tower.pt")
-    patches, count = all_patches(tower, pictures), (size // model.config.vision_config.patch_size) ** 2
+    patches, count = all_patches(tower, images), (size // model.config.vision_config.patch_size) ** 2
     lessons = [lessons_of(split, tokenizer, count, rows, questions) for split in (train, held_out)]
     log = train_words(model, *lessons, patches, cfg, seed, out / "checkpoint.pt")
     return _save_trained(model, tokenizer, log, cfg, source, out)
 
 # %% ../../nbs/subjects/mini.ipynb #755aebb7
-def _save_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, log: list[dict], cfg: MiniConfig, source: Source, out: Path) -> list[dict]:
+def _save_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, log: list[dict], cfg: MiniConfig, source: Source,
+                  out: Path) -> list[dict]:
     "Save the model, and remove what was only needed to get there."
     with quiet(): model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)

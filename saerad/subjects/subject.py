@@ -66,7 +66,7 @@ def _own_spans(spans: np.ndarray, starts: np.ndarray, owner: np.ndarray, own: np
 
 # %% ../../nbs/subjects/subject.ipynb #94d5ad76
 def _grid_positions(owner: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Row and column of image tokens, row by row from the top left; one row when the count is no square."
+    "Row and column of image tokens, row by row from the top left; one row when their number is no square."
     row, col = np.full(len(owner), -1, np.int16), np.full(len(owner), -1, np.int16)
     for piece in np.unique(owner[image]):
         where = np.flatnonzero(owner == piece)
@@ -99,8 +99,8 @@ class Prompt:
     ids: Int[Tensor, "tokens"]
     pixels: Float[Tensor, "views channels height width"] | None
     views: tuple[str, ...]        # in the order of `pixels`
-    section: np.ndarray           # one of `TOKEN_SECTIONS` a token
-    view: np.ndarray              # one of `VIEWS`, "" outside images
+    section: np.ndarray           # of each token, one of `TOKEN_SECTIONS`
+    view: np.ndarray              # of each token, one of `VIEWS`, "" outside images
     row: np.ndarray               # row of patches from the top, -1 outside images
     col: np.ndarray               # column of patches from the left, -1 outside images
     start: np.ndarray             # first character in the section's text, -1 where there is none
@@ -112,9 +112,9 @@ class Prompt:
 # %% ../../nbs/subjects/subject.ipynb #73b1728b
 MEAN, STD = 0.5307, 0.2583  # of MAIRA-2's image processor
 
-def prepare_image(picture: np.ndarray, size: int, channels: int = 3) -> Float[Tensor, "channels size size"]:
-    """MAIRA-2's preparation of a grey picture [height, width]: stretch to 0-255, shortest edge to `size`, centre crop, normalise."""
-    grey = picture.astype(np.float64) - picture.min()
+def prepare_image(image: np.ndarray, size: int, channels: int = 3) -> Float[Tensor, "channels size size"]:
+    """MAIRA-2's preparation of a grey image [height, width]: stretch to 0-255, shortest edge to `size`, centre crop, normalise."""
+    grey = image.astype(np.float64) - image.min()
     grey = (grey / max(grey.max(), 1e-12) * 255).astype(np.uint8)
     grey = np.asarray(_square(Image.fromarray(grey), size), dtype=np.float32)
     return ((torch.from_numpy(grey.copy()) / 255 - MEAN) / STD).expand(channels, -1, -1)
@@ -130,7 +130,7 @@ def _square(image: Image.Image, size: int) -> Image.Image:
 
 # %% ../../nbs/subjects/subject.ipynb #e14a522e
 def views_of(study: Study) -> dict[str, np.ndarray]:
-    """The pictures that a model may see, in the order frontal, lateral, prior."""
+    """The images that a model may see, by view, in the order of `VIEWS`; raises `ViewError` where one cannot be used."""
     return {view: study.all_views[view].array() for view in VIEWS if view in study.all_views}
 
 # %% ../../nbs/subjects/subject.ipynb #57846387
@@ -240,19 +240,19 @@ def plain_subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, na
     vision = getattr(model.config, "vision_config", None)
     patches = (vision.image_size // vision.patch_size) ** 2 if vision else 0
     def lay_out(study: Study, report: str | None) -> Prompt:
-        pictures = views_of(study) if vision else {}
-        if vision: _need_frontal(study, pictures, name)
+        views = views_of(study) if vision else {}
+        if vision: _need_frontal(study, views, name)
         sections = dict(study.sections)
-        if study.prior_report and ("prior" in pictures or not vision): sections["prior_report"] = study.prior_report
-        origins = trace_origins(plain_pieces(sections, pictures, patches, report, tokenizer), tokenizer)
+        if study.prior_report and ("prior" in views or not vision): sections["prior_report"] = study.prior_report
+        origins = trace_origins(plain_pieces(sections, views, patches, report, tokenizer), tokenizer)
         _refuse_specials(study, origins, tokenizer)
-        pixels = torch.stack([prepare_image(p, vision.image_size, vision.num_channels) for p in pictures.values()]) if vision else None
-        return Prompt(study.study, torch.from_numpy(origins.pop("ids")), pixels, tuple(pictures), **origins)
+        pixels = torch.stack([prepare_image(p, vision.image_size, vision.num_channels) for p in views.values()]) if vision else None
+        return Prompt(study.study, torch.from_numpy(origins.pop("ids")), pixels, tuple(views), **origins)
     return Subject(name, model, tokenizer, lay_out, **known)
 
 # %% ../../nbs/subjects/subject.ipynb #07dc82c3
-def _need_frontal(study: Study, pictures: Mapping[str, np.ndarray], name: str) -> None:
-    if "frontal" not in pictures:
+def _need_frontal(study: Study, views: Mapping[str, np.ndarray], name: str) -> None:
+    if "frontal" not in views:
         raise UserError(f"study {study.study} has no frontal view and {name} needs one; leave it out or use a text-only model.")
 
 # %% ../../nbs/subjects/subject.ipynb #7ede6c3b
@@ -288,7 +288,7 @@ def collate(self: Subject, prompts: Sequence[Prompt], side: str = "right") -> di
     mask = _padded([torch.ones(len(p), dtype=torch.long) for p in prompts], width, 0, side)
     batch = {"input_ids": _padded([p.ids for p in prompts], width, self.tokenizer.pad_token_id, side), "attention_mask": mask}
     if not prompts[0].extra: batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    for name in prompts[0].extra:  # one value a token is padded like the tokens; anything else goes by image
+    for name in prompts[0].extra:  # one value per token is padded like the tokens; anything else goes by image
         own = [p.extra[name] for p in prompts if name in p.extra]
         batch[name] = _padded(own, width, 0, side) if own[0].shape == prompts[0].ids.shape else torch.cat(own)
     pixels = [p.pixels for p in prompts if p.pixels is not None]
@@ -311,7 +311,7 @@ from transformers.utils import logging as transformers_logging
 # %% ../../nbs/subjects/subject.ipynb #1ec13863
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from talking: its remarks about wrapped models are no news to a user."""
+    """Keep transformers from talking: its remarks about wrapped models tell a user nothing."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     transformers_logging.disable_progress_bar()
@@ -333,7 +333,7 @@ def layers_path(model: PreTrainedModel) -> str:
 # %% ../../nbs/subjects/subject.ipynb #2a9c7138
 @patch
 def layer(self: Subject, i: int) -> Envoy:
-    """Decoder layer `i`, counted from 0, in nnsight's eyes: its `.output` is the residual stream behind it."""
+    """Decoder layer `i`, counted from 0, as nnsight sees it: its `.output` is the residual stream at the output of the layer (`resid_post`)."""
     if not 0 <= i < self.n_layers:
         raise UserError(f"layer {i} does not exist: {self.name} has {self.n_layers} layers, 0 to {self.n_layers - 1}.")
     at: Any = self.lm
@@ -358,13 +358,13 @@ def generate(self: Subject, prompts: Sequence[Prompt], max_new_tokens: int | Non
              add: Float[Tensor, "rows d"] | None = None, batch_size: int = 32) -> list[str]:
     """Greedy reports; `add[i]` (raw residual units) is added to the output of `layer` for prompt i, at every position and step."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours in length need little padding
-    said: dict[int, str] = {}
+    reports: dict[int, str] = {}
     for begin in progress(range(0, len(order), batch_size), "writing reports"):
         rows = order[begin:begin + batch_size]
         batch = self.collate([prompts[i] for i in rows], side="left")
         ids = self.generate_ids(batch, max_new_tokens or self.max_report_tokens, layer, None if add is None else add[rows])
-        said |= zip(rows, self.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True)
-    return [said[i].strip() for i in range(len(prompts))]
+        reports |= zip(rows, self.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True)
+    return [reports[i].strip() for i in range(len(prompts))]
 
 # %% ../../nbs/subjects/subject.ipynb #25a8bc74
 @patch
@@ -382,7 +382,7 @@ def generate_ids(self: Subject, batch: Mapping[str, Tensor], max_new_tokens: int
 @patch
 def _generate_pushed(self: Subject, batch: Mapping[str, Tensor], how: GenerationConfig, layer: int,
                      add: Float[Tensor, "rows d"]) -> Int[Tensor, "rows width"]:
-    "Prompt and new tokens, written while `add` is added behind a layer at every position and step."
+    "Prompt and new tokens, written while `add` is added at the output of a layer at every position and step."
     push, hook, steps = add[:, None].to(self.device, self.model.dtype), self.layer(layer), how.max_new_tokens
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*was never reached")
@@ -420,7 +420,7 @@ def chat(sections: Iterable[str], views: Iterable[str], report: bool) -> list[di
 
 # %% ../../nbs/subjects/subject.ipynb #ff443c71
 def _runs_between(ids: np.ndarray, holder: int) -> list[np.ndarray]:
-    "Places of the tokens before, between and behind the tokens `holder`."
+    "Places of the tokens before, between and after the tokens `holder`."
     runs = np.split(np.arange(len(ids)), np.flatnonzero(ids == holder))
     return [runs[0], *(run[1:] for run in runs[1:])]
 
@@ -433,7 +433,7 @@ def follow_images(origins: Mapping[str, np.ndarray], ids: np.ndarray, image_id: 
     if holder is None: return None
     source, view_of, at, runs = np.full(len(ids), -1), np.full(len(ids), -1), 0, _runs_between(mine, holder)
     for i, run in enumerate(runs):
-        if i:  # a block lasts until the text behind it begins, or to the place where the last text must begin
+        if i:  # a block lasts until the text after it begins, or to the place where the last text must begin
             begin, at = at, _begin_of(mine[run], ids, at, image_id, last=i == len(runs) - 1)
             view_of[begin:at] = np.where(ids[begin:at] == image_id, i - 1, -1)
         if not np.array_equal(ids[at:at + len(run)], mine[run]): return None
@@ -442,7 +442,7 @@ def follow_images(origins: Mapping[str, np.ndarray], ids: np.ndarray, image_id: 
 
 # %% ../../nbs/subjects/subject.ipynb #38f70f0e
 def _begin_of(run: np.ndarray, ids: np.ndarray, at: int, image_id: int, last: bool) -> int:
-    "Where `run` begins behind the image block at `at`."
+    "Where `run` begins after the image block at `at`."
     if last: return max(at, len(ids) - len(run))
     images = np.flatnonzero(ids[at:] == image_id)
     begin = at + (int(images[0]) if len(images) else 0)
@@ -468,21 +468,21 @@ def read_with_processor(processor: ProcessorMixin, text: str, images: Sequence[I
                           add_special_tokens=not (first and text.startswith(first))))
 
 # %% ../../nbs/subjects/subject.ipynb #eae2452e
-def render_chat(processor: ProcessorMixin | PreTrainedTokenizerBase, sections: Mapping[str, str], pictures: Mapping[str, np.ndarray],
+def render_chat(processor: ProcessorMixin | PreTrainedTokenizerBase, sections: Mapping[str, str], views: Mapping[str, np.ndarray],
                 ) -> tuple[str, list[Image.Image]]:
     """The checkpoint's own chat template around our request, with marks for the sections."""
-    messages = chat(sections, pictures, "findings" in sections)
-    if not pictures:  # templates of text models want a string
+    messages = chat(sections, views, "findings" in sections)
+    if not views:  # templates of text models want a string
         messages = [m | {"content": m["content"][0]["text"]} for m in messages]
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt="findings" not in sections)
-    return text, [Image.fromarray(p).convert("RGB") for p in pictures.values()]
+    return text, [Image.fromarray(p).convert("RGB") for p in views.values()]
 
 # %% ../../nbs/subjects/subject.ipynb #fa1efc8c
-def render_maira2(processor: ProcessorMixin, sections: Mapping[str, str], pictures: Mapping[str, np.ndarray],
+def render_maira2(processor: ProcessorMixin, sections: Mapping[str, str], views: Mapping[str, np.ndarray],
                   ) -> tuple[str, list[Image.Image]]:
-    """MAIRA-2's own wording for a report without grounding, with marks for the sections, and its stretched pictures."""
+    """MAIRA-2's own wording for a report without grounding, with marks for the sections, and its images."""
     marks = {name: MARKS[name] if name in sections else None for name in HEADINGS}
-    grey = {view: Image.fromarray(p) for view, p in pictures.items()}
+    grey = {view: Image.fromarray(p) for view, p in views.items()}
     return processor.format_reporting_input(
         current_frontal=grey["frontal"], current_lateral=grey.get("lateral"), prior_frontal=grey.get("prior"), **marks,
         get_grounding=False, assistant_text=MARKS["findings"] if "findings" in sections else None)
@@ -502,18 +502,18 @@ def processor_subject(model: PreTrainedModel, processor: ProcessorMixin, name: s
     """A model that sees, laid out by the checkpoint's own processor; raises `UserError` when its tokens cannot be followed."""
     holders = [t for t in (processor.image_token, getattr(processor, "boi_token", None)) if t]
     def lay_out(study: Study, report: str | None) -> Prompt:
-        pictures = views_of(study)
-        _need_frontal(study, pictures, name)
-        sections = _texts_of(study, report, "prior" in pictures)
-        rendered, images = render(processor, sections, pictures)
+        views = views_of(study)
+        _need_frontal(study, views, name)
+        sections = _texts_of(study, report, "prior" in views)
+        rendered, images = render(processor, sections, views)
         pieces = unseal(rendered, sections)
         inputs = read_with_processor(processor, "".join(p.text for p in pieces), images)
-        origins = _followed(study, pieces, processor.tokenizer, inputs["input_ids"][0].numpy(), model.config.image_token_id, holders, list(pictures))
+        origins = _followed(study, pieces, processor.tokenizer, inputs["input_ids"][0].numpy(), model.config.image_token_id, holders, list(views))
         if origins is None:
             raise UserError(f"the processor of {name} rewrites study {study.study} in a way that saerad cannot follow token by token.")
         extra = {k: v[0] if v.shape == inputs["input_ids"].shape else v for k, v in inputs.items()
                  if k not in ("input_ids", "attention_mask", "pixel_values")}
-        return Prompt(study.study, torch.from_numpy(origins.pop("ids")), inputs["pixel_values"], tuple(pictures), extra=extra, **origins)
+        return Prompt(study.study, torch.from_numpy(origins.pop("ids")), inputs["pixel_values"], tuple(views), extra=extra, **origins)
     return Subject(name, model, processor.tokenizer, lay_out, **known)
 
 # %% ../../nbs/subjects/subject.ipynb #a1384e02
@@ -637,10 +637,10 @@ def _load_generic(folder: Path, cfg: SubjectConfig) -> tuple[PreTrainedModel, li
 @torch.no_grad()
 def _need_plain_stream(model: PreTrainedModel, name: str) -> None:
     "A few old architectures return their layers' output in a tuple with other things; one token is enough to find out."
-    seen: list[Any] = []
+    outputs: list[Any] = []
     first = model.get_submodule(layers_path(model))[0]
-    handle = first.register_forward_hook(lambda module, args, output: seen.append(output))
+    handle = first.register_forward_hook(lambda module, args, output: outputs.append(output))
     model(input_ids=torch.zeros((1, 1), dtype=torch.long))
     handle.remove()
-    if not isinstance(seen[0], Tensor):
+    if not isinstance(outputs[0], Tensor):
         raise UserError(f"the layers of {name} return more than the residual stream; choose a model whose decoder layers return one tensor.")

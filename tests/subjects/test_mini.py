@@ -75,7 +75,7 @@ def test_the_loss_is_that_of_the_model_itself(source):
         together = float(report_loss(model, lessons, patches, None)[0])
         total = count = 0
         for lesson in lessons:
-            pixels = torch.stack([(torch.from_numpy(pictures[r])[None].float() / 255 - .5307) / .2583 for r in lesson.pictures])
+            pixels = torch.stack([(torch.from_numpy(pictures[r])[None].float() / 255 - .5307) / .2583 for r in lesson.views])
             logits = model(input_ids=torch.from_numpy(lesson.ids)[None], pixel_values=pixels).logits[0, lesson.begin:-1]
             total += float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(lesson.ids[lesson.begin + 1:]), reduction="sum"))
             count += len(logits)
@@ -122,7 +122,7 @@ def test_a_very_small_mini_goes_through_all_its_lessons(tmp_path, source):
 
 def test_sources_that_cannot_teach_are_named(tmp_path):
     words = Source("table:words.csv", [Study("s", "p", "train", {"findings": "Clear lungs."})])
-    with pytest.raises(UserError, match="table:words.csv has no pictures"): train_mini(words, tmp_path / "a")
+    with pytest.raises(UserError, match="table:words.csv has no images"): train_mini(words, tmp_path / "a")
     empty = Source("table:empty.csv", [Study("s", "p", "train", {"indication": "Cough."})])
     with pytest.raises(UserError, match="no training study with findings"): train_decoder(empty, tmp_path / "b")
 
