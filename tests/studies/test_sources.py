@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from saerad.core import UserError
-from saerad.studies.record import SPLITS, Problem, Source, StudiesConfig, Study, View, ViewError, split_of
-from saerad.studies.sources import describe_source, open_source, read_report
+from saerad.studies.record import SPLITS, Draft, Problem, Source, StudiesConfig, Study, View, ViewError, finish_source, split_of
+from saerad.studies.sources import READERS, describe_source, open_source, read_report, register_reader
 
 DATA = Path(os.environ.get("SAERAD_DATA", Path(__file__).parents[3] / "shared" / "data"))
 OPENI, HANNOVER = DATA / "openi" / "NLMCXR_reports.tgz", DATA / "hannover"
@@ -601,3 +601,37 @@ def test_the_real_films_of_hannover():
     )
     assert len(source) == 243 and Counter(s.projection for s in source) == {"AP": 194, "PA": 49} and not source.problems
     assert all(s.prior is None or s.prior.patient == s.patient for s in source) and not source.studies[0].sections
+
+
+# ---- readers of one's own -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def readers():
+    before = dict(READERS)
+    yield
+    READERS.clear()
+    READERS.update(before)
+
+
+def test_a_registered_reader_is_opened_by_its_word_and_named_in_the_sentence(readers, tmp_path):
+    @register_reader("ward-7")
+    def read_ward(place, cfg):
+        return finish_source([Draft("a line", "s1", "p1", {"findings": f"From {place.name}."})], [], cfg, may_leave=False)
+
+    source = open_source(f"ward-7:{tmp_path / 'letters'}")
+    assert [s.sections["findings"] for s in source] == ["From letters."] and not source.may_leave
+    with pytest.raises(UserError, match="ward-8:x' is not a source; use phantom:SEED.* or ward-7:PATH"):
+        open_source("ward-8:x")
+
+
+@pytest.mark.parametrize("prefix, words", [("openi", "choose another prefix"), ("C:", "cannot name a source"), ("", "cannot name a source")])
+def test_a_reader_cannot_take_what_is_taken_or_no_word(readers, prefix, words):
+    with pytest.raises(UserError, match=words):
+        register_reader(prefix)(lambda place, cfg: None)
+
+
+def test_a_reader_may_be_written_again_in_its_own_module(readers):
+    first, second = (lambda place, cfg: 1), (lambda place, cfg: 2)
+    register_reader("mine")(first)
+    assert register_reader("mine")(second) is READERS["mine"] is second
