@@ -109,13 +109,13 @@ def shards_of(folder: Path) -> list[Path]:
 
 # %% ../../nbs/subjects/maira2.ipynb #ea076821
 def _opened(shard: Path) -> safe_open:
-    "A safetensors file, open; a damaged one is the user's to mend."
+    "A safetensors file, open; a damaged one is reported with the file's name."
     try: return safe_open(shard, framework="pt")
     except SafetensorError as e: raise UserError(f"{shard} is not a whole safetensors file ({e}); fetch it again.") from e
 
 # %% ../../nbs/subjects/maira2.ipynb #7a74083f
-def _compare(wanted: set[str], found: set[str], tied: set[str], folder: Path) -> None:
-    missing, surplus = sorted(wanted - found - tied), sorted(found - wanted)
+def _compare(wanted: set[str], stored: set[str], tied: set[str], folder: Path) -> None:
+    missing, surplus = sorted(wanted - stored - tied), sorted(stored - wanted)
     if missing: raise UserError(f"{folder} has no tensor {missing[0]} ({len(missing)} missing in all); the checkpoint is not complete.")
     if surplus: raise UserError(f"{folder} holds {surplus[0]}, which the model has no place for ({len(surplus)} such tensors in all).")
 
