@@ -55,7 +55,7 @@ def run_variants(config: Config, settings: Mapping[str, Sequence[str]], out: Pat
     return variants
 
 # %% ../../nbs/analysis/variants.ipynb #843588f4
-def _parsed(text: str) -> Any: return int(text) if text.isdigit() else text.strip('"')
+def _setting_value(text: str) -> Any: return int(text) if text.isdigit() else text.strip('"')
 
 def _evaluation_numbers(variant: Run) -> dict[str, Any]:
     path = variant / "sae/evaluation.json"
@@ -73,7 +73,7 @@ def variant_table(variants: Mapping[str, Run], settings: Mapping[str, Sequence[s
         row: dict[str, Any] = {"name": name}
         for section, part in summarise(variant, list(STAGES)).items():
             row |= {f"{section}_{key}" if key in row else key: value for key, value in part.items()}
-        given = {k.rpartition(".")[2]: _parsed(v) for k, v in (setting.split("=", 1) for setting in settings[name])}
+        given = {k.rpartition(".")[2]: _setting_value(v) for k, v in (setting.split("=", 1) for setting in settings[name])}
         row = given | _evaluation_numbers(variant) | row
         rows.append({key: value for key, value in row.items() if isinstance(value, (int, float, str))})
     return pd.DataFrame(rows)
