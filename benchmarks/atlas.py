@@ -20,12 +20,13 @@ import yaml
 from _bench import report
 
 from saerad.core import write_table
-from saerad.interpretation.exemplars import PLACES, SCHEMA
+from saerad.interpretation.exemplars import SCHEMA
 from saerad.show.atlas import AtlasConfig, write_atlas
 from saerad.show.invented import FINDINGS
 from saerad.steering.judges import OUTCOMES
 from saerad.studies.record import StudiesConfig
 from saerad.studies.sources import open_source
+from saerad.subjects.subject import TOKEN_SECTIONS
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
@@ -39,15 +40,15 @@ def make_up(folder: Path, n: int) -> None:
     """Tables of a run with `n` features, as large as a real one's: 250 contexts of 17 tokens each, views for every fifth feature."""
     draw = np.random.default_rng(0)
     (folder / "config.yaml").write_text(yaml.safe_dump({"studies": STUDIES, "subject": {"model": "made-up"}}))
-    shares = draw.dirichlet(np.full(len(PLACES), 0.3), n)
+    shares = draw.dirichlet(np.full(len(TOKEN_SECTIONS), 0.3), n)
     features = pd.DataFrame({"feature": np.arange(n, dtype=np.int32), "level": np.sort(draw.integers(0, 5, n)).astype(np.int16),
                              "density": 10 ** draw.normal(-3, 0.7, n).clip(-6, 0),
                              "max": draw.gamma(4, 1, n), "mean_active": draw.gamma(2, 1, n), "status": "ok",
-                             **{f"in_{p}": shares[:, i] for i, p in enumerate(PLACES)},
+                             **{f"in_{p}": shares[:, i] for i, p in enumerate(TOKEN_SECTIONS)},
                              "histogram": list(draw.poisson(np.exp(-0.5 * ((np.arange(32) - 16) / 3) ** 2) * 500, (n, 32)))})
     write_table(folder / "exemplars/features.parquet", pa.Table.from_pandas(features, preserve_index=False))
     explanations = [f'fires on "{draw.choice(WORDS)}" and "{draw.choice(WORDS)}" after "{draw.choice(WORDS)}", '
-                    f"mostly in the {draw.choice(PLACES)} (feature {i})" for i in range(n)]
+                    f"mostly in the {draw.choice(TOKEN_SECTIONS)} (feature {i})" for i in range(n)]
     precision, recall = draw.beta(3, 2, n), draw.beta(4, 2, n)
     f1 = 2 * precision * recall / (precision + recall)
     write_table(folder / "interpretations/interpretations.parquet", pa.table({

@@ -20,6 +20,7 @@ from sklearn.metrics import roc_auc_score
 from ..activations.extraction import residuals
 from ..activations.store import Store
 from ..core import progress
+from ..sae.encoder import Encoder
 from ..sae.evaluation import with_other_views
 from ..sae.model import MatryoshkaSAE
 from ..show.portraits import view_activations
@@ -95,11 +96,11 @@ def on_words(prompt: Prompt, study: Study, concept: str) -> Bool[np.ndarray, " t
 def word_activations(subject: Subject, sae: MatryoshkaSAE, layer: int, prompts: Sequence[Prompt], studies: Sequence[Study],
                      features: dict[str, int], batch: int = 16) -> pd.DataFrame:
     """For each study whose report speaks of a concept (key of `features`): mean activation of its feature on those tokens, normalised units."""
-    rows = []
+    rows, encode = [], Encoder(sae)
     for begin in progress(range(0, len(prompts), batch), "words"):
         of_batch = prompts[begin:begin + batch]
         for prompt, study, stream in zip(of_batch, studies[begin:begin + batch], residuals(subject, of_batch, layer), strict=True):
-            z, at = sae.encode(stream.float().cpu()).numpy(), {c: on_words(prompt, study, c) for c in features}
+            z, at = encode(stream.float().cpu()).numpy(), {c: on_words(prompt, study, c) for c in features}
             rows += [{"study": study.study, "patient": study.patient, "concept": c, "activation": float(z[at[c], f].mean())}
                      for c, f in features.items() if at[c].any()]
     return pd.DataFrame(rows, columns=["study", "patient", "concept", "activation"])

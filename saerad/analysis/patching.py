@@ -23,6 +23,7 @@ from torch import Tensor
 from ..activations.extraction import residuals
 from .steering_methods import only_kinds
 from ..core import content_hash, file_hash, progress, read_table, torch_rng, write_table
+from ..sae import encoder
 from ..sae.model import MatryoshkaSAE
 from ..steering import interventions
 from ..steering.effects import share_interval
@@ -64,7 +65,7 @@ def patching_steps(sae: MatryoshkaSAE | None, before: Float[Tensor, "tokens d"],
 # %% ../../nbs/analysis/patching.ipynb #e6d7436d
 PATCHING_SCHEMA = pa.schema([(n, pa.string()) for n in ("study", "patient", "finding", "step", "baseline", "text")] + [("times", pa.float64())])
 
-def _cached_table(path: Path, make: Callable[[], list[dict[str, Any]]]) -> pd.DataFrame:
+def _reused_rows(path: Path, make: Callable[[], list[dict[str, Any]]]) -> pd.DataFrame:
     "The table at `path`, made by `make` where it is not there yet."
     if not path.exists(): write_table(path, pa.Table.from_pylist(make(), PATCHING_SCHEMA))
     return read_table(path).to_pandas()
@@ -94,15 +95,15 @@ def patched_reports(subject: Subject, sae: MatryoshkaSAE | None, layer: int, stu
             seed: int = 0, max_new_tokens: int | None = None) -> pd.DataFrame:
     """A row for each study, painted finding and step: the report and its baseline. What is in `out` already is not written again."""
     weights = [sae.tensors(), float(sae.threshold)] if sae is not None else None
-    common = [subject.hash, max_new_tokens, file_hash(interventions.__file__)]
+    common = [subject.hash, max_new_tokens, [file_hash(part.__file__) for part in (interventions, encoder)]]
     key, tables = content_hash(common, weights, layer, seed, STEPS)[:12], []
     for study in progress(studies, f"patching, layer {layer}"):
         absent = [f for f in findings if f.kind not in {g.kind for g in study.truth.findings}]
         which = content_hash(common, absent)[:12]
         if not absent: continue
-        steps = _cached_table(Path(out) / f"{study.study}-{which}-{key}.parquet",
+        steps = _reused_rows(Path(out) / f"{study.study}-{which}-{key}.parquet",
                               lambda s=study, a=absent: _patched_rows(subject, layer, s, a, partial(patching_steps, sae), seed, max_new_tokens))
-        painted_rows = _cached_table(Path(out) / f"{study.study}-{which}-film.parquet",
+        painted_rows = _reused_rows(Path(out) / f"{study.study}-{which}-film.parquet",
                                      lambda s=study, a=absent: _painted_reports(subject, s, a, max_new_tokens))
         tables += [painted_rows.assign(baseline=steps.baseline[0]), steps]
     return pd.concat(tables, ignore_index=True)
@@ -150,7 +151,7 @@ def patched_by_count(subject: Subject, sae: MatryoshkaSAE, layer: int, studies: 
 
     Those come first that contribute most; `step` is their number as text. What is in `out` already is not written again.
     """
-    common = [subject.hash, max_new_tokens, file_hash(interventions.__file__)]
+    common = [subject.hash, max_new_tokens, [file_hash(part.__file__) for part in (interventions, encoder)]]
     key, tables = content_hash(common, sae.tensors(), float(sae.threshold), layer, seed, list(counts))[:12], []
     def steps(before: Tensor, after: Tensor, image: np.ndarray, draw: torch.Generator) -> dict[str, Intervention]:
         at = torch.from_numpy(np.flatnonzero(image))
@@ -159,5 +160,5 @@ def patched_by_count(subject: Subject, sae: MatryoshkaSAE, layer: int, studies: 
         absent = [f for f in findings if f.kind not in {g.kind for g in study.truth.findings}]
         if not absent: continue
         path = Path(out) / f"{study.study}-{content_hash(common, absent)[:12]}-{key}.parquet"
-        tables.append(_cached_table(path, lambda s=study, a=absent: _patched_rows(subject, layer, s, a, steps, seed, max_new_tokens)))
+        tables.append(_reused_rows(path, lambda s=study, a=absent: _patched_rows(subject, layer, s, a, steps, seed, max_new_tokens)))
     return pd.concat(tables, ignore_index=True)

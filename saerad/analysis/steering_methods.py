@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..activations.store import Store
 from ..core import Section, content_hash, file_hash, progress, read_table, torch_rng, write_table
+from ..sae import encoder
 from ..sae.encoder import encode_rows
 from ..sae.evaluation import concept_tokens, concepts_of
 from ..sae.model import MatryoshkaSAE
@@ -245,7 +246,7 @@ def compare_methods(store: Store, sae: MatryoshkaSAE, subject: Subject, source: 
     """
     candidates = token_f1(store, sae, source, cfg)
     targets, features, ways, able = _prepare(store, sae, subject, source, layer, seed, cfg, candidates)
-    key = content_hash(subject.hash, sae.tensors(), layer, seed, cfg, file_hash(interventions.__file__))
+    key = content_hash(subject.hash, sae.tensors(), layer, seed, cfg, [file_hash(part.__file__) for part in (interventions, encoder)])
     def write(study: Study, pushes: Sequence[PlannedPush], blank: bool = False) -> pd.DataFrame:
         return write_pushes(subject, study, pushes, ways, cfg, Path(out) / "parts", key, blank)
     pushes = [(c, n, sign * d) for n in ways for c in able[n] for d in cfg.doses for sign in (1, -1)]

@@ -18,13 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from fastcore.basics import patch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from ..activations.store import Store
 from ..core import progress, rng, write_beside
 from saerad.interpretation.exemplars import (
     HARD_ROLES,
-    PLACES,
     SCHEMA,
     Exemplars,
     ExemplarsConfig,
@@ -39,6 +38,7 @@ from saerad.interpretation.exemplars import (
 from ..sae.encoder import Encoder
 from ..sae.model import MatryoshkaSAE
 from ..studies.findings import statements
+from ..subjects.subject import TOKEN_SECTIONS
 
 # %% ../../nbs/interpretation/hard_negatives.ipynb #7f2859af
 SOURCES = {"nearest": "a feature with a similar direction fires in it", "negated": "the same finding with the opposite certainty",
@@ -90,17 +90,19 @@ def fired_in(store: Store, sae: MatryoshkaSAE, around: Windows, rows: np.ndarray
     return np.concatenate(parts)
 
 # %% ../../nbs/interpretation/hard_negatives.ipynb #01842112
-def nearest_features(sae: MatryoshkaSAE, count: int, block: int = 2048) -> Int[np.ndarray, "features count"]:
-    """For every feature the `count` others whose decoder directions have the largest cosine with its own."""
+def nearest_features(sae: MatryoshkaSAE, count: int, block: int = 2048) -> tuple[Int[np.ndarray, "features count"], Float[np.ndarray, "features count"]]:
+    """For every feature the `count` others whose decoder directions have the largest cosine with its own, and those cosines; nearest first."""
     with torch.inference_mode():
         unit = torch.nn.functional.normalize(sae.W_dec.float(), dim=1)
-        parts = []
+        nearest, cosines = [], []
         for first in range(0, len(unit), block):
             cosine = unit[first:first + block] @ unit.T
             rows = torch.arange(len(cosine), device=unit.device)
             cosine[rows, first + rows] = -2
-            parts.append(cosine.topk(min(count, len(unit) - 1), dim=1).indices.cpu())
-    return torch.cat(parts).numpy()
+            closest = cosine.topk(min(count, len(unit) - 1), dim=1)
+            nearest.append(closest.indices.cpu())
+            cosines.append(closest.values.cpu())
+    return torch.cat(nearest).numpy(), torch.cat(cosines).numpy()
 
 # %% ../../nbs/interpretation/hard_negatives.ipynb #e7b416a4
 def neighbour_windows(fired: Bool[np.ndarray, "windows features"], neighbours: np.ndarray, among: Bool[np.ndarray, " windows"],
@@ -222,11 +224,11 @@ def add_hard_negatives(store: Store, sae: MatryoshkaSAE, cfg: ExemplarsConfig, s
     tokens, made = lean_tokens(store), Exemplars(out)
     around, side = context_windows(tokens, cfg.window), sides(tokens, cfg)
     pools = [Pool(store, sae, tokens, around, side, which, cfg, seed) for which in (0, 1)]
-    neighbours, habit_of = nearest_features(sae, cfg.neighbours), habits(pools[0].mentions, pools[0].fired[:len(pools[0].mentions)])
+    neighbours, habit_of = nearest_features(sae, cfg.neighbours)[0], habits(pools[0].mentions, pools[0].fired[:len(pools[0].mentions)])
     with write_beside(Path(out) / "near.parquet") as part, pq.ParquetWriter(part, SCHEMA, compression="zstd") as writer:
         for first in progress(range(0, sae.width, 32), "hard negatives: writing"):
             rows = [row for f, word, home in _words_and_homes(made, first, first + 32)
-                    for row in _draw(pools, f, habit_of[f], neighbours[f], word, home, cfg, seed)]
+                    for row in _draw_hard_negatives(pools, f, habit_of[f], neighbours[f], word, home, cfg, seed)]
             if rows: writer.write_table(_hard_table(tokens, around, rows, cfg.window))
 
 # %% ../../nbs/interpretation/hard_negatives.ipynb #0c973a91
@@ -240,11 +242,11 @@ def _words_and_homes(made: Exemplars, first: int, last: int) -> Iterator[tuple[i
         own = explaining[row.feature]
         words = pd.Series([t[p].strip().lower() for t, p in zip(own.tokens, own.peak, strict=True)])
         share = words.value_counts(normalize=True)
-        home = tuple(p for p in PLACES if getattr(row, f"in_{p}") >= 0.1)
+        home = tuple(p for p in TOKEN_SECTIONS if getattr(row, f"in_{p}") >= 0.1)
         yield row.feature, share.index[0] if share.iloc[0] >= 0.5 else "", home
 
 # %% ../../nbs/interpretation/hard_negatives.ipynb #8491d77a
-def _draw(pools: Sequence[Pool], feature: int, habit: Habit, neighbours: np.ndarray, word: str, home: Sequence[str],
+def _draw_hard_negatives(pools: Sequence[Pool], feature: int, habit: Habit, neighbours: np.ndarray, word: str, home: Sequence[str],
           cfg: ExemplarsConfig, seed: int) -> Iterator[tuple[int, str, int, str]]:
     "Feature, role, store row and source of each hard negative of a feature."
     for which, (pool, count) in enumerate(zip(pools, (cfg.explain_hard, cfg.score_hard), strict=True)):

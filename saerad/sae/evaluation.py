@@ -29,7 +29,7 @@ from torch import Tensor
 from ..activations.extraction import ExtractionConfig, extract, kept_tokens
 from ..activations.store import Store
 from ..core import Section, UserError, progress, torch_rng, write_json, write_table
-from .encoder import encode_rows
+from .encoder import Encoder, encode_rows
 from .model import MatryoshkaSAE, SAEConfig, check_width
 from .training import TrainingConfig, train_sae
 from ..studies.findings import PHANTOM_KINDS, Reading
@@ -98,9 +98,9 @@ def reconstruction(store: Store, sae: MatryoshkaSAE, rows: Int[np.ndarray, " n"]
 @torch.no_grad()
 def dead_share(store: Store, sae: MatryoshkaSAE, batch: int = 8192) -> float:
     """Share of features that no token of the store turns on."""
-    alive = torch.zeros(sae.width, dtype=torch.bool)
+    encode, alive = Encoder(sae), torch.zeros(sae.width, dtype=torch.bool)
     for begin in progress(range(0, len(store), batch), "looking for dead features"):
-        alive |= (sae.encode(store.read(np.arange(begin, min(begin + batch, len(store))))) > 0).any(0).cpu()
+        alive |= (encode(store.read(np.arange(begin, min(begin + batch, len(store))))) > 0).any(0)
     return float((~alive).float().mean())
 
 # %% ../../nbs/sae/evaluation.ipynb #d2dc13fb

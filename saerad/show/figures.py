@@ -12,7 +12,7 @@ __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RUST', 'GREY', 'OUTCOME_COLOURS', 'SHADES
            'collect_density', 'draw_density', 'collect_sections', 'draw_sections', 'collect_f1', 'draw_f1',
            'draw_precision_recall', 'collect_negatives', 'draw_negatives', 'collect_frequency', 'draw_frequency',
            'collect_levels', 'draw_levels', 'alpha_unit', 'judged_reports', 'collect_steering', 'draw_steering',
-           'collect_signs', 'draw_signs', 'collect_doses', 'draw_dose_curves', 'collect_effects', 'draw_effect_matrix',
+           'collect_signs', 'draw_signs', 'collect_doses', 'draw_dose_curves', 'collect_effects', 'draw_effect_heatmap',
            'collect_predicted', 'draw_predicted', 'collect_concepts', 'draw_concepts', 'phantom_studies',
            'collect_film', 'draw_film', 'Drawn', 'draw_figures']
 
@@ -531,7 +531,7 @@ def _method(run: Run) -> str:
     return mine.iloc[0] if len(mine) else "add"
 
 # %% ../../nbs/show/figures.ipynb #9e94aacd
-def draw_effect_matrix(numbers: pd.DataFrame, ax: Axes) -> None:
+def draw_effect_heatmap(numbers: pd.DataFrame, ax: Axes) -> None:
     """Change of each finding (columns) when features with a target (rows) are pushed on; what the target names is framed."""
     grid, aimed = (numbers.pivot(index="target", columns="finding", values=v) for v in ("effect", "targeted"))
     first = aimed.fillna(False).astype(bool).to_numpy().argmax(1)
@@ -549,7 +549,7 @@ def draw_effect_matrix(numbers: pd.DataFrame, ax: Axes) -> None:
     ax.figure.colorbar(image, ax=ax, label="change along α, share", shrink=0.9)
 
 # %% ../../nbs/show/figures.ipynb #a0321c8b
-plot_effects = PLOTS["effects"] = Plot(collect_effects, draw_effect_matrix, ("steering/effects.parquet", "steering/judgements.parquet"),
+plot_effects = PLOTS["effects"] = Plot(collect_effects, draw_effect_heatmap, ("steering/effects.parquet", "steering/judgements.parquet"),
                                        "What pushing on a target does to every "
                         "finding: change along α in the share of reports that state it, within studies. Frames mark what the explanations promise.",
                         wide=True, height=2.8)

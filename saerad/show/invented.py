@@ -14,8 +14,8 @@ import pandas as pd
 import pyarrow as pa
 
 from ..core import rng, write_beside, write_json, write_table
-from ..interpretation.exemplars import PLACES
 from ..steering.judges import OUTCOMES
+from ..subjects.subject import TOKEN_SECTIONS
 
 # %% ../../nbs/show/invented.ipynb #e31b5ac5
 WORDS = ("effusion", "pneumothorax", "cardiomegaly", "sternotomy", "unchanged", "left", "catheter", "clear", "small", "tube")
@@ -31,7 +31,7 @@ def _invent_features(n: int, draw: np.random.Generator) -> pd.DataFrame:
     return pd.DataFrame({"feature": np.arange(n), "level": np.sort(draw.integers(0, 5, n)), "density": density,
                          "max": draw.gamma(4, 1, n), "mean_active": draw.gamma(2, 0.5, n), "status": status,
                          "histogram": [draw.poisson(density[i] * 2e4 * np.exp(-0.5 * ((np.arange(32) - 16) / 3) ** 2)).tolist() for i in range(n)],
-                         **{f"in_{place}": shares[:, i] for i, place in enumerate(PLACES)}})
+                         **{f"in_{place}": shares[:, i] for i, place in enumerate(TOKEN_SECTIONS)}})
 
 # %% ../../nbs/show/invented.ipynb #9c9776cc
 def _invent_scores(table: pd.DataFrame, draw: np.random.Generator) -> pd.DataFrame:

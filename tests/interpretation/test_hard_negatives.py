@@ -125,7 +125,7 @@ def test_sources_take_turns():
 
 def test_nearest_is_by_direction_and_never_oneself():
     sae = MatryoshkaSAE(6, (12,), 2)
-    found = nearest_features(sae, 3, block=5)
+    found, _ = nearest_features(sae, 3, block=5)
     unit = torch.nn.functional.normalize(sae.W_dec.detach(), dim=1)
     cosine = (unit @ unit.T).fill_diagonal_(-2)
     assert np.array_equal(found, cosine.topk(3, dim=1).indices.numpy())
