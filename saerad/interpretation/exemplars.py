@@ -173,7 +173,7 @@ class FeatureStatistics:
         self.total, self.offset, self.max = np.zeros(features), np.zeros(features), torch.zeros(features)
 
     def add(self, tokens: int, feature: np.ndarray, value: np.ndarray, place: np.ndarray, view: np.ndarray, offset: np.ndarray) -> None:
-        """Count a block of `tokens`: feature and value of each activation, and where (indices of `TOKEN_SECTIONS`, `VIEWS`; tokens of the section before)."""
+        """Count a block of `tokens`: feature and value of each activation, and where: indices of `TOKEN_SECTIONS`, `VIEWS`, tokens before."""
         self.tokens += tokens
         n = len(self.total)
         for table, column in ((self.fires, place), (self.histogram, histogram_bins(value))):

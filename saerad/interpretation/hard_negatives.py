@@ -90,7 +90,8 @@ def fired_in(store: Store, sae: MatryoshkaSAE, around: Windows, rows: np.ndarray
     return np.concatenate(parts)
 
 # %% ../../nbs/interpretation/hard_negatives.ipynb #01842112
-def nearest_features(sae: MatryoshkaSAE, count: int, block: int = 2048) -> tuple[Int[np.ndarray, "features count"], Float[np.ndarray, "features count"]]:
+def nearest_features(sae: MatryoshkaSAE, count: int,
+                     block: int = 2048) -> tuple[Int[np.ndarray, "features count"], Float[np.ndarray, "features count"]]:
     """For every feature the `count` others whose decoder directions have the largest cosine with its own, and those cosines; nearest first."""
     with torch.inference_mode():
         unit = torch.nn.functional.normalize(sae.W_dec.float(), dim=1)

@@ -453,7 +453,8 @@ def _generation_key(subject: Subject, layer: int, sae: MatryoshkaSAE, cfg: Steer
     inputs = [t for p in dict.fromkeys(prompts.values()) for t in (p.ids, p.pixels) if t is not None]
     vectors = [t for i in interventions.values() for t in (i.directions, i.encoder.encoder_rows, i.encoder.biases, i.offset, i.scale)]
     return content_hash(subject.hash, layer, cfg.max_new_tokens or subject.max_report_tokens, cfg.batch_size, cfg.positions, cfg.from_sentence,
-                        float(sae.threshold), [vars(r) for r in rows], [file_hash(inspect.getfile(part)) for part in (Intervention, FeatureEncoder)], *inputs, *vectors)
+                        float(sae.threshold), [vars(r) for r in rows],
+                        [file_hash(inspect.getfile(part)) for part in (Intervention, FeatureEncoder)], *inputs, *vectors)
 
 # %% ../../nbs/steering/steer.ipynb #05a90d65
 def _cached_table(path: Path, key: str) -> pa.Table | None:
