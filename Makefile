@@ -13,7 +13,7 @@ CORE := tests/test_house.py
 export PYTHONHASHSEED = 0
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: run test test-book test-code check lab book readme export bench bench-env results clean
+.PHONY: run test check lab book readme export bench bench-env results clean
 .DEFAULT_GOAL := run
 
 $(VENV)/.installed: setup.py settings.ini constraints.txt
@@ -25,17 +25,14 @@ $(VENV)/.installed: setup.py settings.ini constraints.txt
 run: $(VENV)/.installed
 	$(BIN)/saerad run $(CONFIG)
 
+# The chapters and the tests side by side, each on half of the cores: much of both is plain Python, which uses one.
 test: $(VENV)/.installed
 	$(BIN)/python .ci/notebooks.py check
 	$(BIN)/ruff check .
-	@OMP_NUM_THREADS=$(HALF) $(MAKE) --no-print-directory --output-sync=target -j2 test-book test-code
-
-# The chapters and the tests side by side, each on half of the cores: much of both is plain Python, which uses one.
-test-book: $(VENV)/.installed
-	$(BIN)/python .ci/notebooks.py test
-
-test-code: $(VENV)/.installed
-	$(BIN)/python -m pytest -q --durations=15 tests
+	@export OMP_NUM_THREADS=$(HALF); log=$$(mktemp); \
+	$(BIN)/python -m pytest -q --durations=10 tests > $$log 2>&1 & tests=$$!; \
+	$(BIN)/python .ci/notebooks.py test; book=$$?; \
+	wait $$tests; code=$$?; cat $$log; rm -f $$log; exit $$((book | code))
 
 check: export  ## before a commit: everything generated is written again, then the fast core of the tests
 	$(BIN)/ruff check .
