@@ -37,7 +37,7 @@ from .ranks import Ranks
 
 # %% ../../nbs/sae/training.ipynb #352148e9
 class TrainingConfig(Section):
-    """How the dictionary is trained. Defaults that the MAIRA-2 study does not state are marked (ours)."""
+    """How the SAE is trained. Defaults that the MAIRA-2 study does not state are marked (ours)."""
     steps: int = Field(3000, ge=1)
     batch_size: int = Field(2048, ge=1)
     lr: float | None = Field(None, gt=0)             # None: 2e-4 / sqrt(width / 2^14), as dictionary_learning
