@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..activations.store import Store
-from ..core import Section, UserError, content_hash, prefetch, progress, write_beside
-from .kernels import has_bfloat16, product
+from ..core import Section, UserError, content_hash, has_bfloat16, prefetch, progress, write_beside
+from .kernels import product
 from .kinds import Selected, kind_of
 from .model import MatryoshkaSAE, SAEConfig
 from .native import NativeEngine
