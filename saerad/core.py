@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['T', 'UserError', 'Section', 'write_beside', 'write_json', 'read_json', 'write_table', 'read_table', 'content_hash',
-           'file_hash', 'rng', 'torch_rng', 'progress', 'spearman', 'prefetch', 'join_processes']
+           'file_hash', 'rng', 'torch_rng', 'progress', 'spearman', 'prefetch', 'has_bfloat16', 'join_processes']
 
 # %% ../nbs/core.ipynb #2b7c87e8
 import atexit
@@ -142,6 +142,12 @@ def prefetch(items: Iterator[T]) -> Iterator[T]:
         while (item := coming.result()) is not end:
             coming = thread.submit(next, items, end)
             yield item
+
+# %% ../nbs/core.ipynb #5fd127f8
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device has units for bfloat16 products; elsewhere they are emulated, and slow."""
+    if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
 
 # %% ../nbs/core.ipynb #28b40fbf
 def join_processes() -> None:

@@ -455,7 +455,7 @@ def _ask_until_answered(self: Endpoint, request: dict[str, Any]) -> Reply:
         if attempt + 1 < self.cfg.attempts: time.sleep(pause)
     with self.lock: self.lost += 1
     if self.lost > 2 * self.cfg.concurrency:
-        raise UserError(f"{self.cfg.base_url} has stopped answering ({reason}); run again later, it goes on where it was.")
+        raise UserError(f"{self.cfg.base_url} has stopped answering ({reason}); run again later, it resumes where it was.")
     raise CallFailed(reason)
 
 # %% ../../nbs/interpretation/endpoint.ipynb #2eb21e32

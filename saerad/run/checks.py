@@ -83,7 +83,7 @@ def check_disk(run: Run, d: int) -> None:
     free = shutil.disk_usage(place).free
     if (run / "activations/store.json").exists() or needed < free: return
     raise UserError(f"the store needs about {needed / 1e9:.1f} GB, but {place} has {free / 1e9:.1f} GB free; "
-                    "make room, or choose another folder with --out.")
+                    "free some, or choose another folder with --out.")
 
 # %% ../../nbs/run/checks.ipynb #4db868a0
 def check_endpoint(run: Run) -> None:

@@ -83,7 +83,7 @@ for _name in STAGES:
 # %% ../../nbs/run/cli.ipynb #5d0c61d1
 @app.command("atlas")
 def atlas_command(config: ConfigPath, settings: Settings = None, out: Out = None, first: From = None, check: Check = False,
-                  publish: Annotated[bool, typer.Option("--publish", help="leave out every report text, film and study id")] = False) -> None:
+                  publish: Annotated[bool, typer.Option("--publish", help="leave out every report text, image and study id")] = False) -> None:
     """Do a run up to the stage 'atlas'; what is finished is skipped."""
     run_until(config, [*(settings or []), *(("atlas.publish=true",) if publish else ())], out, first, check, "atlas")
 
@@ -178,8 +178,8 @@ app.add_typer(review_app, name="review")
 
 @review_app.command("pack")
 def review_pack_command(run: Annotated[Path, typer.Argument(help="folder of a run")], out: Out = None,
-                features: Annotated[str, typer.Option(help="top:N for the best described ones, or numbers like 12,405")] = "top:50",
-                controls: Annotated[float, typer.Option(min=0, max=0.9, help="share of items with another feature's description")] = 0.2) -> None:
+                features: Annotated[str, typer.Option(help="top:N for the best explained ones, or numbers like 12,405")] = "top:50",
+                controls: Annotated[float, typer.Option(min=0, max=0.9, help="share of items with another feature's explanation")] = 0.2) -> None:
     """Make one offline page on which a radiologist can rate features, and its key."""
     from saerad.show.review import review_pack
     print(review_pack(run, out or run / "review", features, controls))

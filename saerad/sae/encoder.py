@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..activations.store import Store
-from ..core import progress
+from ..core import has_bfloat16, progress
 from . import kernels
 from .model import MatryoshkaSAE, check_width
 
@@ -67,7 +67,7 @@ def is_searchable(sae: MatryoshkaSAE, least: int = 2**22) -> bool:
     """Whether a search pays: one threshold, many weights in float32 on a CPU that multiplies bfloat16, and a compiler for the kernels."""
     if not has_one_threshold(sae) or float(sae.threshold) <= 0: return False
     able = sae.W_enc.device.type == "cpu" and sae.W_enc.dtype == torch.float32 and sae.d * sae.width >= least
-    return able and kernels.has_bfloat16(sae.W_enc.device) and kernels.native() is not None
+    return able and has_bfloat16(sae.W_enc.device) and kernels.native() is not None
 
 # %% ../../nbs/sae/encoder.ipynb #cadf7eea
 @patch

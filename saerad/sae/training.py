@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..activations.store import Store
-from ..core import Section, UserError, content_hash, prefetch, progress, write_beside
-from .kernels import has_bfloat16, product
+from ..core import Section, UserError, content_hash, has_bfloat16, prefetch, progress, write_beside
+from .kernels import product
 from .kinds import Selected, kind_of
 from .model import MatryoshkaSAE, SAEConfig
 from .native import NativeEngine
@@ -37,7 +37,7 @@ from .ranks import Ranks
 
 # %% ../../nbs/sae/training.ipynb #352148e9
 class TrainingConfig(Section):
-    """How the dictionary is trained. Defaults that the MAIRA-2 study does not state are marked (ours)."""
+    """How the SAE is trained. Defaults that the MAIRA-2 study does not state are marked (ours)."""
     steps: int = Field(3000, ge=1)
     batch_size: int = Field(2048, ge=1)
     lr: float | None = Field(None, gt=0)             # None: 2e-4 / sqrt(width / 2^14), as dictionary_learning
