@@ -27,7 +27,8 @@ from torch import Tensor
 
 from ..activations.store import Store
 from ..core import UserError, content_hash, read_json, write_beside, write_json
-from .model import TENSORS, MatryoshkaSAE, check_tensors, read_tensors
+from .kinds import kind_of
+from .model import TENSORS, MatryoshkaSAE, check_tensors, read_tensors, saved_kind
 
 # %% ../../nbs/sae/convert.ipynb #ee2c322b
 FORMATS = ("saerad", "dictionary_learning", "sae_lens", "sparsify")
@@ -37,22 +38,23 @@ FORMATS = ("saerad", "dictionary_learning", "sae_lens", "sparsify")
 class Checkpoint:
     """What a checkpoint holds, before anyone relies on it."""
     format: str                         # one of `FORMATS`
-    kind: str
-    tensors: dict[str, Tensor]          # the names of `TENSORS`; threshold below 0 where it is unset
+    kind: str                           # in the words of its library
+    tensors: dict[str, Tensor]          # the names of `TENSORS` and those of its rule; threshold below 0 where it is unset
     group_sizes: tuple[int, ...]
     k: int | None
     notes: list[str] = field(default_factory=list)
-    selection: str = "batch"            # or "token": k for every token, no threshold
+    rule: str = "batch_topk"            # which features are on: a name of `KINDS`
     level_weights: tuple[float, ...] | None = None
     sure: bool = True                   # whether `scale` is known, and not merely taken to be 1
+    kind_options: dict[str, float] = field(default_factory=dict)
 
 # %% ../../nbs/sae/convert.ipynb #6b82541d
 @patch
 def sae(self: Checkpoint) -> MatryoshkaSAE:
     """The SAE itself; raises `UserError` when its threshold was never set."""
-    check_tensors(f"this {self.format} checkpoint", self.tensors, *self.tensors["W_enc"].shape)
-    kind = "topk" if self.selection == "token" else "batch_topk"
-    sae = MatryoshkaSAE(self.tensors["W_enc"].shape[0], self.group_sizes, self.k, self.level_weights, kind=kind, drawn=False)
+    check_tensors(f"this {self.format} checkpoint", self.tensors, *self.tensors["W_enc"].shape, self.rule)
+    sae = MatryoshkaSAE(self.tensors["W_enc"].shape[0], self.group_sizes, self.k, self.level_weights, kind=self.rule,
+                        kind_options=self.kind_options, drawn=False)
     sae.load_state_dict(self.tensors)
     return sae.eval().requires_grad_(False)
 
@@ -98,19 +100,24 @@ def _from_dictionary_learning(path: Path) -> Checkpoint:
     if missing := [n for n in TENSORS[:4] if n not in t]:
         raise UserError(f"{path} has no {missing[0]} among {', '.join(sorted(state)) or 'nothing'}; only Matryoshka, "
                         "TopK and BatchTopK SAEs are read.")
+    if torch.as_tensor(t.get("threshold", -1.0)).numel() > 1:
+        raise UserError(f"{path} is of the kind jumprelu, a threshold for each feature, which is not read from dictionary_learning; "
+                        "write it with SAELens and give that.")
     kind = "matryoshka_batch_topk" if "group_sizes" in state else _single_group_kind(path)
     tensors = {n: t[n].float().contiguous() for n in TENSORS[:4]} | {"scale": torch.tensor(scale)}
     tensors["threshold"] = torch.tensor(0.0) if kind == "topk" else torch.as_tensor(t.get("threshold", -1.0)).float().reshape(())
     sizes = tuple(map(int, t.get("group_sizes", [t["b_enc"].numel()])))
-    k, selection = int(t["k"]) if "k" in t else None, "token" if kind == "topk" else "batch"
-    return Checkpoint("dictionary_learning", kind, tensors, sizes, k, [note], selection, sure=note != _UNSURE)
+    k, rule = int(t["k"]) if "k" in t else None, "topk" if kind == "topk" else "batch_topk"
+    return Checkpoint("dictionary_learning", kind, tensors, sizes, k, [note], rule, sure=note != _UNSURE)
 
 # %% ../../nbs/sae/convert.ipynb #9b56edb4
-def _shared_threshold(path: Path, t: dict[str, Tensor], kind: str) -> Tensor:
-    if kind == "topk": return torch.tensor(0.0)
+def _thresholds(t: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    "The shared threshold, and where features have their own the logarithms of those."
+    if kind == "topk": return {"threshold": torch.tensor(0.0)}
     threshold = t.get("threshold", t.get("topk_threshold", torch.tensor(-1.0))).reshape(-1)
-    if threshold.min() == threshold.max(): return threshold[0].clone()
-    raise UserError(f"{path} has a threshold of its own for each feature; saerad keeps one for all.")
+    if threshold.min() == threshold.max(): return {"threshold": threshold[0].clone()}
+    own = threshold.clamp(min=0)
+    return {"threshold": own.min(), "log_threshold": own.log()}
 
 # %% ../../nbs/sae/convert.ipynb #1c200575
 SAE_LENS = {"jumprelu": "jumprelu", "matryoshka_batchtopk": "matryoshka_batch_topk", "batchtopk": "batch_topk", "topk": "topk"}
@@ -129,11 +136,11 @@ def _from_sae_lens(folder: Path) -> Checkpoint:
     kind = _check_sae_lens(folder / "cfg.json", cfg)
     if missing := [n for n in TENSORS[:4] if n not in t]: raise UserError(f"{weights} has no tensor {missing[0]}; export it again.")
     if not cfg.get("apply_b_dec_to_input", True): t["b_enc"] = t["b_enc"] + t["b_dec"] @ t["W_enc"]
-    tensors = {n: t[n].contiguous() for n in TENSORS[:4]} | {"threshold": _shared_threshold(weights, t, kind), "scale": torch.tensor(1.0)}
+    tensors = {n: t[n].contiguous() for n in TENSORS[:4]} | _thresholds(t, kind) | {"scale": torch.tensor(1.0)}
     sizes = tuple(b - a for a, b in pairwise([0, *cfg.get("matryoshka_widths", [])])) or (t["b_enc"].numel(),)
     notes = ["k and the groups are not in this layout; it is read as a single group"] if kind == "jumprelu" else []
-    k, selection = int(cfg["k"]) if "k" in cfg else None, "token" if kind == "topk" else "batch"
-    return Checkpoint("sae_lens", kind, tensors, sizes, k, notes, selection, sure=False)
+    rule = "topk" if kind == "topk" else "jumprelu" if "log_threshold" in tensors else "batch_topk"
+    return Checkpoint("sae_lens", kind, tensors, sizes, int(cfg["k"]) if "k" in cfg else None, notes, rule, sure=False)
 
 # %% ../../nbs/sae/convert.ipynb #0b48054e
 def _from_sparsify(folder: Path) -> Checkpoint:
@@ -144,7 +151,7 @@ def _from_sparsify(folder: Path) -> Checkpoint:
         raise UserError(f"{path} has no tensor {missing[0]}; copy it again.")
     tensors = {"W_enc": t["encoder.weight"].float().T.contiguous(), "b_enc": t["encoder.bias"].float(), "W_dec": t["W_dec"].float(),
                "b_dec": t["b_dec"].float(), "threshold": torch.tensor(0.0), "scale": torch.tensor(1.0)}
-    return Checkpoint("sparsify", "topk", tensors, (len(t["W_dec"]),), int(cfg["k"]), [], "token", sure=False)
+    return Checkpoint("sparsify", "topk", tensors, (len(t["W_dec"]),), int(cfg["k"]), [], "topk", sure=False)
 
 # %% ../../nbs/sae/convert.ipynb #a20fab0a
 def _read_layout(path: Path) -> Checkpoint | None:
@@ -155,8 +162,7 @@ def _read_layout(path: Path) -> Checkpoint | None:
     if (path / "sae.safetensors").exists() and (path / "cfg.json").exists(): return with_sidecar(_from_sparsify(path), path)
     if not (path / "sae.safetensors").exists(): return None
     sae = MatryoshkaSAE.load(path)
-    selection = "token" if sae.kind == "topk" else "batch"
-    return Checkpoint("saerad", sae.kind_name, sae.tensors(), sae.group_sizes, sae.k, [], selection, sae.level_weights)
+    return Checkpoint("saerad", sae.kind_name, sae.tensors(), sae.group_sizes, sae.k, [], sae.kind, sae.level_weights, kind_options=sae.kind_options)
 
 # %% ../../nbs/sae/convert.ipynb #b1bb4ef7
 def read_sae(path: Path | str) -> Checkpoint:
@@ -173,8 +179,9 @@ def read_sae(path: Path | str) -> Checkpoint:
 
 # %% ../../nbs/sae/convert.ipynb #b8a41c59
 def folded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An equal SAE with scale 1: biases and threshold in raw units, features `scale` times as large."""
+    """An equal SAE with scale 1: biases and thresholds in raw units, features `scale` times as large."""
     in_units = {n: tensors[n] * tensors["scale"] for n in ("b_enc", "b_dec", "threshold")}
+    if "log_threshold" in tensors: in_units["log_threshold"] = tensors["log_threshold"] + tensors["scale"].log()
     return tensors | in_units | {"scale": torch.tensor(1.0)}
 
 # %% ../../nbs/sae/convert.ipynb #8f3e09f2
@@ -186,10 +193,11 @@ def _fingerprint(t: dict[str, Tensor]) -> str:
 def write_sidecar(checkpoint: Checkpoint, folder: Path) -> None:
     """Write what another library's layout cannot hold beside it: `saerad.json` and `saerad.safetensors`."""
     with write_beside(folder / "saerad.safetensors") as part:
-        st.save_file({n: checkpoint.tensors[n] for n in ("b_enc", "b_dec", "threshold", "scale")}, part)
+        names = ("b_enc", "b_dec", "threshold", "scale", *kind_of(checkpoint.rule).parameters(0))
+        st.save_file({n: checkpoint.tensors[n] for n in names}, part)
     write_json(folder / "saerad.json", {
-        "weights": _fingerprint(folded(checkpoint.tensors)), "kind": checkpoint.kind, "selection": checkpoint.selection, "k": checkpoint.k,
-        "group_sizes": checkpoint.group_sizes, "level_weights": checkpoint.level_weights})
+        "weights": _fingerprint(folded(checkpoint.tensors)), "kind": checkpoint.kind, "rule": checkpoint.rule, "k": checkpoint.k,
+        "group_sizes": checkpoint.group_sizes, "level_weights": checkpoint.level_weights, "kind_options": checkpoint.kind_options})
 
 # %% ../../nbs/sae/convert.ipynb #5ea85f4e
 def with_sidecar(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
@@ -197,10 +205,17 @@ def with_sidecar(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     if not (folder / "saerad.json").exists() or not (folder / "saerad.safetensors").exists(): return checkpoint
     kept, cfg = read_tensors(folder / "saerad.safetensors"), read_json(folder / "saerad.json")
     tensors = checkpoint.tensors | kept
-    if cfg["weights"] != _fingerprint(checkpoint.tensors) or cfg["weights"] != _fingerprint(folded(tensors)):
+    if {_fingerprint(checkpoint.tensors), _fingerprint(folded(tensors))} != {cfg["weights"]} or _thresholds_moved(checkpoint.tensors, tensors):
         return replace(checkpoint, notes=[*checkpoint.notes, "saerad.json beside it belongs to other weights and is ignored"])
     sizes, weights = tuple(cfg["group_sizes"]), cfg["level_weights"]
-    return Checkpoint(checkpoint.format, cfg["kind"], tensors, sizes, cfg["k"], [], cfg["selection"], weights and tuple(weights))
+    rule = cfg.get("rule") or saved_kind(cfg)           # older ones have `selection`
+    return Checkpoint(checkpoint.format, cfg["kind"], tensors, sizes, cfg["k"], [], rule, weights and tuple(weights),
+                      kind_options=cfg.get("kind_options", {}))
+
+def _thresholds_moved(found: dict[str, Tensor], kept: dict[str, Tensor]) -> bool:
+    "Whether the features' own thresholds are others than those that were written; a logarithm comes back only nearly."
+    both = "log_threshold" in found and "log_threshold" in kept
+    return both and not torch.allclose(found["log_threshold"], folded(kept)["log_threshold"], atol=1e-5)
 
 # %% ../../nbs/sae/convert.ipynb #12a464a5
 def _dictionary_learning_state(checkpoint: Checkpoint, t: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -215,7 +230,7 @@ def _to_dictionary_learning(checkpoint: Checkpoint, folder: Path) -> None:
     t = folded(checkpoint.tensors)
     d, width = t["W_enc"].shape
     single = len(checkpoint.group_sizes) == 1
-    name = ("TopK" if checkpoint.selection == "token" else "BatchTopK") if single else "MatryoshkaBatchTopK"
+    name = ("TopK" if checkpoint.rule == "topk" else "BatchTopK") if single else "MatryoshkaBatchTopK"
     with write_beside(folder / "ae.pt") as part: torch.save(_dictionary_learning_state(checkpoint, t), part)
     groups = {} if single else {"group_sizes": checkpoint.group_sizes, "group_fractions": [s / width for s in checkpoint.group_sizes]}
     write_json(folder / "config.json", {"trainer": groups | {
@@ -224,9 +239,10 @@ def _to_dictionary_learning(checkpoint: Checkpoint, folder: Path) -> None:
 
 # %% ../../nbs/sae/convert.ipynb #e5a19866
 def _to_sae_lens(checkpoint: Checkpoint, folder: Path) -> None:
-    t, token = folded(checkpoint.tensors), checkpoint.selection == "token"
+    t, token = folded(checkpoint.tensors), checkpoint.rule == "topk"
     d, width = t["W_enc"].shape
-    state = {n: t[n].contiguous() for n in TENSORS[:4]} | ({} if token else {"threshold": t["threshold"].repeat(width)})
+    thresholds = t["log_threshold"].exp() if "log_threshold" in t else t["threshold"].repeat(width)
+    state = {n: t[n].contiguous() for n in TENSORS[:4]} | ({} if token else {"threshold": thresholds})
     with write_beside(folder / "sae_weights.safetensors") as part: st.save_file(state, part)
     write_json(folder / "cfg.json", {
         "architecture": "topk" if token else "jumprelu", "d_in": d, "d_sae": width, "dtype": "float32", "device": "cpu",
@@ -248,15 +264,20 @@ def _to_sparsify(checkpoint: Checkpoint, folder: Path) -> None:
 def lost_in_export(checkpoint: Checkpoint, to: str) -> list[str]:
     """What another library would compute differently, in words; empty where nothing."""
     lost = []
-    if to == "sparsify" and checkpoint.selection == "batch":
+    if to == "sparsify" and checkpoint.rule == "batch_topk":
         lost.append("sparsify keeps k features for every token and has no threshold, so other features would be on")
-    if to != "saerad" and to != "sparsify" and checkpoint.selection == "token" and len(checkpoint.group_sizes) > 1:
+    if to != "saerad" and to != "sparsify" and checkpoint.rule == "topk" and len(checkpoint.group_sizes) > 1:
         lost.append(f"{to} has no Matryoshka SAE with k features for every token")
     return lost
 
 # %% ../../nbs/sae/convert.ipynb #280654ca
+_RULES = {"dictionary_learning": ("batch_topk", "topk"), "sae_lens": ("batch_topk", "topk", "jumprelu"), "sparsify": ("batch_topk", "topk")}
+
 def _check_exportable(checkpoint: Checkpoint, src: Path | str, to: str, force: bool) -> Checkpoint:
     "`checkpoint` itself; raises `UserError` where the layout `to` cannot take it."
+    if checkpoint.rule not in _RULES.get(to, (checkpoint.rule,)):
+        able = " or ".join([name for name, rules in _RULES.items() if checkpoint.rule in rules] + ["saerad"])
+        raise UserError(f"{src} is of the kind {checkpoint.rule}, which {to} has no form for; convert it to {able}.")
     if to in ("dictionary_learning", "sparsify") and checkpoint.k is None:
         raise UserError(f"{src} does not say its k, which {to} needs; convert it to sae_lens.")
     if (lost := lost_in_export(checkpoint, to)) and not force:
@@ -278,7 +299,7 @@ def convert(src: Path | str, dst: Path | str, to: str, force: bool = False, stor
     """Write the SAE at `src` into the new folder `dst`, or to `hf:OWNER/NAME`, in the layout `to`, one of `FORMATS`.
 
     With a `store`, what the checkpoint leaves open (folded or not, threshold) is settled on its activations first.
-    Raises `UserError`, and writes nothing, when that cannot be done or would lose something and is not forced.
+    Raises `UserError`, and writes nothing, when that cannot be done, or would lose something and is not forced.
     """
     if to not in FORMATS: raise UserError(f"--to is {to!r}; choose one of {', '.join(FORMATS)}.")
     if str(dst).startswith("hf:"):
@@ -363,7 +384,7 @@ def _advice(checkpoint: Checkpoint, order: str, norms: Tensor) -> Iterable[str]:
         yield "the groups are reversed, widest first, as in the study of MAIRA-2: the first level holds half or more"
     if (norms - 1).abs().max() > 1e-3:
         yield "decoder rows are not of length 1: activations and steering strengths of features do not compare"
-    if checkpoint.selection == "batch" and checkpoint.k is None: yield "k is not stated, so its L0 cannot be judged"
+    if checkpoint.rule != "topk" and checkpoint.k is None: yield "k is not stated, so its L0 cannot be judged"
 
 # %% ../../nbs/sae/convert.ipynb #6cabd219
 def _verdict(checkpoint: Checkpoint, x: Float[Tensor, "n d"]) -> Iterable[str]:
@@ -380,17 +401,25 @@ def _verdict(checkpoint: Checkpoint, x: Float[Tensor, "n d"]) -> Iterable[str]:
 def _facts(checkpoint: Checkpoint) -> dict[str, str]:
     "What one would ask first of a checkpoint, in words."
     t, (d, width) = checkpoint.tensors, checkpoint.tensors["W_enc"].shape
-    norms, token, unset = t["W_dec"].norm(dim=1), checkpoint.selection == "token", t["threshold"] < 0
+    norms, token = t["W_dec"].norm(dim=1), checkpoint.rule == "topk"
     folded_in = "folded: takes raw vectors as they are" if t["scale"] == 1 else "raw / scale = normalised"
     return {
         "format": f"{checkpoint.format} ({checkpoint.kind})", "shape": f"{d} → {width} features ({width / d:g}×)",
         "k": "not stated" if checkpoint.k is None else f"{checkpoint.k}{' for every token' if token else ''}",
         "groups": f"{list(checkpoint.group_sizes)} ({_group_order(checkpoint)})",
-        "threshold": "none, by its kind" if token else "not set" if unset else f"{float(t['threshold']):.6g} in normalised units",
+        "threshold": _threshold_fact(checkpoint),
         "scale": f"{float(t['scale']):.6g} ({folded_in})", "decoder norms": f"{norms.min():.4f} to {norms.max():.4f}"}
 
 # %% ../../nbs/sae/convert.ipynb #d3786945
 def _group_order(checkpoint: Checkpoint) -> str: return MatryoshkaSAE(1, checkpoint.group_sizes, checkpoint.k, drawn=False).group_order
+
+# %% ../../nbs/sae/convert.ipynb #55efeb9a
+def _threshold_fact(checkpoint: Checkpoint) -> str:
+    "The doctor's line about the threshold."
+    own, threshold = checkpoint.tensors.get("log_threshold"), float(checkpoint.tensors["threshold"])
+    if checkpoint.rule not in ("batch_topk", "jumprelu"): return "none, by its kind"
+    if threshold < 0: return "not set"
+    return f"{threshold:.6g} in normalised units" if own is None else f"one per feature, median {float(own.exp().median()):.6g} in normalised units"
 
 # %% ../../nbs/sae/convert.ipynb #ce3797cb
 def doctor(path: Path | str, store: Store | None = None) -> str:

@@ -55,10 +55,10 @@ def batch_topk(pre: Float[Tensor, "n width"], k: int, ranks: Ranks = Ranks(), to
     return selected(pre, (pre >= cut) & (pre > 0), ranks)
 
 # %% ../../nbs/sae/kinds.ipynb #7cf42885
-def token_topk(pre: Float[Tensor, "n width"], k: int) -> Selected:
-    """The `k` largest positive entries of every row."""
-    cut = pre.topk(min(k, pre.shape[1]), dim=1).values[:, -1:]
-    return selected(pre, (pre >= cut) & (pre > 0))
+def token_topk(pre: Float[Tensor, "n width"], k: int, ranks: Ranks = Ranks()) -> Selected:
+    """The `k` largest positive entries of every row; of the joined row where processes hold other features."""
+    cut = ranks.strongest(pre.relu(), k) if ranks.shard else pre.topk(min(k, pre.shape[1]), dim=1).values[:, -1:]
+    return selected(pre, (pre >= cut) & (pre > 0), ranks)
 
 # %% ../../nbs/sae/kinds.ipynb #9bfa2b86
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class BatchTopK(Kind):
 class TopK(Kind):
     """The `k` largest positive activations of every token, in training and at inference (Gao et al. 2024)."""
     def select(self, sae: Any, pre: Float[Tensor, "n width"], ranks: Ranks = Ranks(), tokens: int | None = None) -> Selected:
-        return token_topk(pre, sae.k)
+        return token_topk(pre, sae.k, ranks)
     def activate(self, sae: Any, pre: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:
         best = pre.topk(min(sae.k, sae.width), dim=1)
         return torch.zeros_like(pre).scatter_(1, best.indices, best.values.relu())

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from hub_server import HubServer
 
 from saerad.core import UserError
 from saerad.sae.convert import FORMATS, convert, doctor, folded, read_sae
-from saerad.sae.model import MatryoshkaSAE, SAEConfig
+from saerad.sae.kinds import KINDS, Kind
+from saerad.sae.model import TENSORS, MatryoshkaSAE, SAEConfig
 
 # --- other layouts
 
@@ -30,6 +32,86 @@ def test_round_trips_end_with_the_same_bytes(sae, x, tmp_path, to, kind):
     sae.kind = kind
     sae.save(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "out", to, force=True)
+    convert(tmp_path / "out", tmp_path / "back", "saerad")
+    for name in ("sae.safetensors", "config.json"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "back" / name).read_bytes(), name
+
+
+def jumping(sae: MatryoshkaSAE) -> MatryoshkaSAE:
+    """`sae` as a JumpReLU SAE, every feature with a threshold of its own."""
+    other = MatryoshkaSAE(16, sae.group_sizes, sae.k, sae.level_weights, kind="jumprelu", kind_options={"bandwidth": 0.5})
+    thresholds = torch.linspace(0.05, 0.6, 64)[torch.randperm(64, generator=torch.Generator().manual_seed(5))]
+    other.load_state_dict(sae.state_dict() | {"log_threshold": thresholds.log()})
+    return other
+
+
+def test_thresholds_of_features_are_read_folded_and_written(sae, x, tmp_path):
+    sae = jumping(sae)
+    sae.save(tmp_path / "ours")
+    checkpoint = read_sae(tmp_path / "ours")
+    assert checkpoint.rule == "jumprelu" and checkpoint.tensors.keys() == {*TENSORS, "log_threshold"}
+    assert checkpoint.sae().rule == sae.rule and torch.equal(checkpoint.sae().encode(x), sae.encode(x))
+    wide = replace(checkpoint, tensors=folded(checkpoint.tensors)).sae()
+    assert wide.scale == 1 and torch.equal(wide.encode(x) > 0, sae.encode(x) > 0) and torch.allclose(wide(x), sae(x), atol=1e-4)
+    assert "one per feature, median 0.3" in doctor(tmp_path / "ours", Rows(x)) and "jumprelu" in doctor(tmp_path / "ours")
+    for to in ("saerad", "sae_lens"):
+        convert(tmp_path / "ours", tmp_path / to, to)
+        convert(tmp_path / to, tmp_path / f"back from {to}", "saerad")
+        for name in ("sae.safetensors", "config.json"):
+            assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / f"back from {to}" / name).read_bytes(), (to, name)
+
+
+def test_sae_lens_runs_thresholds_of_features_as_we_do(sae, x, tmp_path):
+    sae = jumping(sae)
+    sae.save(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "sl", "sae_lens")
+    state = st.load_file(tmp_path / "sl/sae_weights.safetensors")
+    pre = (x - state["b_dec"]) @ state["W_enc"] + state["b_enc"]
+    assert torch.allclose((pre.relu() * (pre > state["threshold"])) @ state["W_dec"] + state["b_dec"], sae(x), atol=1e-4)
+    kept = read_sae(tmp_path / "sl")
+    assert kept.k == 8 and torch.equal(kept.sae().encode(x), sae.encode(x))
+    moved = state["threshold"].clone()
+    moved[7], moved[9] = 3.0, -1.0                                    # below 0 is as 0
+    st.save_file(state | {"threshold": moved}, tmp_path / "sl/sae_weights.safetensors")
+    found = read_sae(tmp_path / "sl")
+    assert any("ignored" in note for note in found.notes) and found.rule == "jumprelu" and found.k is None
+    assert torch.equal(found.sae().encode(x) > 0, (pre > moved) & (pre > 0)) and "one per feature" in doctor(tmp_path / "sl")
+
+
+@pytest.mark.parametrize("to", ["dictionary_learning", "sparsify"])
+@pytest.mark.parametrize("force", [False, True])
+def test_thresholds_of_features_are_refused_where_there_is_no_form_for_them(sae, tmp_path, to, force):
+    jumping(sae).save(tmp_path / "ours")
+    with pytest.raises(UserError, match=f"is of the kind jumprelu, which {to} has no form for; convert it to sae_lens or saerad."):
+        convert(tmp_path / "ours", tmp_path / "out", to, force)
+    assert not (tmp_path / "out").exists()
+    state = {n: t for n, t in sae.tensors().items() if n != "scale"} | {"threshold": torch.rand(64)}
+    torch.save(state, tmp_path / "ae.pt")
+    with pytest.raises(UserError, match="ae.pt is of the kind jumprelu"): read_sae(tmp_path / "ae.pt")
+
+
+def test_a_kind_of_ones_own_is_kept_and_goes_nowhere_else(sae, x, tmp_path, monkeypatch):
+    class ReLU(Kind):
+        def activate(self, sae, pre): return pre.relu()
+    monkeypatch.setitem(KINDS, "relu", ReLU())
+    sae.kind = "relu"
+    sae.save(tmp_path / "ours")
+    assert torch.equal(read_sae(tmp_path / "ours").sae().encode(x), sae.encode(x)) and "relu" in doctor(tmp_path / "ours")
+    with pytest.raises(UserError, match="kind relu, which sae_lens has no form for; convert it to saerad."):
+        convert(tmp_path / "ours", tmp_path / "out", "sae_lens", force=True)
+    convert(tmp_path / "ours", tmp_path / "back", "saerad")
+    assert (tmp_path / "back/config.json").read_bytes() == (tmp_path / "ours/config.json").read_bytes()
+
+
+@pytest.mark.parametrize(("kind", "word"), [("batch_topk", "batch"), ("topk", "token")])
+def test_files_beside_that_say_selection_are_still_read(sae, tmp_path, kind, word):
+    sae.kind = kind
+    sae.save(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "out", "sae_lens", force=True)
+    cfg = json.loads((tmp_path / "out/saerad.json").read_text())
+    assert cfg["rule"] == kind and "selection" not in cfg
+    before = {k: v for k, v in cfg.items() if k not in ("rule", "kind_options")} | {"selection": word}
+    (tmp_path / "out/saerad.json").write_text(json.dumps(before))
     convert(tmp_path / "out", tmp_path / "back", "saerad")
     for name in ("sae.safetensors", "config.json"):
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "back" / name).read_bytes(), name

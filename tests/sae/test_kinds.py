@@ -9,6 +9,7 @@ import torch
 from test_training import NATIVE, Vectors
 
 from saerad.core import UserError
+from saerad.run.cli import main
 from saerad.sae.kinds import KINDS, JumpReLU, Kind, kind_of
 from saerad.sae.model import MatryoshkaSAE, SAEConfig
 from saerad.sae.training import ENGINES, Trainer, TrainingConfig, choose_engine, dense_loss, initial_sae, reference_loss, train_sae
@@ -166,3 +167,29 @@ def test_a_kind_of_ones_own_trains_saves_and_loads(monkeypatch, tmp_path):
     assert active[1] < 0.7 * active[0]
     monkeypatch.delitem(KINDS, "relu_l1")
     with pytest.raises(UserError, match="sae.kind is 'relu_l1'"): MatryoshkaSAE.load(tmp_path / "0.5")
+
+
+TINY = """
+studies: {source: "phantom:0", train_patients: 20, validation_patients: 5, test_patients: 5}
+extraction: {layer: 2}
+sae: {expansion: 1, k: 8, kind: jumprelu}
+training: {steps: 60, batch_size: 128}
+interpretation: {shuffled: false, bootstrap: 50}
+evaluation: {loss_studies: 4, report_studies: 2, max_new_tokens: 24}
+steering: {features: [0], method: clamp, alphas: [-10, 10], studies: 1, controls: 0, max_new_tokens: 24}
+"""
+
+
+def test_a_whole_run_with_thresholds_of_features(tmp_path, capsys):
+    """Every stage from extract to atlas, and the commands that take what they leave."""
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    run, sae = tmp_path / "run", str(tmp_path / "run/sae")
+    for arguments in (["run", str(tmp_path / "tiny.yaml"), "--out", str(run)], ["doctor", sae, "--store", str(run / "activations")],
+                      ["convert", sae, str(tmp_path / "lens"), "--to", "sae_lens"], ["doctor", str(tmp_path / "lens")],
+                      ["export", str(run), str(tmp_path / "cache"), "--hookpoint", "layers.2"]):
+        with pytest.raises(SystemExit) as ended: main(arguments)
+        shown = capsys.readouterr()
+        assert ended.value.code == 0, (arguments, shown.err)
+        if arguments[0] == "doctor": assert "jumprelu" in shown.out and "one per feature, median" in shown.out
+    assert MatryoshkaSAE.load(sae).kind == "jumprelu" and (run / "atlas/index.html").exists() and (run / "report.html").exists()
+    assert json.loads((run / "sae/evaluation.json").read_text())["l0"] == pytest.approx(8, abs=2)

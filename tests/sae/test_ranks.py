@@ -20,7 +20,8 @@ from test_training import Vectors  # noqa: E402
 SETTINGS = TrainingConfig(steps=24, batch_size=128, lr=3e-3, dead_after=0.05, aux_k=2, start_rows=256, checkpoint_every=10, log_every=1,
                           engine="sparse")
 SHAPE = SAEConfig(k=2, expansion=4, group_fractions=(1/4, 1/4, 1/2))
-JUMPS = (SHAPE.model_copy(update={"kind": "jumprelu"}), SETTINGS.model_copy(update={"engine": "auto"}))
+KINDS = {"batch_topk": (SHAPE, SETTINGS), "topk": (SHAPE.model_copy(update={"kind": "topk"}), SETTINGS),
+         "jumprelu": (SHAPE.model_copy(update={"kind": "jumprelu"}), SETTINGS.model_copy(update={"engine": "auto"}))}
 
 RUN = """
 import sys
@@ -28,7 +29,7 @@ sys.path[:0] = [{here!r}, {here!r} + "/.."]
 import left_threads
 import torch
 torch.set_num_threads(1)
-from test_ranks import JUMPS, SETTINGS, SHAPE
+from test_ranks import KINDS
 from test_training import Vectors
 from saerad.sae.training import train_sae
 
@@ -38,7 +39,7 @@ class Stops(Vectors):
             if step == int(sys.argv[2]): raise KeyboardInterrupt
             yield step, rows, x
 
-shape, settings = JUMPS if sys.argv[3] == "jumprelu" else (SHAPE, SETTINGS)
+shape, settings = KINDS[sys.argv[3]]
 for shard in (False, True):
     try: train_sae(Stops(), shape, settings.model_copy(update=dict(shard=shard)), 0, sys.argv[1] + ("/shard" if shard else "/batch"))
     except KeyboardInterrupt: pass
@@ -75,14 +76,18 @@ def test_several_processes_train_what_one_trains(size, tmp_path):
     assert len(list((tmp_path / "shard/checkpoint").iterdir())) == size
 
 
-def test_thresholds_of_features_are_shared_out_and_put_together(tmp_path):
-    train_sae(Vectors(), *JUMPS, 0, tmp_path / "one")
-    launch(2, tmp_path, kind="jumprelu")
-    expected = st.load_file(tmp_path / "one/sae.safetensors")
-    for way in ("batch", "shard"):
+@pytest.mark.parametrize("kind", ["topk", "jumprelu"])
+def test_other_kinds_are_shared_out_and_put_together(kind, tmp_path):
+    """TopK keeps the k strongest of a token among all processes' features; thresholds of features come back with them."""
+    train_sae(Vectors(), *KINDS[kind], 0, tmp_path / "one")
+    launch(2, tmp_path, kind=kind)
+    expected, l0 = st.load_file(tmp_path / "one/sae.safetensors"), {}
+    for way in ("one", "batch", "shard"):
         found = st.load_file(tmp_path / way / "sae.safetensors")
-        assert found.keys() == expected.keys() and found["log_threshold"].std() > 0
+        assert found.keys() == expected.keys() and (kind == "topk" or found["log_threshold"].std() > 0)
         for name, t in expected.items(): assert torch.allclose(found[name], t, atol=1e-3), (way, name)
+        l0[way] = [json.loads(line)["l0"] for line in (tmp_path / way / "metrics.jsonl").read_text().splitlines()]
+    assert l0["batch"] == pytest.approx(l0["one"], rel=0.02) == l0["shard"] and (kind == "jumprelu" or max(l0["shard"]) <= 2)
 
 
 @pytest.mark.parametrize("k", [1, 7, 500, 999, 100_000])
