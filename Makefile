@@ -9,7 +9,9 @@ BIN := $(VENV)/bin
 CONFIG ?= configs/phantom.yaml
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 HALF := $(shell echo $$(( ($$(nproc 2>/dev/null || echo 2) + 1) / 2 )))
-CORE := tests/test_house.py
+CORE := tests/test_core.py tests/test_house.py tests/studies/test_grammar.py tests/studies/test_phantom.py tests/sae/test_model.py \
+  tests/sae/test_encoder.py tests/sae/test_kernels.py tests/interpretation/test_exemplars.py tests/interpretation/test_hard_negatives.py \
+  tests/steering/test_interventions.py tests/steering/test_judges.py tests/show/test_run_folder.py tests/show/test_lab.py
 export PYTHONHASHSEED = 0
 export TOKENIZERS_PARALLELISM = false
 
@@ -37,7 +39,7 @@ test: $(VENV)/.installed
 check: export  ## before a commit: everything generated is written again, then the fast core of the tests
 	$(BIN)/ruff check .
 	$(BIN)/python .ci/notebooks.py check
-	$(BIN)/python -m pytest -q -m "not slow" $(CORE)
+	$(BIN)/python -m pytest -q $(CORE)
 
 lab: $(VENV)/.installed
 	$(BIN)/jupyter lab nbs

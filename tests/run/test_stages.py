@@ -116,7 +116,7 @@ def test_paper_and_corrected_differ_in_the_group_order_alone():
     ("evaluation.batch_size=3", ["evaluate", "steer", "figures", "atlas"]),
     ("exemplars.window=3", ["exemplars", "interpret", "steer", "figures", "atlas"]),
     ("sae.k=7", ["train", "evaluate", "exemplars", "interpret", "steer", "portray", "figures", "atlas"]),
-    ("portraits.words=3", ["portray", "atlas"]),
+    ("portraits.tokens=3", ["portray", "atlas"]),
     ("out=elsewhere", []),
 ])
 def test_a_change_redoes_what_depends_on_it(setting, again):
