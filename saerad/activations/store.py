@@ -152,154 +152,12 @@ def _part_name(number: int) -> str: return f"part-{number:05d}.json"
 # %% ../../nbs/activations/store.ipynb #c201770d
 def _tokens_file(shard: dict[str, Any]) -> str: return shard["file"].replace("shard", "tokens").replace("safetensors", "parquet")
 
-# %% ../../nbs/activations/store.ipynb #a5f3b548
-class StoreWriter:
-    """Write a store, or one part of it, study by study; one that was killed resumes where it was and ends with the same bytes.
-
-    `key` is the hash of everything the rows depend on: files of another key are removed first. `next_study` says with which
-    study to begin; `add` or `skip` is then called once for each from there on. Memory: two shards.
-    `seed` draws the order of the rows within shards. Raises `UserError` where another process writes the same part or the disk is full.
-    """
-    def __init__(self, folder: Path | str, key: str, d: int, dtype: str = "float32", rows_per_shard: int = 16384,
-                 made_from: dict[str, Any] | None = None, part: int = 0, parts: int = 1, first_study: int = 0, seed: int = 0):
-        self.seed, self.folder, self.key, self.d, self.dtype = seed, Path(folder), key, d, dtype
-        self.rows_per_shard, self.made_from, self.part, self.parts = rows_per_shard, made_from or {}, part, parts
-        self._lock = _take_lock(self._lock_file)
-        try: self._resume(first_study)
-        except BaseException:
-            _release_lock(self._lock_file, self._lock)
-            raise
-        self._thread, self._writing = ThreadPoolExecutor(1, "shard"), None
-        self._buffers = [self._new_buffer() for _ in range(2)]
-        self._begin_shard(len(self.shards))
-
-    @property
-    def _lock_file(self) -> Path: return self.folder / f".part-{self.part:05d}.lock"
-    def __enter__(self) -> "StoreWriter": return self
-    def __exit__(self, *error: Any) -> None:
-        self._thread.shutdown()
-        _release_lock(self._lock_file, self._lock)
-
-# %% ../../nbs/activations/store.ipynb #73991ae9
-@patch
-def _resume(self: StoreWriter, first_study: int) -> None:
-    "Find what an earlier writer left, and with which row of which study to resume."
-    _reopen_parts(self.folder, self.key)
-    self.shards, self.problems, self.finished = self._what_is_left()
-    last = self.shards[-1] if self.shards else {"next_study": first_study, "next_row": 0}
-    if self.finished is not None: last = {"next_study": self.finished, "next_row": 0}
-    self.next_study, self._cut = last["next_study"], last["next_row"]
-
-# %% ../../nbs/activations/store.ipynb #b8734f45
-@patch
-def _new_buffer(self: StoreWriter) -> dict[str, np.ndarray]:
-    "An empty buffer for the rows of one shard."
-    shapes = {k: (self.rows_per_shard, v.shape[1]) for k, v in pack_rows(torch.zeros(1, self.d), self.dtype).items()}
-    kinds = {"activations": DTYPES[self.dtype][1], "scales": np.float32}
-    return {k: np.empty(shape, kinds[k]) for k, shape in shapes.items()}
-
-# %% ../../nbs/activations/store.ipynb #9e45643b
-@patch
-def _begin_shard(self: StoreWriter, i: int) -> None:
-    "Turn to the other buffer; its rows go to random places."
-    self.begun, self.buffer, self.filled, self.pending = i, self._buffers[i % 2], 0, []
-    self.places = rng(self.seed, "shard", self._number(i)).permutation(self.rows_per_shard)
-
-# %% ../../nbs/activations/store.ipynb #327d3427
-@patch
-def _number(self: StoreWriter, i: int) -> int:
-    "Number of the part's shard `i` in the whole store."
-    if self.parts > 1 and i >= PART: raise ValueError(f"a part has at most {PART} shards; make the parts smaller")
-    return self.part * PART + i
-
-# %% ../../nbs/activations/store.ipynb #db946d82
-@patch
-def add(self: StoreWriter, x: Float[Tensor, "rows d"], tokens: pa.Table) -> None:
-    """Add the next study: its rows in raw residual units, and `TOKEN_SCHEMA` columns for each."""
-    if x.shape != (len(tokens), self.d):
-        raise ValueError(f"{tuple(x.shape)} rows for {len(tokens)} tokens of width {self.d}")
-    packed, done = pack_rows(x, self.dtype), self._cut
-    while done < len(x):
-        n = min(len(x) - done, self.rows_per_shard - self.filled)
-        self._place_rows({name: rows[done:done + n] for name, rows in packed.items()}, tokens.slice(done, n))
-        done += n
-        if self.filled == self.rows_per_shard: self._hand_over(self.next_study + (done == len(x)), done % len(x))
-    self.next_study, self._cut = self.next_study + 1, 0
-
-# %% ../../nbs/activations/store.ipynb #00b40b13
-@patch
-def _place_rows(self: StoreWriter, rows: dict[str, np.ndarray], tokens: pa.Table) -> None:
-    "Put rows to their random places in the buffer."
-    here = self.places[self.filled:self.filled + len(tokens)]
-    for name, values in rows.items(): self.buffer[name][here] = values
-    self.pending.append(tokens)
-    self.filled += len(tokens)
-
-# %% ../../nbs/activations/store.ipynb #e083e00c
-@patch
-def skip(self: StoreWriter, study: str, problem: str) -> None:
-    """Note that the next study has no rows, and why."""
-    self.problems.append({"number": self.next_study, "study": study, "problem": problem})
-    self.next_study, self._cut = self.next_study + 1, 0
-
-# %% ../../nbs/activations/store.ipynb #fbc7cefc
-@patch
-def _hand_over(self: StoreWriter, next_study: int, next_row: int) -> None:
-    "Give the buffer to the writing thread, once that has written the one before."
-    self._wait_for_writing()
-    end = {"next_study": next_study, "next_row": next_row}
-    full = self.buffer, self.places[:self.filled], self.pending
-    self._writing = self._thread.submit(self._flush, self._number(self.begun), *full, end, list(self.problems))
-    self._begin_shard(self.begun + 1)
-
-# %% ../../nbs/activations/store.ipynb #56eebe17
-@patch
-def _wait_for_writing(self: StoreWriter) -> None:
-    "Wait until the thread has written what it was given; its error is ours."
-    writing, self._writing = self._writing, None
-    if writing: writing.result()
-
-# %% ../../nbs/activations/store.ipynb #41c24b7d
-@patch
-def _flush(self: StoreWriter, number: int, buffer: dict[str, np.ndarray], places: np.ndarray, pending: list[pa.Table],
-           end: dict[str, int], problems: list[dict]) -> None:
-    "Write a buffer as a shard, then its tokens, then the record that names both."
-    if len(places) < self.rows_per_shard: buffer = {k: v[np.sort(places)] for k, v in buffer.items()}
-    shard, part = self.folder / _shard_name(number), self.folder / _tokens_name(number)
-    tokens = pa.concat_tables(pending).cast(TOKEN_SCHEMA).combine_chunks()
-    with _explain_full_disk(shard):
-        xxh3 = _write_shard(shard, {**buffer, "order": np.argsort(places).astype(np.int32)})
-        write_table(part, tokens)
-        splits = {c["values"]: c["counts"] for c in pc.value_counts(tokens["split"]).to_pylist()}
-        self.shards.append({"file": shard.name, "rows": len(places), "xxh3": xxh3, "tokens_xxh3": checksum(part), "splits": splits, **end})
-        self._write_part_record(problems)
-
-# %% ../../nbs/activations/store.ipynb #876995ec
-@patch
-def _write_part_record(self: StoreWriter, problems: list[dict], finished: int | None = None) -> None:
-    "The record of this part: `finished` is the number of the study after its last, None while there is more to come."
-    state = {"key": self.key, "shards": self.shards, "problems": problems, "finished": finished}
-    write_json(self.folder / _part_name(self.part), state)
-
 # %% ../../nbs/activations/store.ipynb #52ab6a78
 def _read_part(folder: Path, part: int, key: str) -> dict[str, Any]:
     "The record of a part, empty where there is none with this key."
     try: state = read_json(folder / _part_name(part))
     except UserError: return {}
     return state if state.get("key") == key else {}
-
-# %% ../../nbs/activations/store.ipynb #8f51922f
-@patch
-def _whole_shards(self: StoreWriter, state: dict[str, Any]) -> list[dict]:
-    "The shards of a record up to the first that is not whole."
-    shards: list[dict] = []
-    for shard in state.get("shards", []):
-        number = self._number(len(shards))
-        files = (_shard_name(number), shard["xxh3"]), (_tokens_name(number), shard["tokens_xxh3"])
-        whole = shard["rows"] == self.rows_per_shard or state["finished"] is not None
-        if not whole or not all(_has_checksum(self.folder / name, xxh3) for name, xxh3 in files): break
-        shards.append(shard)
-    return shards
 
 # %% ../../nbs/activations/store.ipynb #863ec374
 NAMED = re.compile(r"(\.?)(shard|tokens|part)-(\d+)\.(safetensors|parquet|json)(\.\d+\.part)?|store\.json|tokens\.parquet|\.(store|tokens)\..*\.part")
@@ -313,25 +171,6 @@ def _remove_files(folder: Path, keep: Callable[[str], bool], part: int | None = 
         if part is not None:
             if not name[3] or int(name[3]) // (1 if name[2] == "part" else PART) != part: continue
         path.unlink(missing_ok=True)
-
-# %% ../../nbs/activations/store.ipynb #837282e6
-@patch
-def _remove_rest_of_part(self: StoreWriter, shards: int, record: bool) -> None:
-    "Keep the first shards of this part and perhaps its record, and nothing else of it."
-    numbers = [self._number(i) for i in range(shards)]
-    kept = {*map(_shard_name, numbers), *map(_tokens_name, numbers)} | ({_part_name(self.part)} if record else set())
-    _remove_files(self.folder, kept.__contains__, self.part if self.parts > 1 else None)
-
-# %% ../../nbs/activations/store.ipynb #519daaad
-@patch
-def _what_is_left(self: StoreWriter) -> tuple[list[dict], list[dict], int | None]:
-    "The good shards of this part that lie there already, problems noted before their end, and whether that is all of it."
-    state = _read_part(self.folder, self.part, self.key)
-    shards = self._whole_shards(state)
-    finished = state.get("finished") if len(shards) == len(state.get("shards", [])) else None
-    self._remove_rest_of_part(len(shards), bool(shards) or finished is not None)
-    end = finished if finished is not None else shards[-1]["next_study"] if shards else 0
-    return shards, [p for p in state.get("problems", []) if p["number"] < end], finished
 
 # %% ../../nbs/activations/store.ipynb #1f11b65a
 def _reopen_parts(folder: Path, key: str) -> None:
@@ -366,51 +205,197 @@ def _part_record(folder: Path, meta: dict[str, Any], part: int, begin: int, end:
     whole = all(_has_checksum(folder / s["file"], s["xxh3"]) for s in shards)
     return {"key": meta["key"], "shards": shards, "problems": problems, "finished": end if whole else None}
 
-# %% ../../nbs/activations/store.ipynb #c75ccfd5
-@patch
-def finish(self: StoreWriter) -> Any:
-    """Write what is left and, if all parts are finished, join them; gives the store, or None while other parts are not finished.
+# %% ../../nbs/activations/store.ipynb #519daaad
+class _PartOfStore:
+    "The files of one part of a store: what an earlier writer left of them, and how the finished parts are joined."
+    def __init__(self, folder: Path | str, key: str, d: int, dtype: str, rows_per_shard: int,
+                 made_from: dict[str, Any] | None, part: int, parts: int):
+        self.folder, self.key, self.d, self.dtype = Path(folder), key, d, dtype
+        self.rows_per_shard, self.made_from, self.part, self.parts = rows_per_shard, made_from or {}, part, parts
 
-    Raises `UserError` where there are no rows at all or the disk is full.
+    @property
+    def _lock_file(self) -> Path: return self.folder / f".part-{self.part:05d}.lock"
+
+    def _number(self, i: int) -> int:
+        "Number of the part's shard `i` in the whole store."
+        if self.parts > 1 and i >= PART: raise ValueError(f"a part has at most {PART} shards; make the parts smaller")
+        return self.part * PART + i
+
+    # what an earlier writer left
+    def _what_is_left(self) -> tuple[list[dict], list[dict], int | None]:
+        "The good shards of this part that lie there already, problems noted before their end, and whether that is all of it."
+        state = _read_part(self.folder, self.part, self.key)
+        shards = self._whole_shards(state)
+        finished = state.get("finished") if len(shards) == len(state.get("shards", [])) else None
+        self._remove_rest_of_part(len(shards), bool(shards) or finished is not None)
+        end = finished if finished is not None else shards[-1]["next_study"] if shards else 0
+        return shards, [p for p in state.get("problems", []) if p["number"] < end], finished
+
+    def _whole_shards(self, state: dict[str, Any]) -> list[dict]:
+        "The shards of a record up to the first that is not whole."
+        shards: list[dict] = []
+        for shard in state.get("shards", []):
+            number = self._number(len(shards))
+            files = (_shard_name(number), shard["xxh3"]), (_tokens_name(number), shard["tokens_xxh3"])
+            whole = shard["rows"] == self.rows_per_shard or state["finished"] is not None
+            if not whole or not all(_has_checksum(self.folder / name, xxh3) for name, xxh3 in files): break
+            shards.append(shard)
+        return shards
+
+    def _remove_rest_of_part(self, shards: int, record: bool) -> None:
+        "Keep the first shards of this part and perhaps its record, and nothing else of it."
+        numbers = [self._number(i) for i in range(shards)]
+        kept = {*map(_shard_name, numbers), *map(_tokens_name, numbers)} | ({_part_name(self.part)} if record else set())
+        _remove_files(self.folder, kept.__contains__, self.part if self.parts > 1 else None)
+
+    # the end
+    def _join(self) -> Any:
+        "Make a store of parts that are all finished."
+        lock = _take_lock(self.folder / ".join.lock", wait=True)
+        try:
+            parts = [_read_part(self.folder, p, self.key) for p in range(self.parts)]
+            if not (self.folder / "store.json").exists():       # another process may have been faster
+                if any(p.get("finished") is None for p in parts): return None
+                self._join_tables(parts)
+        finally: _release_lock(self.folder / ".join.lock", lock)
+        return Store.open(self.folder)
+
+    def _join_tables(self, parts: list[dict[str, Any]]) -> None:
+        "Join the token tables, write `store.json`, remove what was only needed while writing."
+        shards, joined = [s for p in parts for s in p["shards"]], self.folder / "tokens.parquet"
+        if not shards: raise UserError(f"No token was kept for {self.folder}; check the source and the token filter.")
+        with _explain_full_disk(joined):
+            with write_beside(joined) as path, pq.ParquetWriter(path, TOKEN_SCHEMA, compression="zstd") as out:
+                for s in shards: out.write_table(pq.read_table(self.folder / _tokens_file(s)))
+            write_json(self.folder / "store.json", self._store_record(shards, parts, joined))
+        self._tidy_up({"store.json", "tokens.parquet", *(s["file"] for s in shards)})
+
+    def _tidy_up(self, kept: set[str]) -> None:
+        "Remove all but the files of the store, and the locks of processes that were killed."
+        _remove_files(self.folder, kept.__contains__)
+        for lock in set(self.folder.glob(".part-*.lock")) - {self._lock_file}:
+            try: _release_lock(lock, _take_lock(lock))
+            except UserError: pass
+
+    def _store_record(self, shards: list[dict], parts: list[dict], tokens: Path) -> dict[str, Any]:
+        "What `store.json` says."
+        return {"format": 2, "key": self.key, "d": self.d, "dtype": self.dtype, "unit": "raw residual",
+                "rows": sum(s["rows"] for s in shards), "rows_per_shard": self.rows_per_shard,
+                "shards": [{k: v for k, v in s.items() if k != "tokens_xxh3"} for s in shards],
+                "tokens_xxh3": checksum(tokens), "splits": _count_splits(tokens), "parts": [p["finished"] for p in parts],
+                "made_from": self.made_from, "problems": [q for p in parts for q in p["problems"]]}
+
+# %% ../../nbs/activations/store.ipynb #a5f3b548
+class StoreWriter(_PartOfStore):
+    """Write a store, or one part of it, study by study; one that was killed resumes where it was and ends with the same bytes.
+
+    `key` is the hash of everything the rows depend on: files of another key are removed first. `next_study` says with which
+    study to begin; `add` or `skip` is then called once for each from there on. Memory: two shards.
+    `seed` draws the order of the rows within shards. Raises `UserError` where another process writes the same part or the disk is full.
     """
-    if self.filled: self._hand_over(self.next_study, 0)
-    self._wait_for_writing()
-    with _explain_full_disk(self.folder / _part_name(self.part)): self._write_part_record(self.problems, self.next_study)
-    return self._join()
+    def __init__(self, folder: Path | str, key: str, d: int, dtype: str = "float32", rows_per_shard: int = 16384,
+                 made_from: dict[str, Any] | None = None, part: int = 0, parts: int = 1, first_study: int = 0, seed: int = 0):
+        super().__init__(folder, key, d, dtype, rows_per_shard, made_from, part, parts)
+        self.seed = seed
+        self._lock = _take_lock(self._lock_file)
+        try: self._resume(first_study)
+        except BaseException:
+            _release_lock(self._lock_file, self._lock)
+            raise
+        self._thread, self._writing = ThreadPoolExecutor(1, "shard"), None
+        self._buffers = [self._new_buffer() for _ in range(2)]
+        self._begin_shard(len(self.shards))
 
-# %% ../../nbs/activations/store.ipynb #4426e328
-@patch
-def _join(self: StoreWriter) -> Any:
-    "Make a store of parts that are all finished."
-    lock = _take_lock(self.folder / ".join.lock", wait=True)
-    try:
-        parts = [_read_part(self.folder, p, self.key) for p in range(self.parts)]
-        if not (self.folder / "store.json").exists():       # another process may have been faster
-            if any(p.get("finished") is None for p in parts): return None
-            self._join_tables(parts)
-    finally: _release_lock(self.folder / ".join.lock", lock)
-    return Store.open(self.folder)
+    def __enter__(self) -> "StoreWriter": return self
+    def __exit__(self, *error: Any) -> None:
+        self._thread.shutdown()
+        _release_lock(self._lock_file, self._lock)
 
-# %% ../../nbs/activations/store.ipynb #27d6dea4
-@patch
-def _join_tables(self: StoreWriter, parts: list[dict[str, Any]]) -> None:
-    "Join the token tables, write `store.json`, remove what was only needed while writing."
-    shards, joined = [s for p in parts for s in p["shards"]], self.folder / "tokens.parquet"
-    if not shards: raise UserError(f"No token was kept for {self.folder}; check the source and the token filter.")
-    with _explain_full_disk(joined):
-        with write_beside(joined) as path, pq.ParquetWriter(path, TOKEN_SCHEMA, compression="zstd") as out:
-            for s in shards: out.write_table(pq.read_table(self.folder / _tokens_file(s)))
-        write_json(self.folder / "store.json", self._store_record(shards, parts, joined))
-    self._tidy_up({"store.json", "tokens.parquet", *(s["file"] for s in shards)})
+    def add(self, x: Float[Tensor, "rows d"], tokens: pa.Table) -> None:
+        """Add the next study: its rows in raw residual units, and `TOKEN_SCHEMA` columns for each."""
+        if x.shape != (len(tokens), self.d):
+            raise ValueError(f"{tuple(x.shape)} rows for {len(tokens)} tokens of width {self.d}")
+        packed, done = pack_rows(x, self.dtype), self._cut
+        while done < len(x):
+            n = min(len(x) - done, self.rows_per_shard - self.filled)
+            self._place_rows({name: rows[done:done + n] for name, rows in packed.items()}, tokens.slice(done, n))
+            done += n
+            if self.filled == self.rows_per_shard: self._hand_over(self.next_study + (done == len(x)), done % len(x))
+        self.next_study, self._cut = self.next_study + 1, 0
 
-# %% ../../nbs/activations/store.ipynb #86063d43
-@patch
-def _tidy_up(self: StoreWriter, kept: set[str]) -> None:
-    "Remove all but the files of the store, and the locks of processes that were killed."
-    _remove_files(self.folder, kept.__contains__)
-    for lock in set(self.folder.glob(".part-*.lock")) - {self._lock_file}:
-        try: _release_lock(lock, _take_lock(lock))
-        except UserError: pass
+    def skip(self, study: str, problem: str) -> None:
+        """Note that the next study has no rows, and why."""
+        self.problems.append({"number": self.next_study, "study": study, "problem": problem})
+        self.next_study, self._cut = self.next_study + 1, 0
+
+    def finish(self) -> Any:
+        """Write what is left and, if all parts are finished, join them; gives the store, or None while other parts are not finished.
+
+        Raises `UserError` where there are no rows at all or the disk is full.
+        """
+        if self.filled: self._hand_over(self.next_study, 0)
+        self._wait_for_writing()
+        with _explain_full_disk(self.folder / _part_name(self.part)): self._write_part_record(self.problems, self.next_study)
+        return self._join()
+
+    # beginning
+    def _resume(self, first_study: int) -> None:
+        "Find what an earlier writer left, and with which row of which study to resume."
+        _reopen_parts(self.folder, self.key)
+        self.shards, self.problems, self.finished = self._what_is_left()
+        last = self.shards[-1] if self.shards else {"next_study": first_study, "next_row": 0}
+        if self.finished is not None: last = {"next_study": self.finished, "next_row": 0}
+        self.next_study, self._cut = last["next_study"], last["next_row"]
+
+    def _new_buffer(self) -> dict[str, np.ndarray]:
+        "An empty buffer for the rows of one shard."
+        shapes = {k: (self.rows_per_shard, v.shape[1]) for k, v in pack_rows(torch.zeros(1, self.d), self.dtype).items()}
+        kinds = {"activations": DTYPES[self.dtype][1], "scales": np.float32}
+        return {k: np.empty(shape, kinds[k]) for k, shape in shapes.items()}
+
+    def _begin_shard(self, i: int) -> None:
+        "Turn to the other buffer; its rows go to random places."
+        self.begun, self.buffer, self.filled, self.pending = i, self._buffers[i % 2], 0, []
+        self.places = rng(self.seed, "shard", self._number(i)).permutation(self.rows_per_shard)
+
+    # filling a buffer and writing it
+    def _place_rows(self, rows: dict[str, np.ndarray], tokens: pa.Table) -> None:
+        "Put rows to their random places in the buffer."
+        here = self.places[self.filled:self.filled + len(tokens)]
+        for name, values in rows.items(): self.buffer[name][here] = values
+        self.pending.append(tokens)
+        self.filled += len(tokens)
+
+    def _hand_over(self, next_study: int, next_row: int) -> None:
+        "Give the buffer to the writing thread, once that has written the one before."
+        self._wait_for_writing()
+        end = {"next_study": next_study, "next_row": next_row}
+        full = self.buffer, self.places[:self.filled], self.pending
+        self._writing = self._thread.submit(self._flush, self._number(self.begun), *full, end, list(self.problems))
+        self._begin_shard(self.begun + 1)
+
+    def _wait_for_writing(self) -> None:
+        "Wait until the thread has written what it was given; its error is ours."
+        writing, self._writing = self._writing, None
+        if writing: writing.result()
+
+    def _flush(self, number: int, buffer: dict[str, np.ndarray], places: np.ndarray, pending: list[pa.Table],
+               end: dict[str, int], problems: list[dict]) -> None:
+        "Write a buffer as a shard, then its tokens, then the record that names both."
+        if len(places) < self.rows_per_shard: buffer = {k: v[np.sort(places)] for k, v in buffer.items()}
+        shard, part = self.folder / _shard_name(number), self.folder / _tokens_name(number)
+        tokens = pa.concat_tables(pending).cast(TOKEN_SCHEMA).combine_chunks()
+        with _explain_full_disk(shard):
+            xxh3 = _write_shard(shard, {**buffer, "order": np.argsort(places).astype(np.int32)})
+            write_table(part, tokens)
+            splits = {c["values"]: c["counts"] for c in pc.value_counts(tokens["split"]).to_pylist()}
+            self.shards.append({"file": shard.name, "rows": len(places), "xxh3": xxh3, "tokens_xxh3": checksum(part), "splits": splits, **end})
+            self._write_part_record(problems)
+
+    def _write_part_record(self, problems: list[dict], finished: int | None = None) -> None:
+        "The record of this part: `finished` is the number of the study after its last, None while there is more to come."
+        state = {"key": self.key, "shards": self.shards, "problems": problems, "finished": finished}
+        write_json(self.folder / _part_name(self.part), state)
 
 # %% ../../nbs/activations/store.ipynb #b4df5c95
 def _runs(tokens: Path, columns: list[str]) -> Iterator[tuple[Any, ...]]:
@@ -435,16 +420,6 @@ def _count_splits(tokens: Path) -> dict[str, dict[str, int]]:
         last = study, split
     return {split: {"rows": rows[split], "studies": studies[split]} for split in rows}
 
-# %% ../../nbs/activations/store.ipynb #1d37d4f0
-@patch
-def _store_record(self: StoreWriter, shards: list[dict], parts: list[dict], tokens: Path) -> dict[str, Any]:
-    "What `store.json` says."
-    return {"format": 2, "key": self.key, "d": self.d, "dtype": self.dtype, "unit": "raw residual",
-            "rows": sum(s["rows"] for s in shards), "rows_per_shard": self.rows_per_shard,
-            "shards": [{k: v for k, v in s.items() if k != "tokens_xxh3"} for s in shards],
-            "tokens_xxh3": checksum(tokens), "splits": _count_splits(tokens), "parts": [p["finished"] for p in parts],
-            "made_from": self.made_from, "problems": [q for p in parts for q in p["problems"]]}
-
 # %% ../../nbs/activations/store.ipynb #9e844cac
 def _read_record(folder: Path) -> dict[str, Any]:
     "What `store.json` says; raises `UserError` where there is none or it has another format."
@@ -453,31 +428,6 @@ def _read_record(folder: Path) -> dict[str, Any]:
     meta = read_json(folder / "store.json")
     if meta.get("format") != 2: raise UserError(f"{folder} was written by another version of saerad; run `saerad extract` again.")
     return meta
-
-# %% ../../nbs/activations/store.ipynb #71cb90e6
-class Store:
-    """A finished store: `store.read(rows)`, `store.tokens`, `store.where(split="train")`, `store.batches("train", 2048, seed=0)`."""
-    def __init__(self, folder: Path | str):
-        self.folder = Path(folder)
-        self.meta: dict[str, Any] = _read_record(self.folder)
-        self.d, self.dtype, self.rows_per_shard = (self.meta[k] for k in ("d", "dtype", "rows_per_shard"))
-        shards = self.meta["shards"]
-        self._files = [_open_shard(self.folder / s["file"], s["rows"], self.d, self.dtype) for s in shards]
-        self._ends = np.cumsum([s["rows"] for s in shards])
-        self._places = lru_cache(64)(lambda i: np.argsort(self._files[i].map("order")))
-
-    @classmethod
-    def open(cls, folder: Path | str) -> "Store":
-        """Open a finished store; raises `UserError` where it is unfinished or a shard has the wrong size."""
-        return cls(folder)
-
-    def __len__(self) -> int: return self.meta["rows"]
-
-    @cached_property
-    def tokens(self) -> pa.Table:
-        """Where each row came from: row `i` of the table for row `i` of the store; `TOKEN_SCHEMA`, text as Arrow dictionaries."""
-        table = pq.read_table(self.folder / "tokens.parquet", read_dictionary=[f.name for f in TOKEN_SCHEMA if f.type == pa.string()])
-        return table.unify_dictionaries().combine_chunks()
 
 # %% ../../nbs/activations/store.ipynb #49e3d0c5
 @dataclass
@@ -511,49 +461,90 @@ def _open_shard(path: Path, rows: int, d: int, dtype: str) -> _Shard:
     except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError): pass
     raise UserError(f"The shard {path} is missing or damaged; run `saerad extract` again.")
 
-# %% ../../nbs/activations/store.ipynb #4bd1c7a2
-@patch
-def _row_tensors(self: Store) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    "Shape and type of what is held for one row."
-    stored = {k: (shape[1:], kind) for k, (_, shape, kind) in self._files[0].tensors.items()}
-    return stored | {"order": ((), np.dtype(np.int64))}       # numbers in the store, not in the shard
+# %% ../../nbs/activations/store.ipynb #71cb90e6
+MEMORY = 512 * 2**20    # bytes that a reader of batches may hold
 
-# %% ../../nbs/activations/store.ipynb #d640829d
-@patch
-def read(self: Store, rows: np.ndarray) -> Float[Tensor, "n d"]:
-    """Rows by number, in the order asked for, float32, raw residual units; `IndexError` for one not there."""
-    rows = np.asarray(rows, dtype=np.int64)
-    if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
-        raise IndexError(f"rows outside 0..{len(self) - 1}")
-    out = {k: np.empty((len(rows), *shape), kind) for k, (shape, kind) in self._row_tensors().items() if k != "order"}
-    shard = np.searchsorted(self._ends, rows, side="right")
-    for i, here in groupby(np.argsort(shard, kind="stable"), key=shard.__getitem__):
-        here = np.fromiter(here, np.int64)
-        places = self._places(i)[rows[here] - self._ends[i] + self.meta["shards"][i]["rows"]]
-        for k, values in out.items(): values[here] = self._files[i].map(k)[places]
-    return unpack_rows(out)
+class Store:
+    """A finished store: `store.read(rows)`, `store.tokens`, `store.where(split="train")`, `store.batches("train", 2048, seed=0)`."""
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        self.meta: dict[str, Any] = _read_record(self.folder)
+        self.d, self.dtype, self.rows_per_shard = (self.meta[k] for k in ("d", "dtype", "rows_per_shard"))
+        shards = self.meta["shards"]
+        self._files = [_open_shard(self.folder / s["file"], s["rows"], self.d, self.dtype) for s in shards]
+        self._ends = np.cumsum([s["rows"] for s in shards])
+        self._places = lru_cache(64)(lambda i: np.argsort(self._files[i].map("order")))
 
-# %% ../../nbs/activations/store.ipynb #59fb6d3e
-@patch
-def where(self: Store, split: str | None = None, section: str | None = None) -> np.ndarray:
-    """Numbers of the rows of a split and a section (all, where not given), ascending, as int64."""
-    asked = {k: v for k, v in {"split": split, "section": section}.items() if v is not None}
-    if not asked: return np.arange(len(self))
-    table, chosen = pq.ParquetFile(self.folder / "tokens.parquet"), []
-    for i in range(table.num_row_groups):
-        group = table.read_row_group(i, list(asked))
-        chosen.append(np.logical_and.reduce([pc.equal(group[k], v).to_numpy() for k, v in asked.items()]))
-    return np.flatnonzero(np.concatenate(chosen)).astype(np.int64)
+    @classmethod
+    def open(cls, folder: Path | str) -> "Store":
+        """Open a finished store; raises `UserError` where it is unfinished or a shard has the wrong size."""
+        return cls(folder)
 
-# %% ../../nbs/activations/store.ipynb #0e6d2969
-@patch
-def study_rows(self: Store) -> dict[str, range]:
-    """For every study, in the order of the store, the range of its rows."""
-    ranges, at = {}, 0
-    for study, n in _runs(self.folder / "tokens.parquet", ["study"]):
-        ranges[study] = range(ranges[study].start if study in ranges else at, at + n)
-        at += n
-    return ranges
+    def __len__(self) -> int: return self.meta["rows"]
+
+    @cached_property
+    def tokens(self) -> pa.Table:
+        """Where each row came from: row `i` of the table for row `i` of the store; `TOKEN_SCHEMA`, text as Arrow dictionaries."""
+        table = pq.read_table(self.folder / "tokens.parquet", read_dictionary=[f.name for f in TOKEN_SCHEMA if f.type == pa.string()])
+        return table.unify_dictionaries().combine_chunks()
+
+    def read(self, rows: np.ndarray) -> Float[Tensor, "n d"]:
+        """Rows by number, in the order asked for, float32, raw residual units; `IndexError` for one not there."""
+        rows = np.asarray(rows, dtype=np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"rows outside 0..{len(self) - 1}")
+        out = {k: np.empty((len(rows), *shape), kind) for k, (shape, kind) in self._row_tensors().items() if k != "order"}
+        shard = np.searchsorted(self._ends, rows, side="right")
+        for i, here in groupby(np.argsort(shard, kind="stable"), key=shard.__getitem__):
+            here = np.fromiter(here, np.int64)
+            places = self._places(i)[rows[here] - self._ends[i] + self.meta["shards"][i]["rows"]]
+            for k, values in out.items(): values[here] = self._files[i].map(k)[places]
+        return unpack_rows(out)
+
+    def where(self, split: str | None = None, section: str | None = None) -> np.ndarray:
+        """Numbers of the rows of a split and a section (all, where not given), ascending, as int64."""
+        asked = {k: v for k, v in {"split": split, "section": section}.items() if v is not None}
+        if not asked: return np.arange(len(self))
+        table, chosen = pq.ParquetFile(self.folder / "tokens.parquet"), []
+        for i in range(table.num_row_groups):
+            group = table.read_row_group(i, list(asked))
+            chosen.append(np.logical_and.reduce([pc.equal(group[k], v).to_numpy() for k, v in asked.items()]))
+        return np.flatnonzero(np.concatenate(chosen)).astype(np.int64)
+
+    def study_rows(self) -> dict[str, range]:
+        """For every study, in the order of the store, the range of its rows."""
+        ranges, at = {}, 0
+        for study, n in _runs(self.folder / "tokens.parquet", ["study"]):
+            ranges[study] = range(ranges[study].start if study in ranges else at, at + n)
+            at += n
+        return ranges
+
+    def batches(self, split: str, batch_size: int, seed: int, start: int = 0,
+                memory: int = MEMORY) -> Iterator[tuple[int, np.ndarray, Tensor]]:
+        """Endless shuffled batches of a split from step `start` on: step, row numbers, float32 rows in raw units.
+
+        Each epoch is a uniformly random permutation of the split, which depends on `seed` and, where not all of it fits into `memory`
+        (bytes that the reader may hold), on that and `batch_size`. Raises `UserError` where the split has no rows.
+        """
+        slices = self._shard_slices(split)
+        if not slices:
+            has = ", ".join(self.meta["splits"])
+            raise UserError(f"The store {self.folder} has no rows of the split {split!r}; it has {has}.")
+        size = self._pool_size(sum(s.rows for s in slices), batch_size, memory)
+        return deal_batches(prefetch(self._filled_pools(slices, start * batch_size, seed, split, size)), batch_size, start)
+
+    def verify(self) -> None:
+        """Read every file and compare checksums; raises `UserError` that names the first that differs."""
+        files = {s["file"]: s["xxh3"] for s in self.meta["shards"]} | {"tokens.parquet": self.meta["tokens_xxh3"]}
+        for name, xxh3 in files.items():
+            if not _has_checksum(self.folder / name, xxh3):
+                raise UserError(f"{self.folder / name} is damaged: it does not have the checksum that store.json gives; "
+                                "run `saerad extract` again.")
+
+    def _row_tensors(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        "Shape and type of what is held for one row."
+        stored = {k: (shape[1:], kind) for k, (_, shape, kind) in self._files[0].tensors.items()}
+        return stored | {"order": ((), np.dtype(np.int64))}       # numbers in the store, not in the shard
 
 # %% ../../nbs/activations/store.ipynb #80ecf77e
 @dataclass
@@ -662,8 +653,6 @@ class _BufferPool:
         return self.arrays[-1]
 
 # %% ../../nbs/activations/store.ipynb #a19291be
-MEMORY = 512 * 2**20    # bytes that a reader may hold
-
 @patch
 def _pool_size(self: Store, rows: int, batch_size: int, memory: int) -> int:
     "Rows of a pool, so that three fit into `memory`: whole batches where there is room for one."
@@ -694,29 +683,3 @@ def deal_batches(pools: Iterator[tuple[int, dict[str, np.ndarray]]], size: int, 
             batch = rest[0] if len(rest) == 1 else {k: np.concatenate([r[k] for r in rest]) for k in pool}
             yield step, batch["order"], unpack_rows(batch)
             step, at, rest = step + 1, end, []
-
-# %% ../../nbs/activations/store.ipynb #5084d341
-@patch
-def batches(self: Store, split: str, batch_size: int, seed: int, start: int = 0,
-            memory: int = MEMORY) -> Iterator[tuple[int, np.ndarray, Tensor]]:
-    """Endless shuffled batches of a split from step `start` on: step, row numbers, float32 rows in raw units.
-
-    Each epoch is a uniformly random permutation of the split, which depends on `seed` and, where not all of it fits into `memory`
-    (bytes that the reader may hold), on that and `batch_size`. Raises `UserError` where the split has no rows.
-    """
-    slices = self._shard_slices(split)
-    if not slices:
-        has = ", ".join(self.meta["splits"])
-        raise UserError(f"The store {self.folder} has no rows of the split {split!r}; it has {has}.")
-    size = self._pool_size(sum(s.rows for s in slices), batch_size, memory)
-    return deal_batches(prefetch(self._filled_pools(slices, start * batch_size, seed, split, size)), batch_size, start)
-
-# %% ../../nbs/activations/store.ipynb #4b6797cf
-@patch
-def verify(self: Store) -> None:
-    """Read every file and compare checksums; raises `UserError` that names the first that differs."""
-    files = {s["file"]: s["xxh3"] for s in self.meta["shards"]} | {"tokens.parquet": self.meta["tokens_xxh3"]}
-    for name, xxh3 in files.items():
-        if not _has_checksum(self.folder / name, xxh3):
-            raise UserError(f"{self.folder / name} is damaged: it does not have the checksum that store.json gives; "
-                            "run `saerad extract` again.")

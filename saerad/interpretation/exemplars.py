@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EDGES', 'ROLES', 'HARD_ROLES', 'SCHEMA', 'ExemplarsConfig', 'Windows', 'factorize', 'context_windows', 'study_blocks',
-           'draw_tickets', 'Sample', 'histogram_bins', 'FeatureStatistics', 'Collector', 'sides', 'spread_over_deciles',
-           'deciles', 'ChosenContexts', 'contexts_table', 'token_texts', 'stated_findings', 'stated_table',
+           'draw_tickets', 'Sample', 'histogram_bins', 'FeatureStatistics', 'sides', 'spread_over_deciles', 'deciles',
+           'ChosenContexts', 'Collector', 'contexts_table', 'token_texts', 'stated_findings', 'stated_table',
            'patch_grid', 'sae_mark', 'collect_exemplars', 'lean_tokens', 'Context', 'Example', 'FeatureContexts',
            'Exemplars']
 
@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from fastcore.basics import patch
 from pydantic import Field
 
 from ..activations.store import Store
@@ -125,37 +124,31 @@ class Sample:
         self.tickets, self.rows = np.zeros((groups, size), np.uint64), np.zeros((groups, size), np.int64)
         self.values = np.zeros((groups, size, width), np.float32)  # pages of memory are taken only when written to
 
-# %% ../../nbs/interpretation/exemplars.ipynb #7321d9c8
-@patch
-def add(self: Sample, group: np.ndarray, ticket: np.ndarray, row: np.ndarray, values: np.ndarray) -> None:
-    """Offer contexts: `values` is float32 [contexts, width]."""
-    order = np.argsort(group, kind="stable")
-    turn = np.arange(len(group)) - np.searchsorted(group[order], group[order])
-    rounds = order[np.argsort(turn, kind="stable")]  # in one round a group is offered one context
-    for offered in np.split(rounds, np.cumsum(np.bincount(turn))[:-1]) if len(group) else []:
-        winners = offered[ticket[offered] < self.limit[group[offered]]]
-        self._place(group[winners], ticket[winners], row[winners], values[winners])
+    def add(self, group: np.ndarray, ticket: np.ndarray, row: np.ndarray, values: np.ndarray) -> None:
+        """Offer contexts: `values` is float32 [contexts, width]."""
+        order = np.argsort(group, kind="stable")
+        turn = np.arange(len(group)) - np.searchsorted(group[order], group[order])
+        rounds = order[np.argsort(turn, kind="stable")]  # in one round a group is offered one context
+        for offered in np.split(rounds, np.cumsum(np.bincount(turn))[:-1]) if len(group) else []:
+            winners = offered[ticket[offered] < self.limit[group[offered]]]
+            self._place(group[winners], ticket[winners], row[winners], values[winners])
 
-# %% ../../nbs/interpretation/exemplars.ipynb #f73cb61b
-@patch
-def _place(self: Sample, group: np.ndarray, ticket: np.ndarray, row: np.ndarray, values: np.ndarray) -> None:
-    "Put contexts of different groups into a free place each, or that of the highest ticket."
-    size = self.tickets.shape[1]
-    full = self.count[group] == size
-    place = self.count[group]
-    place[full] = self.tickets[group[full]].argmax(1)
-    self.tickets[group, place], self.rows[group, place], self.values[group, place] = ticket, row, values
-    self.count[group] += ~full
-    full = group[self.count[group] == size]
-    self.limit[full] = self.tickets[full].max(1)
+    def of(self, group: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and values of a group's contexts, ordered by ticket."""
+        held = self.count[group]
+        order = np.argsort(self.tickets[group, :held])
+        return self.rows[group, order], self.values[group, order]
 
-# %% ../../nbs/interpretation/exemplars.ipynb #04727b2c
-@patch
-def of(self: Sample, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and values of a group's contexts, ordered by ticket."""
-    held = self.count[group]
-    order = np.argsort(self.tickets[group, :held])
-    return self.rows[group, order], self.values[group, order]
+    def _place(self, group: np.ndarray, ticket: np.ndarray, row: np.ndarray, values: np.ndarray) -> None:
+        "Put contexts of different groups into a free place each, or that of the highest ticket."
+        size = self.tickets.shape[1]
+        full = self.count[group] == size
+        place = self.count[group]
+        place[full] = self.tickets[group[full]].argmax(1)
+        self.tickets[group, place], self.rows[group, place], self.values[group, place] = ticket, row, values
+        self.count[group] += ~full
+        full = group[self.count[group] == size]
+        self.limit[full] = self.tickets[full].max(1)
 
 # %% ../../nbs/interpretation/exemplars.ipynb #f6f51018
 EDGES = np.array([m * 2.0**e for e in range(-8, 8) for m in (1, 1.5)])   # lower edges of the 32 bins; the outer ones are open
@@ -184,24 +177,6 @@ class FeatureStatistics:
         self.offset += np.bincount(feature, offset, minlength=n)
         self.max.scatter_reduce_(0, torch.from_numpy(feature), torch.from_numpy(value), "amax")
 
-# %% ../../nbs/interpretation/exemplars.ipynb #f0035dad
-class Collector:
-    """The state of one pass over the store; `read` feeds it a block, `choose` picks a feature's exemplars."""
-    def __init__(self, tokens: pa.Table, features: int, cfg: ExemplarsConfig, seed: int):
-        self.tokens, self.features, self.cfg, self.seed = tokens, features, cfg, seed
-        self.windows, self.side = context_windows(tokens, cfg.window), sides(tokens, cfg)
-        self.place, self.view = _numbered(tokens, "section", TOKEN_SECTIONS), _numbered(tokens, "view", VIEWS, other=("",))
-        self.statistics, self.steps = FeatureStatistics(features), np.arange(-cfg.window, cfg.window + 1)
-        self.sample = Sample(2 * features, cfg.candidates, len(self.steps))
-        self.pool = [self._draw_pool(s) for s in (0, 1)]
-        self.fired = [np.zeros((len(p), features), bool) for p in self.pool]
-
-    def _draw_pool(self, side: int) -> np.ndarray:
-        "Rows at the centre of random windows of one side, in order."
-        rows = np.flatnonzero(self.side == side)
-        draw = rng(self.seed, "exemplars", "pool", side)
-        return np.sort(draw.choice(rows, min(self.cfg.silent_pool, len(rows)), replace=False))
-
 # %% ../../nbs/interpretation/exemplars.ipynb #76c1663c
 def _numbered(tokens: pa.Table, column: str, names: Sequence[str], other: Sequence[str] = ()) -> np.ndarray:
     "A column as indices into `names`, −1 for one of `other`; raises `UserError` for any other word."
@@ -223,41 +198,6 @@ def sides(tokens: pa.Table, cfg: ExemplarsConfig) -> np.ndarray:
         raise UserError(f"tokens.parquet has patient {patients[leaks[0]]!r} on the explaining and the scoring side; "
                         "split the studies by patient and extract again.")
     return side
-
-# %% ../../nbs/interpretation/exemplars.ipynb #ddd3eacf
-@patch
-def read(self: Collector, z: torch.Tensor, begin: int) -> None:
-    """Take in the activations of rows `begin` … of the store: `z` [rows, features], normalised units, 0 where silent."""
-    fires = (z > 0).numpy()
-    row, feature, value = active_entries(z.numpy(), fires)
-    at = begin + row
-    self.statistics.add(len(z), feature, value, self.place[at], self.view[at], at - self.windows.start(at))
-    self._offer(z.numpy(), begin, row, feature)
-    for pool, fired in zip(self.pool, self.fired, strict=True):
-        for p in range(*np.searchsorted(pool, (begin, begin + len(z)))):
-            low, high = self.windows.low(pool[p]) - begin, self.windows.high(pool[p]) - begin
-            fired[p] = fires[low:high + 1].any(0)
-
-# %% ../../nbs/interpretation/exemplars.ipynb #454d6fad
-@patch
-def _offer(self: Collector, z: np.ndarray, begin: int, row: np.ndarray, feature: np.ndarray) -> None:
-    "Put the block's peaks into the sample."
-    group = self.side[begin + row] * np.int64(self.features) + feature
-    ticket = draw_tickets(begin + row, feature, self.seed)
-    may = np.flatnonzero((group >= 0) & (ticket < self.sample.limit[group]))
-    for part in np.array_split(may, len(may) // 200_000 + 1):  # at the beginning all have a chance: bound what is held of their windows
-        values = self._around(z, begin, row[part], feature[part])
-        is_peak = values.argmax(1) == self.cfg.window  # argmax takes the first of equals, so a plateau has one peak
-        peaks = part[is_peak]
-        self.sample.add(group[peaks], ticket[peaks], begin + row[peaks], values[is_peak])
-
-# %% ../../nbs/interpretation/exemplars.ipynb #fb018d4f
-@patch
-def _around(self: Collector, z: np.ndarray, begin: int, row: np.ndarray, feature: np.ndarray) -> np.ndarray:
-    "Activations float32 [entries, 2·window + 1] of a feature in the window around a row, 0 beyond its ends."
-    around = row[:, None] + self.steps
-    low, high = (bound(begin + row)[:, None] - begin for bound in (self.windows.low, self.windows.high))
-    return np.where((around >= low) & (around <= high), z[around.clip(0, len(z) - 1), feature[:, None]], 0)
 
 # %% ../../nbs/interpretation/exemplars.ipynb #2d7d8eee
 def spread_over_deciles(decile: np.ndarray, order: np.ndarray, count: int) -> np.ndarray:
@@ -285,38 +225,116 @@ class ChosenContexts:
     values: np.ndarray    # float32 [contexts, 2·window + 1]
     status: str           # "ok" | "too few contexts" | "dead"
 
-# %% ../../nbs/interpretation/exemplars.ipynb #10632e28
-@patch
-def choose(self: Collector, feature: int) -> ChosenContexts:
-    """Exemplars of one feature; they depend on the run's seed and the feature's number, not on other features."""
-    role, row, decile, value, counts = [], [], [], [], []
-    for side, active, silent in ((0, self.cfg.explain_active, self.cfg.explain_silent),
-                                 (1, self.cfg.score_active, self.cfg.score_silent)):
-        draw = rng(self.seed, "exemplars", feature, side)
-        rows, values = self.sample.of(side * self.features + feature)
-        ten = deciles(values[:, self.cfg.window])
-        chosen = self._active(values[:, self.cfg.window], ten, draw.permutation(len(rows)), side, active)
-        order = draw.permutation(len(self.pool[side]))
-        mute = self.pool[side][order[~self.fired[side][order, feature]][:silent if side == 0 else min(silent, len(chosen))]]
-        role += [np.full(len(chosen), 2 * side), np.full(len(mute), 2 * side + 1)]
-        row += [rows[chosen], mute]
-        decile += [ten[chosen], np.zeros(len(mute), np.int8)]
-        value += [values[chosen], np.zeros((len(mute), len(self.steps)), np.float32)]
-        counts += [len(chosen), len(mute)]
-    enough = min(counts[:2]) >= self.cfg.min_explain and min(counts[2:]) >= self.cfg.min_score
-    status = "dead" if not self.statistics.fires[feature].any() else "ok" if enough else "too few contexts"
-    return ChosenContexts(np.concatenate(role).astype(np.int8), np.concatenate(row), np.concatenate(decile),
-                  np.concatenate(value), status)
+# %% ../../nbs/interpretation/exemplars.ipynb #f0035dad
+class Collector:
+    """The state of one pass over the store; `read` feeds it a block, `choose` picks a feature's exemplars."""
+    def __init__(self, tokens: pa.Table, features: int, cfg: ExemplarsConfig, seed: int):
+        self.tokens, self.features, self.cfg, self.seed = tokens, features, cfg, seed
+        self.windows, self.side = context_windows(tokens, cfg.window), sides(tokens, cfg)
+        self.place, self.view = _numbered(tokens, "section", TOKEN_SECTIONS), _numbered(tokens, "view", VIEWS, other=("",))
+        self.statistics, self.steps = FeatureStatistics(features), np.arange(-cfg.window, cfg.window + 1)
+        self.sample = Sample(2 * features, cfg.candidates, len(self.steps))
+        self.pool = [self._draw_pool(s) for s in (0, 1)]
+        self.fired = [np.zeros((len(p), features), bool) for p in self.pool]
 
-# %% ../../nbs/interpretation/exemplars.ipynb #fd33d9b1
-@patch
-def _active(self: Collector, peaks: np.ndarray, ten: np.ndarray, order: np.ndarray, side: int, count: int) -> np.ndarray:
-    "Indices of the active contexts of one side, strongest decile first."
-    if side == 0 and self.cfg.explain_from == "top":
-        top = np.argsort(-peaks, kind="stable")[:max(count, int((ten == 10).sum()))]
-        picked = order[np.isin(order, top)][:count]
-    else: picked = spread_over_deciles(ten, order, count)
-    return picked[np.argsort(-peaks[picked], kind="stable")]
+    def _draw_pool(self, side: int) -> np.ndarray:
+        "Rows at the centre of random windows of one side, in order."
+        rows = np.flatnonzero(self.side == side)
+        draw = rng(self.seed, "exemplars", "pool", side)
+        return np.sort(draw.choice(rows, min(self.cfg.silent_pool, len(rows)), replace=False))
+
+    def read(self, z: torch.Tensor, begin: int) -> None:
+        """Take in the activations of rows `begin` … of the store: `z` [rows, features], normalised units, 0 where silent."""
+        fires = (z > 0).numpy()
+        row, feature, value = active_entries(z.numpy(), fires)
+        at = begin + row
+        self.statistics.add(len(z), feature, value, self.place[at], self.view[at], at - self.windows.start(at))
+        self._offer(z.numpy(), begin, row, feature)
+        for pool, fired in zip(self.pool, self.fired, strict=True):
+            for p in range(*np.searchsorted(pool, (begin, begin + len(z)))):
+                low, high = self.windows.low(pool[p]) - begin, self.windows.high(pool[p]) - begin
+                fired[p] = fires[low:high + 1].any(0)
+
+    def _offer(self, z: np.ndarray, begin: int, row: np.ndarray, feature: np.ndarray) -> None:
+        "Put the block's peaks into the sample."
+        group = self.side[begin + row] * np.int64(self.features) + feature
+        ticket = draw_tickets(begin + row, feature, self.seed)
+        may = np.flatnonzero((group >= 0) & (ticket < self.sample.limit[group]))
+        for part in np.array_split(may, len(may) // 200_000 + 1):  # at the beginning all have a chance: bound what is held of their windows
+            values = self._around(z, begin, row[part], feature[part])
+            is_peak = values.argmax(1) == self.cfg.window  # argmax takes the first of equals, so a plateau has one peak
+            peaks = part[is_peak]
+            self.sample.add(group[peaks], ticket[peaks], begin + row[peaks], values[is_peak])
+
+    def _around(self, z: np.ndarray, begin: int, row: np.ndarray, feature: np.ndarray) -> np.ndarray:
+        "Activations float32 [entries, 2·window + 1] of a feature in the window around a row, 0 beyond its ends."
+        around = row[:, None] + self.steps
+        low, high = (bound(begin + row)[:, None] - begin for bound in (self.windows.low, self.windows.high))
+        return np.where((around >= low) & (around <= high), z[around.clip(0, len(z) - 1), feature[:, None]], 0)
+
+    # choosing
+    def choose(self, feature: int) -> ChosenContexts:
+        """Exemplars of one feature; they depend on the run's seed and the feature's number, not on other features."""
+        role, row, decile, value, counts = [], [], [], [], []
+        for side, active, silent in ((0, self.cfg.explain_active, self.cfg.explain_silent),
+                                     (1, self.cfg.score_active, self.cfg.score_silent)):
+            draw = rng(self.seed, "exemplars", feature, side)
+            rows, values = self.sample.of(side * self.features + feature)
+            ten = deciles(values[:, self.cfg.window])
+            chosen = self._active(values[:, self.cfg.window], ten, draw.permutation(len(rows)), side, active)
+            order = draw.permutation(len(self.pool[side]))
+            mute = self.pool[side][order[~self.fired[side][order, feature]][:silent if side == 0 else min(silent, len(chosen))]]
+            role += [np.full(len(chosen), 2 * side), np.full(len(mute), 2 * side + 1)]
+            row += [rows[chosen], mute]
+            decile += [ten[chosen], np.zeros(len(mute), np.int8)]
+            value += [values[chosen], np.zeros((len(mute), len(self.steps)), np.float32)]
+            counts += [len(chosen), len(mute)]
+        enough = min(counts[:2]) >= self.cfg.min_explain and min(counts[2:]) >= self.cfg.min_score
+        status = "dead" if not self.statistics.fires[feature].any() else "ok" if enough else "too few contexts"
+        return ChosenContexts(np.concatenate(role).astype(np.int8), np.concatenate(row), np.concatenate(decile),
+                      np.concatenate(value), status)
+
+    def _active(self, peaks: np.ndarray, ten: np.ndarray, order: np.ndarray, side: int, count: int) -> np.ndarray:
+        "Indices of the active contexts of one side, strongest decile first."
+        if side == 0 and self.cfg.explain_from == "top":
+            top = np.argsort(-peaks, kind="stable")[:max(count, int((ten == 10).sum()))]
+            picked = order[np.isin(order, top)][:count]
+        else: picked = spread_over_deciles(ten, order, count)
+        return picked[np.argsort(-peaks[picked], kind="stable")]
+
+    # the two tables
+    def table(self, features: list[int], chosen: list[ChosenContexts]) -> pa.Table:
+        """The exemplars of some features with the columns of `SCHEMA`."""
+        row, role = (np.concatenate([getattr(c, name) for c in chosen]) for name in ("row", "role"))
+        columns = {"feature": np.repeat(np.array(features, np.int32), [len(c.row) for c in chosen]), "role": pa.array(ROLES).take(pa.array(role)),
+                   "source": np.where(role % 2 == 1, "random", ""), "decile": np.concatenate([c.decile for c in chosen])}
+        return contexts_table(self.tokens, self.windows, row, np.concatenate([c.values for c in chosen]), columns)
+
+    def summary(self, levels: list[int], chosen: list[ChosenContexts]) -> pa.Table:
+        """A row for every feature: how often, how strongly and where it fires, how many contexts it got, and its status.
+
+        `density` (the activation density) is a share of all stored tokens, `prevalence` of the explaining side's random windows; `max`,
+        `mean_active` and `deciles` (of the sampled peaks, 10 % to 90 %) are in normalised units; `in_SECTION` and `view_VIEW` are shares
+        of the feature's activations, `offset` is the mean number of tokens of the section before one; `histogram` counts activations in
+        the bins of `EDGES`.
+        """
+        stats = self.statistics
+        fires = stats.fires.sum(1)
+        at_least_one = np.maximum(fires, 1)
+        count = {r: [int((c.role == i).sum()) for c in chosen] for i, r in enumerate(ROLES)}
+        return pa.table({"feature": np.arange(self.features, dtype=np.int32), "level": np.array(levels, np.int16),
+                         "density": fires / max(stats.tokens, 1), "prevalence": self.fired[0].mean(0),
+                         "max": stats.max.numpy(), "mean_active": stats.total / at_least_one,
+                         "deciles": [self._deciles(f) for f in range(self.features)],
+                         **{f"in_{p}": stats.fires[:, i] / at_least_one for i, p in enumerate(TOKEN_SECTIONS)},
+                         **{f"view_{v}": stats.views[:, i] / at_least_one for i, v in enumerate(VIEWS)}, "offset": stats.offset / at_least_one,
+                         "histogram": pa.array(list(stats.histogram), pa.list_(pa.int64())),
+                         **count, "status": [c.status for c in chosen]})
+
+    def _deciles(self, feature: int) -> list[float]:
+        "Nine cuts of a feature's sampled peaks into tenths."
+        peaks = np.concatenate([self.sample.of(side * self.features + feature)[1][:, self.cfg.window] for side in (0, 1)])
+        return np.quantile(peaks, np.arange(1, 10) / 10).astype(np.float32).tolist() if len(peaks) else []
 
 # %% ../../nbs/interpretation/exemplars.ipynb #4c8f8fa2
 SCHEMA = pa.schema([("feature", pa.int32()), ("role", pa.string()), ("study", pa.string()), ("patient", pa.string()),
@@ -325,15 +343,6 @@ SCHEMA = pa.schema([("feature", pa.int32()), ("role", pa.string()), ("study", pa
                     ("peak", pa.int16()), ("decile", pa.int8()), ("row", pa.int64()), ("offset", pa.int32()),
                     ("patch_row", pa.int16()), ("patch_col", pa.int16()),    # of an image token: where in its view; -1 for text
                     ("source", pa.string())])                                # of a silent context: "random", or what makes it a hard negative
-
-# %% ../../nbs/interpretation/exemplars.ipynb #674e09a3
-@patch
-def table(self: Collector, features: list[int], chosen: list[ChosenContexts]) -> pa.Table:
-    """The exemplars of some features with the columns of `SCHEMA`."""
-    row, role = (np.concatenate([getattr(c, name) for c in chosen]) for name in ("row", "role"))
-    columns = {"feature": np.repeat(np.array(features, np.int32), [len(c.row) for c in chosen]), "role": pa.array(ROLES).take(pa.array(role)),
-               "source": np.where(role % 2 == 1, "random", ""), "decile": np.concatenate([c.decile for c in chosen])}
-    return contexts_table(self.tokens, self.windows, row, np.concatenate([c.values for c in chosen]), columns)
 
 # %% ../../nbs/interpretation/exemplars.ipynb #fea425d1
 def contexts_table(tokens: pa.Table, windows: Windows, row: np.ndarray, values: np.ndarray, columns: Mapping[str, Any]) -> pa.Table:
@@ -359,35 +368,6 @@ def token_texts(tokens: pa.Table, rows: np.ndarray) -> pa.Array:
     text, section = (chosen[c].cast(pa.string()).combine_chunks() for c in ("text", "section"))
     if isinstance(text, pa.ChunkedArray): text, section = text.chunk(0), section.chunk(0)
     return pc.if_else(pc.equal(section, "image"), "[image]", text)
-
-# %% ../../nbs/interpretation/exemplars.ipynb #3b89bc25
-@patch
-def summary(self: Collector, levels: list[int], chosen: list[ChosenContexts]) -> pa.Table:
-    """A row for every feature: how often, how strongly and where it fires, how many contexts it got, and its status.
-
-    `density` (the activation density) is a share of all stored tokens, `prevalence` of the explaining side's random windows; `max`, `mean_active`
-    and `deciles` (of the sampled peaks, 10 % to 90 %) are in normalised units; `in_SECTION` and `view_VIEW` are shares of the feature's activations,
-    `offset` is the mean number of tokens of the section before one; `histogram` counts activations in the bins of `EDGES`.
-    """
-    stats = self.statistics
-    fires = stats.fires.sum(1)
-    at_least_one = np.maximum(fires, 1)
-    count = {r: [int((c.role == i).sum()) for c in chosen] for i, r in enumerate(ROLES)}
-    return pa.table({"feature": np.arange(self.features, dtype=np.int32), "level": np.array(levels, np.int16),
-                     "density": fires / max(stats.tokens, 1), "prevalence": self.fired[0].mean(0),
-                     "max": stats.max.numpy(), "mean_active": stats.total / at_least_one,
-                     "deciles": [self._deciles(f) for f in range(self.features)],
-                     **{f"in_{p}": stats.fires[:, i] / at_least_one for i, p in enumerate(TOKEN_SECTIONS)},
-                     **{f"view_{v}": stats.views[:, i] / at_least_one for i, v in enumerate(VIEWS)}, "offset": stats.offset / at_least_one,
-                     "histogram": pa.array(list(stats.histogram), pa.list_(pa.int64())),
-                     **count, "status": [c.status for c in chosen]})
-
-# %% ../../nbs/interpretation/exemplars.ipynb #97d7c70b
-@patch
-def _deciles(self: Collector, feature: int) -> list[float]:
-    "Nine cuts of a feature's sampled peaks into tenths."
-    peaks = np.concatenate([self.sample.of(side * self.features + feature)[1][:, self.cfg.window] for side in (0, 1)])
-    return np.quantile(peaks, np.arange(1, 10) / 10).astype(np.float32).tolist() if len(peaks) else []
 
 # %% ../../nbs/interpretation/exemplars.ipynb #2a90ac13
 def stated_findings(text: str) -> tuple[str, ...]:
@@ -499,6 +479,36 @@ class FeatureContexts:
     hard_sources: tuple[str, ...] = ()        # what makes each of them hard
     marks: tuple[tuple[int, ...], ...] = ()   # of the active scoring contexts: on which tokens the feature fires; only for setting exams
 
+# %% ../../nbs/interpretation/exemplars.ipynb #70adc115
+class _Ranged:
+    "A table ordered by feature, read a few row groups at a time."
+    def __init__(self, path: Path):
+        read_table(path, columns=["feature"])  # a damaged file is named here, not later
+        self.file = pq.ParquetFile(path)
+        groups = [self.file.metadata.row_group(i) for i in range(self.file.num_row_groups)]
+        self.ranges = [(s.min, s.max) if g.num_rows and (s := g.column(0).statistics) else (0, -1) for g in groups]
+
+    def between(self, first: int, last: int) -> pa.Table:
+        "The rows of features `first` to `last`, the last not included."
+        groups = [i for i, (low, high) in enumerate(self.ranges) if high >= first and low < last]
+        return self.file.read_row_groups(groups).filter((pc.field("feature") >= first) & (pc.field("feature") < last))
+
+# %% ../../nbs/interpretation/exemplars.ipynb #5d6b0f7e
+def _by_feature(table: pa.Table) -> dict[int, pa.Table]:
+    "The rows of each feature of an ordered table."
+    feature = table["feature"].to_numpy()
+    cuts = np.r_[0, np.flatnonzero(np.diff(feature)) + 1, len(feature)] if len(feature) else [0]
+    return {int(feature[a]): table.slice(a, b - a) for a, b in zip(cuts[:-1], cuts[1:], strict=True)}
+
+# %% ../../nbs/interpretation/exemplars.ipynb #bfcbc4d1
+def _lists(column: pa.ChunkedArray) -> list[list[Any]]:
+    "A column of lists as Python lists; much faster than converting each list by itself."
+    column = column.combine_chunks()
+    if isinstance(column, pa.ChunkedArray): column = column.chunk(0) if column.num_chunks else pa.array([], column.type)
+    ends = np.cumsum(pc.list_value_length(column).to_numpy())
+    flat = column.flatten().to_pylist()
+    return [flat[a:b] for a, b in zip(np.r_[0, ends[:-1]], ends, strict=True)]
+
 # %% ../../nbs/interpretation/exemplars.ipynb #9de517ab
 class Exemplars:
     """The tables of a run's `exemplars/` folder; raises `UserError` where one is absent or damaged, or of another SAE than `sae`."""
@@ -524,71 +534,35 @@ class Exemplars:
         """The exemplars of one feature, as a table to look at."""
         return self.between(feature, feature + 1).to_pandas()
 
-# %% ../../nbs/interpretation/exemplars.ipynb #70adc115
-class _Ranged:
-    "A table ordered by feature, read a few row groups at a time."
-    def __init__(self, path: Path):
-        read_table(path, columns=["feature"])  # a damaged file is named here, not later
-        self.file = pq.ParquetFile(path)
-        groups = [self.file.metadata.row_group(i) for i in range(self.file.num_row_groups)]
-        self.ranges = [(s.min, s.max) if g.num_rows and (s := g.column(0).statistics) else (0, -1) for g in groups]
+    def contexts(self, step: int = 32) -> Iterator[FeatureContexts]:
+        """Every feature with status "ok" in turn, `step` features read at once; raises `UserError` for a leak between the sides."""
+        prevalence = self.features[self.features.status == "ok"].set_index("feature").prevalence.to_dict()
+        for first in range(0, len(self.features), step):
+            if not any(f in prevalence for f in range(first, first + step)): continue
+            parts = [_by_feature(f.between(first, first + step)) for f in self.files]
+            for f in sorted(parts[0].keys() & prevalence.keys()): yield self._of(f, prevalence[f], pa.concat_tables([p[f] for p in parts if f in p]))
 
-    def between(self, first: int, last: int) -> pa.Table:
-        "The rows of features `first` to `last`, the last not included."
-        groups = [i for i, (low, high) in enumerate(self.ranges) if high >= first and low < last]
-        return self.file.read_row_groups(groups).filter((pc.field("feature") >= first) & (pc.field("feature") < last))
+    def _of(self, feature: int, prevalence: float, table: pa.Table) -> FeatureContexts:
+        "The records of one feature from its rows."
+        role, patient = (np.array(table[c].to_pylist()) for c in ("role", "patient"))
+        explains = np.char.startswith(role, "explain")
+        leaks = set(patient[explains]) & set(patient[~explains])
+        if leaks: raise UserError(f"exemplars.parquet explains and scores feature {feature} on patient {str(min(leaks))!r}; "
+                                  "run `saerad exemplars` again.")
+        plain = self._plain(table)
+        of = {r: np.flatnonzero(role == r) for r in (*ROLES, *HARD_ROLES)}
+        shown = table.take(of["explain_active"])
+        active = tuple(Example(**vars(plain[i]), activations=tuple(a), peak=p) for i, a, p in
+                       zip(of["explain_active"], _lists(shown["activations"]), shown["peak"].to_pylist(), strict=True))
+        scoring = np.r_[of["score_active"], of["score_silent"]]
+        contexts = {name: tuple(plain[i] for i in rows) for name, rows in (*of.items(), ("scoring", scoring))}
+        sources = tuple(table["source"].take(of["score_near"]).to_pylist()) if len(of["score_near"]) else ()
+        marks = tuple(tuple(i for i, a in enumerate(row) if a > 0) for row in _lists(table["activations"].take(of["score_active"])))
+        return FeatureContexts(feature, prevalence, active, contexts["explain_silent"], contexts["scoring"], role[scoring] == "score_active",
+                               contexts["explain_near"], contexts["score_near"], sources, marks)
 
-# %% ../../nbs/interpretation/exemplars.ipynb #a0f971a0
-@patch
-def contexts(self: Exemplars, step: int = 32) -> Iterator[FeatureContexts]:
-    """Every feature with status "ok" in turn, `step` features read at once; raises `UserError` for a leak between the sides."""
-    prevalence = self.features[self.features.status == "ok"].set_index("feature").prevalence.to_dict()
-    for first in range(0, len(self.features), step):
-        if not any(f in prevalence for f in range(first, first + step)): continue
-        parts = [_by_feature(f.between(first, first + step)) for f in self.files]
-        for f in sorted(parts[0].keys() & prevalence.keys()): yield self._of(f, prevalence[f], pa.concat_tables([p[f] for p in parts if f in p]))
-
-# %% ../../nbs/interpretation/exemplars.ipynb #5d6b0f7e
-def _by_feature(table: pa.Table) -> dict[int, pa.Table]:
-    "The rows of each feature of an ordered table."
-    feature = table["feature"].to_numpy()
-    cuts = np.r_[0, np.flatnonzero(np.diff(feature)) + 1, len(feature)] if len(feature) else [0]
-    return {int(feature[a]): table.slice(a, b - a) for a, b in zip(cuts[:-1], cuts[1:], strict=True)}
-
-# %% ../../nbs/interpretation/exemplars.ipynb #59900dcb
-@patch
-def _of(self: Exemplars, feature: int, prevalence: float, table: pa.Table) -> FeatureContexts:
-    "The records of one feature from its rows."
-    role, patient = (np.array(table[c].to_pylist()) for c in ("role", "patient"))
-    explains = np.char.startswith(role, "explain")
-    leaks = set(patient[explains]) & set(patient[~explains])
-    if leaks: raise UserError(f"exemplars.parquet explains and scores feature {feature} on patient {str(min(leaks))!r}; "
-                              "run `saerad exemplars` again.")
-    plain = self._plain(table)
-    of = {r: np.flatnonzero(role == r) for r in (*ROLES, *HARD_ROLES)}
-    shown = table.take(of["explain_active"])
-    active = tuple(Example(**vars(plain[i]), activations=tuple(a), peak=p) for i, a, p in
-                   zip(of["explain_active"], _lists(shown["activations"]), shown["peak"].to_pylist(), strict=True))
-    scoring = np.r_[of["score_active"], of["score_silent"]]
-    contexts = {name: tuple(plain[i] for i in rows) for name, rows in (*of.items(), ("scoring", scoring))}
-    sources = tuple(table["source"].take(of["score_near"]).to_pylist()) if len(of["score_near"]) else ()
-    marks = tuple(tuple(i for i, a in enumerate(row) if a > 0) for row in _lists(table["activations"].take(of["score_active"])))
-    return FeatureContexts(feature, prevalence, active, contexts["explain_silent"], contexts["scoring"], role[scoring] == "score_active",
-                           contexts["explain_near"], contexts["score_near"], sources, marks)
-
-# %% ../../nbs/interpretation/exemplars.ipynb #bc6c6628
-@patch
-def _plain(self: Exemplars, table: pa.Table) -> list[Context]:
-    "The contexts of some rows, without activations."
-    columns = [table[c].to_pylist() for c in ("row", "section", "view", "offset", "study", "patch_row", "patch_col", "peak")]
-    return [Context(row, tuple(tokens), section, view, offset, low=row - peak, study=study, patch=(y, x), stated=self.stated.get(study, ()))
-            for row, section, view, offset, study, y, x, peak, tokens in zip(*columns, _lists(table["tokens"]), strict=True)]
-
-# %% ../../nbs/interpretation/exemplars.ipynb #bfcbc4d1
-def _lists(column: pa.ChunkedArray) -> list[list[Any]]:
-    "A column of lists as Python lists; much faster than converting each list by itself."
-    column = column.combine_chunks()
-    if isinstance(column, pa.ChunkedArray): column = column.chunk(0) if column.num_chunks else pa.array([], column.type)
-    ends = np.cumsum(pc.list_value_length(column).to_numpy())
-    flat = column.flatten().to_pylist()
-    return [flat[a:b] for a, b in zip(np.r_[0, ends[:-1]], ends, strict=True)]
+    def _plain(self, table: pa.Table) -> list[Context]:
+        "The contexts of some rows, without activations."
+        columns = [table[c].to_pylist() for c in ("row", "section", "view", "offset", "study", "patch_row", "patch_col", "peak")]
+        return [Context(row, tuple(tokens), section, view, offset, low=row - peak, study=study, patch=(y, x), stated=self.stated.get(study, ()))
+                for row, section, view, offset, study, y, x, peak, tokens in zip(*columns, _lists(table["tokens"]), strict=True)]

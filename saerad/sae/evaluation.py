@@ -422,8 +422,7 @@ def random_control(store: Store, sae: MatryoshkaSAE, subject: Subject, source: S
     settings, results = ExtractionConfig(**store.meta["made_from"]["settings"]), {}
     counts = {"train": cfg.control_studies, "test": max(1, cfg.control_studies // 4)}
     studies = [s for split, most in counts.items() for s in _evenly_spaced_studies(source.split(split), most)]
-    subset, shape = replace(source, studies=studies), SAEConfig(
-        expansion=max(1, sae.width // sae.d), k=sae.k, kind=sae.kind, kind_options=sae.kind_options)
+    subset, shape = replace(source, studies=studies), SAEConfig(expansion=max(1, sae.width // sae.d), k=sae.k, kind=sae.kind)
     training = TrainingConfig(steps=cfg.control_steps, batch_size=1024)
     for name, context in (("control", shuffled_weights(subject)), ("control_trained", nullcontext(subject))):
         with context as model: control = extract(subset, model, settings, Path(out) / name / "activations")

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from fastcore.basics import patch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -41,11 +40,106 @@ class Ranks:
         if size > 1: join_processes()
         yield cls(rank, size, shard and size > 1, device)
 
-# %% ../../nbs/sae/ranks.ipynb #d8a2c645
-@patch(as_prop=True)
-def is_first(self: Ranks) -> bool:
-    """Whether this process writes what is written once."""
-    return self.rank == 0
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    # sums
+    def everywhere(self, t: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return _sum(self, t)
+
+    def over_tokens(self, t: Tensor) -> Tensor:
+        """The sum over the processes that have other tokens."""
+        return t if self.shard else _sum(self, t)
+
+    def over_features(self, t: Tensor) -> Tensor:
+        """The sum over the processes that have other features."""
+        return _sum(self, t) if self.shard else t
+
+    def all(self, here: bool) -> bool:
+        """Whether it is true in every process."""
+        return bool(_sum(self, torch.tensor(int(here)), dist.ReduceOp.MIN))
+
+    def barrier(self) -> None:
+        """Wait for the others."""
+        if self.size > 1: dist.barrier()
+
+    # selection over the joined batch
+    def kth_largest(self, values: Float[Tensor, "..."], k: int) -> float:
+        """The k-th largest positive float32 among all processes' `values`, exactly; 0 when fewer are positive."""
+        bits = values[values > 0].float().view(torch.int32)
+        high, left = _bin_of_kth(self, bits >> 16, k)
+        if high < 0: return 0.0
+        low, _ = _bin_of_kth(self, bits[bits >> 16 == high] & 0xffff, left)
+        return float(torch.tensor(high << 16 | low, dtype=torch.int32).view(torch.float32))
+
+    def smallest(self, kept: Float[Tensor, " kept"]) -> float:
+        """The smallest of all processes' numbers; 0 when there are none."""
+        here = kept.min() if len(kept) else torch.tensor(float("inf"), device=kept.device)
+        least = float(_sum(self, here.clone(), dist.ReduceOp.MIN))
+        return 0.0 if least == float("inf") else least
+
+    def strongest(self, z: Float[Tensor, "n dead"], k: int) -> Float[Tensor, "n 1"]:
+        """For each token the k-th largest of all processes' non-negative entries; 0 where there are fewer than `k`."""
+        counts = torch.zeros(self.size, dtype=torch.int64)
+        counts[self.rank] = z.shape[1]
+        if self.shard: counts = _sum(self, counts)
+        if int(counts.sum()) <= k: return z.new_zeros(len(z), 1)
+        if self.shard: z = _candidates(self, z, min(k, int(counts.max())))
+        return z.topk(k, dim=1).values[:, -1:]
+
+    # a part and the whole
+    def check(self, batch_size: int, groups: Sequence[Sequence[int]]) -> None:
+        """Raises `UserError` when batch or groups cannot be shared out equally."""
+        if not self.shard and batch_size % self.size:
+            raise UserError(f"training.batch_size is {batch_size}, which {self.size} processes cannot share equally; use a multiple.")
+        for sizes in groups if self.shard else ():
+            if uneven := [n for n in sizes if n % self.size]:
+                raise UserError(f"a group of {uneven[0]} features cannot be shared equally by {self.size} processes; start another number.")
+
+    def part(self, sae: nn.Module) -> nn.Module:
+        """The SAE that this process trains, on its device: all of it, or its share of the features."""
+        if not self.shard: return sae.to(self.device)
+        rows, state = _rows(self, sae.group_sizes, self.rank), sae.state_dict()
+        own = sae.with_groups([n // self.size for n in sae.group_sizes])
+        own.load_state_dict(state | {name: state[name].index_select(axis, rows) for name, axis in _feature_axes(sae).items()})
+        return own.to(self.device)
+
+    @torch.no_grad()
+    def whole(self, sae: nn.Module) -> nn.Module:
+        """The trained SAE on the CPU, put together in the first process (the others keep their part)."""
+        if not self.shard: return sae.cpu()
+        sizes, state = [n * self.size for n in sae.group_sizes], dict(sae.state_dict())
+        for name, axis in _feature_axes(sae).items():
+            joined = _gather_rows(self, (state[name].T if axis else state[name]).contiguous(), sizes)
+            if self.is_first: state[name] = joined.T.contiguous() if axis else joined
+        if not self.is_first: return sae.cpu()
+        full = sae.with_groups(sizes)
+        full.load_state_dict(state)
+        return full
+
+    def reader(self, store: Store) -> Any:
+        """What this process reads its batches from."""
+        return store if self.size == 1 or self.shard else _BatchSlice(store, self.rank, self.size)
+
+    # checkpoints
+    def save_checkpoint(self, folder: Path, step: int, save: Callable[[Path], None]) -> None:
+        """Write the checkpoint of one step."""
+        if self.shard: save(_file(self, folder, step))
+        elif self.is_first: save(folder / "state.safetensors")
+        self.barrier()
+        if not self.shard: return
+        for old in folder.glob(f"state-*-{self.rank}of{self.size}.safetensors"):
+            if old != _file(self, folder, step): old.unlink()
+
+    def resumable(self, folder: Path) -> list[Path]:
+        """The checkpoint that all processes can resume from, if there may be one."""
+        if not self.shard: return [folder / "state.safetensors"]
+        steps = [int(p.name.split("-")[1]) for p in folder.glob(f"state-*-{self.rank}of{self.size}.safetensors")]
+        common = int(_sum(self, torch.tensor(max(steps, default=-1)), dist.ReduceOp.MIN))
+        return [_file(self, folder, common)] if common >= 0 else []
 
 # %% ../../nbs/sae/ranks.ipynb #28fbd64a
 def _sum(ranks: Ranks, t: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -55,46 +149,6 @@ def _sum(ranks: Ranks, t: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
     dist.all_reduce(moved if moved.is_contiguous() else moved.T, op)
     return moved.to(t.device)
 
-# %% ../../nbs/sae/ranks.ipynb #bd594712
-@patch
-def everywhere(self: Ranks, t: Tensor) -> Tensor:
-    """The sum over all processes."""
-    return _sum(self, t)
-
-# %% ../../nbs/sae/ranks.ipynb #385523e8
-@patch
-def over_tokens(self: Ranks, t: Tensor) -> Tensor:
-    """The sum over the processes that have other tokens."""
-    return t if self.shard else _sum(self, t)
-
-# %% ../../nbs/sae/ranks.ipynb #5b871d8b
-@patch
-def over_features(self: Ranks, t: Tensor) -> Tensor:
-    """The sum over the processes that have other features."""
-    return _sum(self, t) if self.shard else t
-
-# %% ../../nbs/sae/ranks.ipynb #c2884470
-@patch
-def all(self: Ranks, here: bool) -> bool:
-    """Whether it is true in every process."""
-    return bool(_sum(self, torch.tensor(int(here)), dist.ReduceOp.MIN))
-
-# %% ../../nbs/sae/ranks.ipynb #2401d902
-@patch
-def barrier(self: Ranks) -> None:
-    """Wait for the others."""
-    if self.size > 1: dist.barrier()
-
-# %% ../../nbs/sae/ranks.ipynb #e2d1f2a3
-@patch
-def kth_largest(self: Ranks, values: Float[Tensor, "..."], k: int) -> float:
-    """The k-th largest positive float32 among all processes' `values`, exactly; 0 when fewer are positive."""
-    bits = values[values > 0].float().view(torch.int32)
-    high, left = _bin_of_kth(self, bits >> 16, k)
-    if high < 0: return 0.0
-    low, _ = _bin_of_kth(self, bits[bits >> 16 == high] & 0xffff, left)
-    return float(torch.tensor(high << 16 | low, dtype=torch.int32).view(torch.float32))
-
 # %% ../../nbs/sae/ranks.ipynb #fecde716
 def _bin_of_kth(ranks: Ranks, bits: Tensor, k: int) -> tuple[int, int]:
     "The bin of the k-th largest, and which it is within that bin; -1 when there are fewer."
@@ -103,25 +157,6 @@ def _bin_of_kth(ranks: Ranks, bits: Tensor, k: int) -> tuple[int, int]:
     place = int(torch.searchsorted(above, k))
     if place == len(counts): return -1, 0
     return len(counts) - 1 - place, k - int(above[place] - counts[len(counts) - 1 - place])
-
-# %% ../../nbs/sae/ranks.ipynb #d847fd65
-@patch
-def smallest(self: Ranks, kept: Float[Tensor, " kept"]) -> float:
-    """The smallest of all processes' numbers; 0 when there are none."""
-    here = kept.min() if len(kept) else torch.tensor(float("inf"), device=kept.device)
-    least = float(_sum(self, here.clone(), dist.ReduceOp.MIN))
-    return 0.0 if least == float("inf") else least
-
-# %% ../../nbs/sae/ranks.ipynb #a3058aab
-@patch
-def strongest(self: Ranks, z: Float[Tensor, "n dead"], k: int) -> Float[Tensor, "n 1"]:
-    """For each token the k-th largest of all processes' non-negative entries; 0 where there are fewer than `k`."""
-    counts = torch.zeros(self.size, dtype=torch.int64)
-    counts[self.rank] = z.shape[1]
-    if self.shard: counts = _sum(self, counts)
-    if int(counts.sum()) <= k: return z.new_zeros(len(z), 1)
-    if self.shard: z = _candidates(self, z, min(k, int(counts.max())))
-    return z.topk(k, dim=1).values[:, -1:]
 
 # %% ../../nbs/sae/ranks.ipynb #76c1e999
 def _candidates(ranks: Ranks, z: Float[Tensor, "n dead"], most: int) -> Float[Tensor, "n candidates"]:
@@ -144,16 +179,6 @@ def _feature_axes(sae: nn.Module) -> dict[str, int]:
     "The tensors of an SAE that have an entry for every feature, and along which axis; the encoder's features are columns."
     return {name: int(name == "W_enc") for name, p in sae.named_parameters() if name != "b_dec"}
 
-# %% ../../nbs/sae/ranks.ipynb #dc5dc2ef
-@patch
-def part(self: Ranks, sae: nn.Module) -> nn.Module:
-    """The SAE that this process trains, on its device: all of it, or its share of the features."""
-    if not self.shard: return sae.to(self.device)
-    rows, state = _rows(self, sae.group_sizes, self.rank), sae.state_dict()
-    own = sae.with_groups([n // self.size for n in sae.group_sizes])
-    own.load_state_dict(state | {name: state[name].index_select(axis, rows) for name, axis in _feature_axes(sae).items()})
-    return own.to(self.device)
-
 # %% ../../nbs/sae/ranks.ipynb #4f6a9ed8
 def _gather_rows(ranks: Ranks, t: Float[Tensor, "part ..."], sizes: Sequence[int]) -> Float[Tensor, "whole ..."] | None:
     "The rows of all processes in the order of the whole dictionary, in the first process; None in the others."
@@ -163,21 +188,6 @@ def _gather_rows(ranks: Ranks, t: Float[Tensor, "part ..."], sizes: Sequence[int
     joined = t.new_empty(sum(sizes), *t.shape[1:], device="cpu")
     for rank, part in enumerate(parts): joined[_rows(ranks, sizes, rank)] = part.cpu()
     return joined
-
-# %% ../../nbs/sae/ranks.ipynb #5c2b48ce
-@patch
-@torch.no_grad()
-def whole(self: Ranks, sae: nn.Module) -> nn.Module:
-    """The trained SAE on the CPU, put together in the first process (the others keep their part)."""
-    if not self.shard: return sae.cpu()
-    sizes, state = [n * self.size for n in sae.group_sizes], dict(sae.state_dict())
-    for name, axis in _feature_axes(sae).items():
-        joined = _gather_rows(self, (state[name].T if axis else state[name]).contiguous(), sizes)
-        if self.is_first: state[name] = joined.T.contiguous() if axis else joined
-    if not self.is_first: return sae.cpu()
-    full = sae.with_groups(sizes)
-    full.load_state_dict(state)
-    return full
 
 # %% ../../nbs/sae/ranks.ipynb #33ceb3d1
 class _BatchSlice:
@@ -195,42 +205,6 @@ class _BatchSlice:
         store.read = lambda rows: self.store.read(rows[here])
         yield from store.batches(split, batch_size, seed, start)
 
-# %% ../../nbs/sae/ranks.ipynb #66bf3e9b
-@patch
-def reader(self: Ranks, store: Store) -> Any:
-    """What this process reads its batches from."""
-    return store if self.size == 1 or self.shard else _BatchSlice(store, self.rank, self.size)
-
-# %% ../../nbs/sae/ranks.ipynb #b98844f4
-@patch
-def check(self: Ranks, batch_size: int, groups: Sequence[Sequence[int]]) -> None:
-    """Raises `UserError` when batch or groups cannot be shared out equally."""
-    if not self.shard and batch_size % self.size:
-        raise UserError(f"training.batch_size is {batch_size}, which {self.size} processes cannot share equally; use a multiple.")
-    for sizes in groups if self.shard else ():
-        if uneven := [n for n in sizes if n % self.size]:
-            raise UserError(f"a group of {uneven[0]} features cannot be shared equally by {self.size} processes; start another number.")
-
 # %% ../../nbs/sae/ranks.ipynb #1e41b331
 def _file(ranks: Ranks, folder: Path, step: int) -> Path:
     return folder / f"state-{step:08d}-{ranks.rank}of{ranks.size}.safetensors"
-
-# %% ../../nbs/sae/ranks.ipynb #1b957554
-@patch
-def save_checkpoint(self: Ranks, folder: Path, step: int, save: Callable[[Path], None]) -> None:
-    """Write the checkpoint of one step."""
-    if self.shard: save(_file(self, folder, step))
-    elif self.is_first: save(folder / "state.safetensors")
-    self.barrier()
-    if not self.shard: return
-    for old in folder.glob(f"state-*-{self.rank}of{self.size}.safetensors"):
-        if old != _file(self, folder, step): old.unlink()
-
-# %% ../../nbs/sae/ranks.ipynb #98bc4408
-@patch
-def resumable(self: Ranks, folder: Path) -> list[Path]:
-    """The checkpoint that all processes can resume from, if there may be one."""
-    if not self.shard: return [folder / "state.safetensors"]
-    steps = [int(p.name.split("-")[1]) for p in folder.glob(f"state-*-{self.rank}of{self.size}.safetensors")]
-    common = int(_sum(self, torch.tensor(max(steps, default=-1)), dist.ReduceOp.MIN))
-    return [_file(self, folder, common)] if common >= 0 else []
