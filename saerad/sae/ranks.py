@@ -6,7 +6,6 @@
 __all__ = ['Ranks']
 
 # %% ../../nbs/sae/ranks.ipynb #b927fb94
-import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -198,12 +197,7 @@ class _BatchSlice:
     def batches(self, split: str, batch_size: int, seed: int, start: int = 0) -> Iterator[tuple[int, np.ndarray, Tensor]]:
         n = batch_size // self.size
         here = slice(self.rank * n, (self.rank + 1) * n)
-        if not isinstance(self.store, Store):
-            for step, rows, x in self.store.batches(split, batch_size, seed, start): yield step, rows[here], x[here]
-            return
-        store = copy.copy(self.store)
-        store.read = lambda rows: self.store.read(rows[here])
-        yield from store.batches(split, batch_size, seed, start)
+        for step, rows, x in self.store.batches(split, batch_size, seed, start): yield step, rows[here], x[here]
 
 # %% ../../nbs/sae/ranks.ipynb #1e41b331
 def _file(ranks: Ranks, folder: Path, step: int) -> Path:

@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch as st
 import torch
+from word_world import make_store
 
 from saerad.core import UserError
 from saerad.sae.model import SAEConfig
@@ -103,6 +105,15 @@ def test_the_strongest_of_a_token():
     z = torch.rand(5, 9, generator=torch.Generator().manual_seed(0))
     assert torch.equal(Ranks().strongest(z, 3)[:, 0], z.sort(descending=True).values[:, 2])
     assert Ranks().strongest(z, 9).count_nonzero() == 0
+
+
+def test_slices_of_a_store_on_disk_are_the_batch(tmp_path):
+    """The processes' slices, put together, are the batch of one process, in its order."""
+    store = make_store(tmp_path, studies=40)
+    _, rows, x = next(store.batches("train", 64, 0))
+    slices = [next(Ranks(rank, 4).reader(store).batches("train", 64, 0)) for rank in range(4)]
+    assert [len(s[1]) for s in slices] == [16] * 4
+    assert np.concatenate([s[1] for s in slices]).tolist() == rows.tolist() and torch.equal(torch.cat([s[2] for s in slices]), x)
 
 
 def test_what_cannot_be_shared_is_said():
