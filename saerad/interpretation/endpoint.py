@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['T', 'Message', 'MARK', 'MOST_IN_A_BATCH', 'EndpointConfig', 'host_of', 'is_loopback', 'check_destination', 'Reply',
-           'Ledger', 'Pace', 'parse_list', 'parse_explanation', 'unwrap', 'schema_of', 'CallFailed', 'Endpoint',
-           'key_of', 'cost_of', 'tokens_in', 'NoSchema', 'without_images', 'Answer']
+           'Ledger', 'Pace', 'parse_list', 'parse_explanation', 'unwrap', 'schema_of', 'key_of', 'CallFailed',
+           'NoSchema', 'Connection', 'cost_of', 'tokens_in', 'without_images', 'Answer', 'Endpoint']
 
 # %% ../../nbs/interpretation/endpoint.ipynb #a22ad08d
 import ipaddress
@@ -109,160 +109,40 @@ class Ledger:
         except sqlite3.DatabaseError as e:
             raise UserError(f"{self.path} is not a ledger ({e}); move it away and run again.") from e
 
-# %% ../../nbs/interpretation/endpoint.ipynb #545a3347
-@patch
-def get(self: Ledger, key: str) -> Reply | None:
-    """The answer to a question, if it was ever given."""
-    with self.lock: row = self.db.execute("SELECT reply FROM calls WHERE key = ?", (key,)).fetchone()
-    return Reply(**json.loads(row[0])) if row else None
+    def get(self, key: str) -> Reply | None:
+        """The answer to a question, if it was ever given."""
+        with self.lock: row = self.db.execute("SELECT reply FROM calls WHERE key = ?", (key,)).fetchone()
+        return Reply(**json.loads(row[0])) if row else None
 
-# %% ../../nbs/interpretation/endpoint.ipynb #58658479
-@patch
-def put(self: Ledger, key: str, request: dict[str, Any], reply: Reply) -> None:
-    """Write an answer down; it is on disk when this returns."""
-    row = key, json.dumps(request, ensure_ascii=False, sort_keys=True), json.dumps(asdict(reply), ensure_ascii=False)
-    with self.lock, self.db: self.db.execute("INSERT OR IGNORE INTO calls VALUES (?, ?, ?)", row)
+    def put(self, key: str, request: dict[str, Any], reply: Reply) -> None:
+        """Write an answer down; it is on disk when this returns."""
+        row = key, json.dumps(request, ensure_ascii=False, sort_keys=True), json.dumps(asdict(reply), ensure_ascii=False)
+        with self.lock, self.db: self.db.execute("INSERT OR IGNORE INTO calls VALUES (?, ?, ?)", row)
 
-# %% ../../nbs/interpretation/endpoint.ipynb #5eae262a
-@patch
-def __len__(self: Ledger) -> int:
-    """How many answers there are."""
-    with self.lock: return self.db.execute("SELECT count(*) FROM calls").fetchone()[0]
+    def __len__(self) -> int:
+        """How many answers there are."""
+        with self.lock: return self.db.execute("SELECT count(*) FROM calls").fetchone()[0]
 
-# %% ../../nbs/interpretation/endpoint.ipynb #558b6b99
-@patch
-def tokens(self: Ledger) -> Reply:
-    """All tokens that the ledger's answers cost, as one `Reply` without text."""
-    names = ("tokens_in", "tokens_out", "tokens_cached")
-    sums = ", ".join(f"sum(coalesce(json_extract(reply, '$.{n}'), 0))" for n in names)
-    with self.lock: row = self.db.execute(f"SELECT {sums} FROM calls").fetchone()
-    return Reply(**{n: v or 0 for n, v in zip(names, row, strict=True)})
+    def tokens(self) -> Reply:
+        """All tokens that the ledger's answers cost, as one `Reply` without text."""
+        names = ("tokens_in", "tokens_out", "tokens_cached")
+        sums = ", ".join(f"sum(coalesce(json_extract(reply, '$.{n}'), 0))" for n in names)
+        with self.lock: row = self.db.execute(f"SELECT {sums} FROM calls").fetchone()
+        return Reply(**{n: v or 0 for n, v in zip(names, row, strict=True)})
 
-# %% ../../nbs/interpretation/endpoint.ipynb #051ce52d
-@patch
-def settle(self: Ledger) -> None:
-    """Close the ledger and rewrite it in the order of its keys, so that equal content has equal bytes."""
-    with self.lock, write_beside(self.path) as part:
-        tidy = sqlite3.connect(part)
-        tidy.execute(self.TABLE)
-        with tidy: tidy.executemany("INSERT INTO calls VALUES (?, ?, ?)", self.db.execute("SELECT * FROM calls ORDER BY key"))
-        tidy.close()
-        self.db.close()
-    for suffix in ("-wal", "-shm"): self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+    def settle(self) -> None:
+        """Close the ledger and rewrite it in the order of its keys, so that equal content has equal bytes."""
+        with self.lock, write_beside(self.path) as part:
+            tidy = sqlite3.connect(part)
+            tidy.execute(self.TABLE)
+            with tidy: tidy.executemany("INSERT INTO calls VALUES (?, ?, ?)", self.db.execute("SELECT * FROM calls ORDER BY key"))
+            tidy.close()
+            self.db.close()
+        for suffix in ("-wal", "-shm"): self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
 
-# %% ../../nbs/interpretation/endpoint.ipynb #63960a6f
-@patch
-def close(self: Ledger) -> None:
-    """Stop writing; every answer stays."""
-    with self.lock: self.db.close()
-
-# %% ../../nbs/interpretation/endpoint.ipynb #756e9e15
-class Pace:
-    """Spaces calls out in time; `faster` after an answer, `slower` after a refusal for speed, `read_limits` for what headers say."""
-    def __init__(self, rate: float | None = None, clock: Callable[[], float] = time.monotonic):
-        self.fixed, self.rate, self.clock = rate is not None, rate or 20.0, clock
-        self.next, self.held, self.stepped = clock(), False, None    # the next slot, whether calls wait for theirs, the last step back
-        self.sent: deque[float] = deque(maxlen=50)                   # when the latest calls started that were not refused
-        self.missed: deque[float] = deque(maxlen=50)                 # when the latest ones were refused
-        self.since, self.calls, self.refused = clock(), 0, 0         # the last step back, and what came after it
-        self.anyway, self.tried, self.top = 0.0, None, 0.0           # see below: refusals that have nothing to do with the speed
-        self.cap, self.tokens = float("inf"), 0.0
-        self.lock, self.turn = threading.Lock(), threading.Lock()
-
-# %% ../../nbs/interpretation/endpoint.ipynb #cba311eb
-@patch
-def slot(self: Pace) -> float:
-    """Seconds to wait before the next call may start."""
-    with self.lock:
-        now = self.clock()
-        start = max(now, self.next)
-        self.held, self.next = start > now, start + 1 / self.rate
-        if self.sent and start - self.sent[-1] > 5: self.sent.clear()   # a pause says nothing of a limit
-        self.sent.append(start)
-        self.calls += 1
-        return start - now
-
-# %% ../../nbs/interpretation/endpoint.ipynb #866657fa
-@patch
-def wait(self: Pace) -> float:
-    """Sleep until a call may start, one after another; the time at which it does."""
-    with self.turn: time.sleep(self.slot())
-    return self.clock()
-
-# %% ../../nbs/interpretation/endpoint.ipynb #108a663d
-@patch
-def faster(self: Pace, took: float) -> None:
-    """A call was answered in so many seconds."""
-    with self.lock:
-        if self.fixed or not self.held: return
-        step = self.rate / max(self.rate * took, 4) if self.stepped is None else 0.02 * (1 + self.clock() - self.stepped)
-        self.rate = min(self.cap, self.rate + step)
-
-# %% ../../nbs/interpretation/endpoint.ipynb #5629e1c0
-@patch
-def slower(self: Pace, retry_after: float) -> None:
-    """A call was refused for its speed; where that shows that the rate is too high, it goes back to what is let in."""
-    with self.lock:
-        now = self.clock()
-        self.refused += 1
-        self.missed.append(now)
-        if self.sent: self.sent.pop()
-        if self.sent and not self.fixed: self._weigh_refusal(now)
-        if retry_after > 5: self.next = max(self.next, now + retry_after)  # not a hiccup: everybody waits
-
-# %% ../../nbs/interpretation/endpoint.ipynb #29671b81
-@patch
-def _weigh_refusal(self: Pace, now: float) -> None:
-    "Step back where less is let in than the rate gives reason to expect."
-    let_in = self._let_in(now)
-    if self.calls >= 100: self.anyway = min(self.anyway, self.refused / self.calls)
-    enough = self.calls >= 25 or 2 * self.refused > self.calls or now - self.since > 5    # to judge the last step
-    if self.stepped is not None and (not enough or self.rate * (1 - self.anyway) <= 1.15 * let_in): return
-    if self._step_was_useless(let_in, now): self.stepped = now - 10     # soon as fast as if nothing had been
-    else: self.rate, self.stepped = max(0.2, min(self.rate, 0.92 * let_in)), now
-    self.since, self.calls, self.refused = now, 0, 0
-
-# %% ../../nbs/interpretation/endpoint.ipynb #8212e57b
-@patch
-def _step_was_useless(self: Pace, let_in: float, now: float) -> bool:
-    "Whether the last steps back changed nothing; then the rate is restored, and the share of refusals known."
-    share, rate = min(1.0, self.refused / max(self.calls, 1)), self.calls / max(now - self.since, 1e-6)
-    before, self.tried = self.tried, None
-    if self.calls < 25 or self.stepped is None: return False
-    if share < 0.6 * (1 - let_in / self.rate):      # the step helped, for a while
-        self.top, self.anyway = self.rate, min(self.anyway, share)
-        return False
-    slowed = bool(before) and rate < 0.95 * before[0]
-    if slowed and share <= 0.5 and (1 - share) * rate / before[1] <= (1 + rate / before[0]) / 2:    # less was let in, as if there were no limit
-        self.anyway, self.rate = share, max(self.rate, self.top)
-        return True
-    self.tried, self.top = (rate, (1 - share) * rate), self.top if before else max(self.top, self.rate)
-    return False
-
-# %% ../../nbs/interpretation/endpoint.ipynb #569cb48f
-@patch
-def _let_in(self: Pace, now: float) -> float:
-    "Calls a second that were let in of late."
-    counted = len(self.sent) / max(now - self.sent[0], 1 / self.rate)
-    if not self.anyway: return counted
-    missed = sum(t >= self.sent[0] for t in self.missed)
-    return max(counted, self.rate * len(self.sent) / (len(self.sent) + missed))
-
-# %% ../../nbs/interpretation/endpoint.ipynb #d74cd188
-@patch
-def read_limits(self: Pace, headers: Mapping[str, str], tokens: int) -> None:
-    """Follow the limits per minute in the headers of an answer of `tokens` tokens, and wait where nothing remains."""
-    limits = {kind: _header_number(headers.get(f"x-ratelimit-limit-{kind}", "")) for kind in ("requests", "tokens")}
-    with self.lock:
-        self.tokens = tokens if not self.tokens else 0.95 * self.tokens + 0.05 * tokens
-        caps = [limits["requests"] / 60] if limits["requests"] else []
-        if limits["tokens"] and self.tokens: caps.append(limits["tokens"] / 60 / self.tokens)
-        if self.fixed or not caps: return
-        known, self.cap = self.cap < float("inf"), 0.98 * min(caps)
-        self.rate = min(self.rate, self.cap) if known else self.cap
-        for kind in limits:
-            if headers.get(f"x-ratelimit-remaining-{kind}") == "0":
-                self.next = max(self.next, self.clock() + min(60.0, _seconds(headers.get(f"x-ratelimit-reset-{kind}", ""))))
+    def close(self) -> None:
+        """Stop writing; every answer stays."""
+        with self.lock: self.db.close()
 
 # %% ../../nbs/interpretation/endpoint.ipynb #21dadbc8
 def _header_number(text: str) -> float:
@@ -275,6 +155,98 @@ def _seconds(text: str) -> float:
     "A duration such as 1m2.5s, 250ms or 3, in seconds."
     units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
     return sum(float(n) * units[u] for n, u in re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|)", text))
+
+# %% ../../nbs/interpretation/endpoint.ipynb #756e9e15
+class Pace:
+    """Spaces calls out in time; `faster` after an answer, `slower` after a refusal for speed, `read_limits` for what headers say."""
+    def __init__(self, rate: float | None = None, clock: Callable[[], float] = time.monotonic):
+        self.fixed, self.rate, self.clock = rate is not None, rate or 20.0, clock
+        self.next, self.held, self.stepped = clock(), False, None    # the next slot, whether calls wait for theirs, the last step back
+        self.sent: deque[float] = deque(maxlen=50)                   # when the latest calls started that were not refused
+        self.missed: deque[float] = deque(maxlen=50)                 # when the latest ones were refused
+        self.since, self.calls, self.refused = clock(), 0, 0         # the last step back, and what came after it
+        self.anyway, self.tried, self.top = 0.0, None, 0.0           # refusals that have nothing to do with the speed
+        self.cap, self.tokens = float("inf"), 0.0
+        self.lock, self.turn = threading.Lock(), threading.Lock()
+
+    def slot(self) -> float:
+        """Seconds to wait before the next call may start."""
+        with self.lock:
+            now = self.clock()
+            start = max(now, self.next)
+            self.held, self.next = start > now, start + 1 / self.rate
+            if self.sent and start - self.sent[-1] > 5: self.sent.clear()   # a pause says nothing of a limit
+            self.sent.append(start)
+            self.calls += 1
+            return start - now
+
+    def wait(self) -> float:
+        """Sleep until a call may start, one after another; the time at which it does."""
+        with self.turn: time.sleep(self.slot())
+        return self.clock()
+
+    def faster(self, took: float) -> None:
+        """A call was answered in so many seconds."""
+        with self.lock:
+            if self.fixed or not self.held: return
+            step = self.rate / max(self.rate * took, 4) if self.stepped is None else 0.02 * (1 + self.clock() - self.stepped)
+            self.rate = min(self.cap, self.rate + step)
+
+    def slower(self, retry_after: float) -> None:
+        """A call was refused for its speed; where that shows that the rate is too high, it goes back to what is let in."""
+        with self.lock:
+            now = self.clock()
+            self.refused += 1
+            self.missed.append(now)
+            if self.sent: self.sent.pop()
+            if self.sent and not self.fixed: self._weigh_refusal(now)
+            if retry_after > 5: self.next = max(self.next, now + retry_after)  # not a hiccup: everybody waits
+
+    def _weigh_refusal(self, now: float) -> None:
+        "Step back where less is let in than the rate gives reason to expect."
+        let_in = self._let_in(now)
+        if self.calls >= 100: self.anyway = min(self.anyway, self.refused / self.calls)
+        enough = self.calls >= 25 or 2 * self.refused > self.calls or now - self.since > 5    # to judge the last step
+        if self.stepped is not None and (not enough or self.rate * (1 - self.anyway) <= 1.15 * let_in): return
+        if self._step_was_useless(let_in, now): self.stepped = now - 10     # soon as fast as if nothing had been
+        else: self.rate, self.stepped = max(0.2, min(self.rate, 0.92 * let_in)), now
+        self.since, self.calls, self.refused = now, 0, 0
+
+    def _step_was_useless(self, let_in: float, now: float) -> bool:
+        "Whether the last steps back changed nothing; then the rate is restored, and the share of refusals known."
+        share, rate = min(1.0, self.refused / max(self.calls, 1)), self.calls / max(now - self.since, 1e-6)
+        before, self.tried = self.tried, None
+        if self.calls < 25 or self.stepped is None: return False
+        if share < 0.6 * (1 - let_in / self.rate):      # the step helped, for a while
+            self.top, self.anyway = self.rate, min(self.anyway, share)
+            return False
+        slowed = bool(before) and rate < 0.95 * before[0]
+        if slowed and share <= 0.5 and (1 - share) * rate / before[1] <= (1 + rate / before[0]) / 2:    # less was let in, as if there were no limit
+            self.anyway, self.rate = share, max(self.rate, self.top)
+            return True
+        self.tried, self.top = (rate, (1 - share) * rate), self.top if before else max(self.top, self.rate)
+        return False
+
+    def _let_in(self, now: float) -> float:
+        "Calls a second that were let in of late."
+        counted = len(self.sent) / max(now - self.sent[0], 1 / self.rate)
+        if not self.anyway: return counted
+        missed = sum(t >= self.sent[0] for t in self.missed)
+        return max(counted, self.rate * len(self.sent) / (len(self.sent) + missed))
+
+    def read_limits(self, headers: Mapping[str, str], tokens: int) -> None:
+        """Follow the limits per minute in the headers of an answer of `tokens` tokens, and wait where nothing remains."""
+        limits = {kind: _header_number(headers.get(f"x-ratelimit-limit-{kind}", "")) for kind in ("requests", "tokens")}
+        with self.lock:
+            self.tokens = tokens if not self.tokens else 0.95 * self.tokens + 0.05 * tokens
+            caps = [limits["requests"] / 60] if limits["requests"] else []
+            if limits["tokens"] and self.tokens: caps.append(limits["tokens"] / 60 / self.tokens)
+            if self.fixed or not caps: return
+            known, self.cap = self.cap < float("inf"), 0.98 * min(caps)
+            self.rate = min(self.rate, self.cap) if known else self.cap
+            for kind in limits:
+                if headers.get(f"x-ratelimit-remaining-{kind}") == "0":
+                    self.next = max(self.next, self.clock() + min(60.0, _seconds(headers.get(f"x-ratelimit-reset-{kind}", ""))))
 
 # %% ../../nbs/interpretation/endpoint.ipynb #a71fb226
 def parse_list(text: str, count: int) -> list[bool] | None:
@@ -307,26 +279,16 @@ def schema_of(name: str, kind: Mapping[str, Any]) -> dict[str, Any]:
     body = {"type": "object", "properties": {name: dict(kind)}, "required": [name], "additionalProperties": False}
     return {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": body}}
 
-# %% ../../nbs/interpretation/endpoint.ipynb #2a3abada
-class CallFailed(Exception):
-    """A call that was given up, with the reason."""
-
-# %% ../../nbs/interpretation/endpoint.ipynb #8b56da03
-class Endpoint:
-    """Asks an OpenAI-compatible endpoint, through a ledger; safe to use from several threads."""
-    def __init__(self, cfg: EndpointConfig, ledger: Ledger, may_leave: bool):
-        check_destination(cfg, may_leave)
-        self.cfg, self.ledger, self.pace = cfg, ledger, Pace(cfg.requests_per_second)
-        self.asked = self.answered = self.lost = 0
-        self.structured, self.waiting = cfg.structured, {}
-        self.spent, self.reserved = cost_of(ledger.tokens(), cfg), 0.0
-        self.host, self.lock, self.client = host_of(cfg.base_url), threading.Lock(), None
-        self.pool = ThreadPoolExecutor(cfg.concurrency, thread_name_prefix="ask")
-
-    def close(self) -> None:
-        """Drop the calls that have not begun and wait for those under way, whose answers are still written down."""
-        self.pool.shutdown(wait=True, cancel_futures=True)
-        if self.client: self.client.close()
+# %% ../../nbs/interpretation/endpoint.ipynb #806e2a67
+def _reply(completion: Any) -> Reply:
+    "The part of a completion that we keep; raises `ValueError` when it is none."
+    if not getattr(completion, "choices", None): raise ValueError("the reply is no chat completion")
+    choice, usage = completion.choices[0], completion.usage
+    text = choice.message.content or ""
+    refusal = getattr(choice.message, "refusal", None) or ("content filter" if choice.finish_reason == "content_filter" else "")
+    if not text and not refusal: refusal = "empty reply"
+    cached = getattr(getattr(usage, "prompt_tokens_details", None), "cached_tokens", 0) or 0
+    return Reply(text if not refusal else "", refusal, getattr(usage, "prompt_tokens", 0) or 0, getattr(usage, "completion_tokens", 0) or 0, cached)
 
 # %% ../../nbs/interpretation/endpoint.ipynb #3b9e07d1
 def key_of(cfg: EndpointConfig) -> str:
@@ -335,23 +297,102 @@ def key_of(cfg: EndpointConfig) -> str:
     if key or is_loopback(host_of(cfg.base_url)): return key or "none"
     raise UserError(f"the environment variable {cfg.api_key_env} is not set; it must hold the key for {host_of(cfg.base_url)}.")
 
-# %% ../../nbs/interpretation/endpoint.ipynb #27988e9f
-@patch
-def _connect(self: Endpoint) -> openai.OpenAI:
-    "The client, made when the first call is due: a replay needs neither a key nor an endpoint."
-    # no proxy for loopback and no redirect anywhere: text goes to the host that was checked, or nowhere
-    http = openai.DefaultHttpxClient(trust_env=not is_loopback(self.host), follow_redirects=False)
-    common = {"api_key": key_of(self.cfg), "timeout": self.cfg.timeout_s, "max_retries": 0, "http_client": http}
-    if self.cfg.api == "azure": return openai.AzureOpenAI(azure_endpoint=self.cfg.base_url, api_version=self.cfg.api_version, **common)
-    return openai.OpenAI(base_url=self.cfg.base_url, **common)
+# %% ../../nbs/interpretation/endpoint.ipynb #2a3abada
+class CallFailed(Exception):
+    """A call that was given up, with the reason."""
 
-# %% ../../nbs/interpretation/endpoint.ipynb #08ad3788
-@patch
-def request(self: Endpoint, messages: Sequence[Message], max_tokens: int, schema: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The body of a call."""
-    body = {"model": self.cfg.model, "messages": list(messages), self.cfg.length_key: max_tokens}
-    if self.cfg.temperature is not None: body["temperature"] = self.cfg.temperature
-    return body | ({"response_format": schema} if schema else {})
+# %% ../../nbs/interpretation/endpoint.ipynb #2ea2fde9
+class NoSchema(Exception):
+    """The endpoint does not support structured answers."""
+
+# %% ../../nbs/interpretation/endpoint.ipynb #d9791a2b
+def _retry_after(error: openai.APIStatusError, otherwise: float) -> float:
+    "Seconds that the endpoint asks us to wait, at most two minutes."
+    try: return min(120.0, max(0.0, float(error.response.headers.get("retry-after", otherwise))))
+    except ValueError: return otherwise
+
+# %% ../../nbs/interpretation/endpoint.ipynb #65a407d3
+class Connection:
+    """Makes single calls at the endpoint's pace and tries again what can be tried again; safe to use from several threads."""
+    def __init__(self, cfg: EndpointConfig, ledger: Ledger, may_leave: bool):
+        check_destination(cfg, may_leave)
+        self.cfg, self.ledger, self.pace = cfg, ledger, Pace(cfg.requests_per_second)
+        self.asked = self.answered = self.lost = 0
+        self.structured = cfg.structured
+        self.host, self.lock, self.client = host_of(cfg.base_url), threading.Lock(), None
+
+    def _connect(self) -> openai.OpenAI:
+        "The client, made when the first call is due: a replay needs neither a key nor an endpoint."
+        # no proxy for loopback and no redirect anywhere: text goes to the host that was checked, or nowhere
+        http = openai.DefaultHttpxClient(trust_env=not is_loopback(self.host), follow_redirects=False)
+        common = {"api_key": key_of(self.cfg), "timeout": self.cfg.timeout_s, "max_retries": 0, "http_client": http}
+        if self.cfg.api == "azure": return openai.AzureOpenAI(azure_endpoint=self.cfg.base_url, api_version=self.cfg.api_version, **common)
+        return openai.OpenAI(base_url=self.cfg.base_url, **common)
+
+    def _ask_until_answered(self, request: dict[str, Any]) -> Reply:
+        "Try a call until it is answered or given up."
+        with self.lock: self.client = self.client or self._connect()
+        reason = ""
+        for attempt in range(self.cfg.attempts):
+            began = self.pace.wait()
+            with self.lock: self.asked += 1
+            try: reply = self._try_once(request)
+            except Exception as e: reason, pause = self._handle_error(e, attempt)
+            else:
+                self.pace.faster(self.pace.clock() - began)
+                with self.lock: self.answered, self.lost = self.answered + 1, 0
+                return reply
+            if isinstance(pause, Reply): return pause
+            if attempt + 1 < self.cfg.attempts: time.sleep(pause)
+        with self.lock: self.lost += 1
+        if self.lost > 2 * self.cfg.concurrency:
+            raise UserError(f"{self.cfg.base_url} has stopped answering ({reason}); run again later, it resumes where it was.")
+        raise CallFailed(reason)
+
+    def _try_once(self, request: dict[str, Any]) -> Reply:
+        "One try of a call; what its headers say about limits is taken in."
+        raw = self.client.chat.completions.with_raw_response.create(**request)
+        reply = _reply(raw.parse())
+        self.pace.read_limits(raw.headers, reply.tokens_in + reply.tokens_out)
+        return reply
+
+    def _handle_error(self, error: Exception, attempt: int) -> tuple[str, Any]:
+        "Why a call failed and how long to wait; a `Reply` for a refusal; raises what trying again cannot fix."
+        where, backoff = self.cfg.base_url, min(30.0, 0.25 * 2**attempt)
+        if isinstance(error, openai.APITimeoutError):
+            self.pace.slower(0.0)  # a server that queues more than it can answer in time is being asked too fast
+            return "time-out", backoff
+        if isinstance(error, openai.APIConnectionError):
+            if not self.answered and attempt >= 1:
+                raise UserError(f"nobody answers at {where}; start the server or correct interpretation.base_url.") from error
+            return "connection lost", backoff
+        if isinstance(error, openai.RateLimitError):
+            if "quota" in str(error.code): raise UserError(f"{where} says that the quota of the key is used up; top it up and run again.") from error
+            wait = _retry_after(error, min(30.0, 4 * backoff))
+            self.pace.slower(wait)
+            return "too many requests", wait
+        if isinstance(error, openai.APIStatusError): return self._handle_status(error, backoff)
+        if isinstance(error, (openai.APIError, ValueError)): return f"unreadable reply ({type(error).__name__})", backoff
+        raise error
+
+    def _handle_status(self, error: openai.APIStatusError, backoff: float) -> tuple[str, Any]:
+        "What to do about an HTTP status; raises `UserError` for a request that will never be accepted."
+        where, status = self.cfg.base_url, error.status_code
+        if status >= 500 or status in (408, 409): return f"HTTP {status}", _retry_after(error, backoff)
+        if status in (401, 403): raise UserError(f"{where} refuses the key in {self.cfg.api_key_env} (HTTP {status}); set a valid one.") from error
+        if status == 404:
+            raise UserError(f"{where} knows no model {self.cfg.model!r} (HTTP 404); correct interpretation.model or base_url.") from error
+        if status in (400, 422) and self.structured and re.search("response_format|json_schema|schema", str(error.message)):
+            self.ledger.put(self._no_schema, {"question": "structured answers?"}, Reply("no"))
+            raise NoSchema from error
+        if status == 400 and "content" in str(error.code or ""): return "refusal", Reply(refusal="content filter")
+        reason = f"HTTP {status}: {str(error.message)[:200]}"
+        raise UserError(f"{where} does not accept the request ({reason}); correct interpretation.model or base_url.") from error
+
+    @property
+    def _no_schema(self) -> str:
+        "Where the ledger keeps that this endpoint knows no schema."
+        return content_hash(self.cfg.base_url, self.cfg.model, "knows no schema")
 
 # %% ../../nbs/interpretation/endpoint.ipynb #a4a15a26
 def cost_of(tokens: Reply, cfg: EndpointConfig) -> float:
@@ -367,67 +408,6 @@ def tokens_in(messages: Sequence[Message], cfg: EndpointConfig) -> int:
     images = sum("image_url" in p for p in parts)
     return round(sum(len(p.get("text", "")) for p in parts) / cfg.token_characters) + images * cfg.picture_tokens
 
-# %% ../../nbs/interpretation/endpoint.ipynb #160b0b77
-@patch
-def ask(self: Endpoint, messages: Sequence[Message], max_tokens: int, schema: dict[str, Any] | None = None) -> Reply:
-    """The answer to some messages, from the ledger or the endpoint; raises `CallFailed` when it is given up or over the budget.
-
-    Raises `UserError` when the endpoint cannot be reached at all, or refuses the key, the model or the request.
-    """
-    request = self.request(messages, max_tokens, schema if schema and self._knows_schemas() else None)
-    key = content_hash(self.cfg.base_url, request)
-    known = self.ledger.get(key)
-    if known: return known
-    most = cost_of(Reply(tokens_in=tokens_in(messages, self.cfg), tokens_out=max_tokens), self.cfg)
-    if self.cfg.batch: self._queue_for_batch(key, request, most)
-    try: reply = self._within_budget(request, most)
-    except NoSchema: return self.ask(messages, max_tokens)
-    self.ledger.put(key, without_images(request), reply)
-    return reply
-
-# %% ../../nbs/interpretation/endpoint.ipynb #5fb019d9
-@patch
-def _reserve(self: Endpoint, most: float) -> None:
-    "Set money aside for a call; under the lock."
-    if self.cfg.budget is not None and self.spent + self.reserved + most > self.cfg.budget: raise CallFailed("the budget is spent")
-    self.reserved += most
-
-# %% ../../nbs/interpretation/endpoint.ipynb #071d504d
-@patch
-def _within_budget(self: Endpoint, request: dict[str, Any], most: float) -> Reply:
-    "Ask when the budget allows the call at its highest price."
-    with self.lock: self._reserve(most)
-    reply = None
-    try: reply = self._ask_until_answered(request)
-    finally:
-        with self.lock:
-            self.reserved -= most
-            if reply: self.spent += cost_of(reply, self.cfg)
-    return reply
-
-# %% ../../nbs/interpretation/endpoint.ipynb #f1ff7cdc
-@patch
-def _queue_for_batch(self: Endpoint, key: str, request: dict[str, Any], most: float) -> None:
-    "Keep a question for the batch, as far as the budget allows; raises `CallFailed` in any case, for there is no answer yet."
-    with self.lock:
-        if key not in self.waiting: self._reserve(most)
-        self.waiting[key] = request
-    raise CallFailed("waiting for the batch")
-
-# %% ../../nbs/interpretation/endpoint.ipynb #2ea2fde9
-class NoSchema(Exception):
-    """The endpoint does not support structured answers."""
-
-# %% ../../nbs/interpretation/endpoint.ipynb #ba4943e4
-@patch
-def _knows_schemas(self: Endpoint) -> bool:
-    "Whether to ask by schema: the config says so, and the ledger does not know that this endpoint cannot."
-    self.structured = self.structured and self.ledger.get(self._no_schema) is None
-    return self.structured
-
-@patch(as_prop=True)
-def _no_schema(self: Endpoint) -> str: return content_hash(self.cfg.base_url, self.cfg.model, "knows no schema")
-
 # %% ../../nbs/interpretation/endpoint.ipynb #7ec3be23
 def without_images(request: dict[str, Any]) -> dict[str, Any]:
     """A request with each image replaced by its hash, for the ledger."""
@@ -436,90 +416,6 @@ def without_images(request: dict[str, Any]) -> dict[str, Any]:
     messages = [m if isinstance(m["content"], str) else m | {"content": [part(p) for p in m["content"]]} for m in request["messages"]]
     return request | {"messages": messages}
 
-# %% ../../nbs/interpretation/endpoint.ipynb #d984e1a5
-@patch
-def _ask_until_answered(self: Endpoint, request: dict[str, Any]) -> Reply:
-    "Try a call until it is answered or given up."
-    with self.lock: self.client = self.client or self._connect()
-    reason = ""
-    for attempt in range(self.cfg.attempts):
-        began = self.pace.wait()
-        with self.lock: self.asked += 1
-        try: reply = self._try_once(request)
-        except Exception as e: reason, pause = self._handle_error(e, attempt)
-        else:
-            self.pace.faster(self.pace.clock() - began)
-            with self.lock: self.answered, self.lost = self.answered + 1, 0
-            return reply
-        if isinstance(pause, Reply): return pause
-        if attempt + 1 < self.cfg.attempts: time.sleep(pause)
-    with self.lock: self.lost += 1
-    if self.lost > 2 * self.cfg.concurrency:
-        raise UserError(f"{self.cfg.base_url} has stopped answering ({reason}); run again later, it resumes where it was.")
-    raise CallFailed(reason)
-
-# %% ../../nbs/interpretation/endpoint.ipynb #2eb21e32
-@patch
-def _try_once(self: Endpoint, request: dict[str, Any]) -> Reply:
-    "One try of a call; what its headers say about limits is taken in."
-    raw = self.client.chat.completions.with_raw_response.create(**request)
-    reply = _reply(raw.parse())
-    self.pace.read_limits(raw.headers, reply.tokens_in + reply.tokens_out)
-    return reply
-
-# %% ../../nbs/interpretation/endpoint.ipynb #806e2a67
-def _reply(completion: Any) -> Reply:
-    "The part of a completion that we keep; raises `ValueError` when it is none."
-    if not getattr(completion, "choices", None): raise ValueError("the reply is no chat completion")
-    choice, usage = completion.choices[0], completion.usage
-    text = choice.message.content or ""
-    refusal = getattr(choice.message, "refusal", None) or ("content filter" if choice.finish_reason == "content_filter" else "")
-    if not text and not refusal: refusal = "empty reply"
-    cached = getattr(getattr(usage, "prompt_tokens_details", None), "cached_tokens", 0) or 0
-    return Reply(text if not refusal else "", refusal, getattr(usage, "prompt_tokens", 0) or 0, getattr(usage, "completion_tokens", 0) or 0, cached)
-
-# %% ../../nbs/interpretation/endpoint.ipynb #85af649f
-@patch
-def _handle_error(self: Endpoint, error: Exception, attempt: int) -> tuple[str, Any]:
-    "Why a call failed and how long to wait; a `Reply` for a refusal; raises what trying again cannot fix."
-    where, backoff = self.cfg.base_url, min(30.0, 0.25 * 2**attempt)
-    if isinstance(error, openai.APITimeoutError):
-        self.pace.slower(0.0)  # a server that queues more than it can answer in time is being asked too fast
-        return "time-out", backoff
-    if isinstance(error, openai.APIConnectionError):
-        if not self.answered and attempt >= 1:
-            raise UserError(f"nobody answers at {where}; start the server or correct interpretation.base_url.") from error
-        return "connection lost", backoff
-    if isinstance(error, openai.RateLimitError):
-        if "quota" in str(error.code): raise UserError(f"{where} says that the quota of the key is used up; top it up and run again.") from error
-        wait = _retry_after(error, min(30.0, 4 * backoff))
-        self.pace.slower(wait)
-        return "too many requests", wait
-    if isinstance(error, openai.APIStatusError): return self._handle_status(error, backoff)
-    if isinstance(error, (openai.APIError, ValueError)): return f"unreadable reply ({type(error).__name__})", backoff
-    raise error
-
-# %% ../../nbs/interpretation/endpoint.ipynb #a3f0fd38
-@patch
-def _handle_status(self: Endpoint, error: openai.APIStatusError, backoff: float) -> tuple[str, Any]:
-    "What to do about an HTTP status; raises `UserError` for a request that will never be accepted."
-    where, status = self.cfg.base_url, error.status_code
-    if status >= 500 or status in (408, 409): return f"HTTP {status}", _retry_after(error, backoff)
-    if status in (401, 403): raise UserError(f"{where} refuses the key in {self.cfg.api_key_env} (HTTP {status}); set a valid one.") from error
-    if status == 404: raise UserError(f"{where} knows no model {self.cfg.model!r} (HTTP 404); correct interpretation.model or base_url.") from error
-    if status in (400, 422) and self.structured and re.search("response_format|json_schema|schema", str(error.message)):
-        self.ledger.put(self._no_schema, {"question": "structured answers?"}, Reply("no"))
-        raise NoSchema from error
-    if status == 400 and "content" in str(error.code or ""): return "refusal", Reply(refusal="content filter")
-    reason = f"HTTP {status}: {str(error.message)[:200]}"
-    raise UserError(f"{where} does not accept the request ({reason}); correct interpretation.model or base_url.") from error
-
-# %% ../../nbs/interpretation/endpoint.ipynb #d9791a2b
-def _retry_after(error: openai.APIStatusError, otherwise: float) -> float:
-    "Seconds that the endpoint asks us to wait, at most two minutes."
-    try: return min(120.0, max(0.0, float(error.response.headers.get("retry-after", otherwise))))
-    except ValueError: return otherwise
-
 # %% ../../nbs/interpretation/endpoint.ipynb #25f3a5d4
 @dataclass(frozen=True)
 class Answer:
@@ -527,21 +423,83 @@ class Answer:
     value: Any
     why: str = ""     # "" | "refusal" | "parse failure" | the reason a call was given up
 
-# %% ../../nbs/interpretation/endpoint.ipynb #7a69852e
-@patch
-def ask_for(self: Endpoint, messages: Sequence[Message], parse: Callable[[str], T | None], wanted: str, max_tokens: int,
-            schema: dict[str, Any] | None = None) -> Answer:
-    """Ask, parse, and if need be ask once more for `wanted`, a description of the form of the answer."""
-    talk = list(messages)
-    for _ in range(2):
-        try: reply = self.ask(talk, max_tokens, schema)
-        except CallFailed as e: return Answer(None, str(e))
-        if reply.refusal: return Answer(None, "refusal")
-        value = parse(unwrap(reply.text) if schema else reply.text)
-        if value is not None: return Answer(value)
-        talk = [*messages, {"role": "assistant", "content": reply.text},
-                {"role": "user", "content": f"That could not be read. Answer again with {wanted} and nothing else."}]
-    return Answer(None, "parse failure")
+# %% ../../nbs/interpretation/endpoint.ipynb #8b56da03
+class Endpoint(Connection):
+    """Asks an OpenAI-compatible endpoint, through a ledger; safe to use from several threads."""
+    def __init__(self, cfg: EndpointConfig, ledger: Ledger, may_leave: bool):
+        super().__init__(cfg, ledger, may_leave)
+        self.waiting: dict[str, dict[str, Any]] = {}                    # questions that are kept for the batch
+        self.spent, self.reserved = cost_of(ledger.tokens(), cfg), 0.0
+        self.pool = ThreadPoolExecutor(cfg.concurrency, thread_name_prefix="ask")
+
+    def request(self, messages: Sequence[Message], max_tokens: int, schema: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The body of a call."""
+        body = {"model": self.cfg.model, "messages": list(messages), self.cfg.length_key: max_tokens}
+        if self.cfg.temperature is not None: body["temperature"] = self.cfg.temperature
+        return body | ({"response_format": schema} if schema else {})
+
+    def ask(self, messages: Sequence[Message], max_tokens: int, schema: dict[str, Any] | None = None) -> Reply:
+        """The answer to some messages, from the ledger or the endpoint; raises `CallFailed` when it is given up or over the budget.
+
+        Raises `UserError` when the endpoint cannot be reached at all, or refuses the key, the model or the request.
+        """
+        request = self.request(messages, max_tokens, schema if schema and self._knows_schemas() else None)
+        key = content_hash(self.cfg.base_url, request)
+        known = self.ledger.get(key)
+        if known: return known
+        most = cost_of(Reply(tokens_in=tokens_in(messages, self.cfg), tokens_out=max_tokens), self.cfg)
+        if self.cfg.batch: self._queue_for_batch(key, request, most)
+        try: reply = self._within_budget(request, most)
+        except NoSchema: return self.ask(messages, max_tokens)
+        self.ledger.put(key, without_images(request), reply)
+        return reply
+
+    def ask_for(self, messages: Sequence[Message], parse: Callable[[str], T | None], wanted: str, max_tokens: int,
+                schema: dict[str, Any] | None = None) -> Answer:
+        """Ask, parse, and if need be ask once more for `wanted`, a description of the form of the answer."""
+        talk = list(messages)
+        for _ in range(2):
+            try: reply = self.ask(talk, max_tokens, schema)
+            except CallFailed as e: return Answer(None, str(e))
+            if reply.refusal: return Answer(None, "refusal")
+            value = parse(unwrap(reply.text) if schema else reply.text)
+            if value is not None: return Answer(value)
+            talk = [*messages, {"role": "assistant", "content": reply.text},
+                    {"role": "user", "content": f"That could not be read. Answer again with {wanted} and nothing else."}]
+        return Answer(None, "parse failure")
+
+    def _knows_schemas(self) -> bool:
+        "Whether to ask by schema: the config says so, and the ledger does not know that this endpoint cannot."
+        self.structured = self.structured and self.ledger.get(self._no_schema) is None
+        return self.structured
+
+    def _reserve(self, most: float) -> None:
+        "Set money aside for a call; under the lock."
+        if self.cfg.budget is not None and self.spent + self.reserved + most > self.cfg.budget: raise CallFailed("the budget is spent")
+        self.reserved += most
+
+    def _within_budget(self, request: dict[str, Any], most: float) -> Reply:
+        "Ask when the budget allows the call at its highest price."
+        with self.lock: self._reserve(most)
+        reply = None
+        try: reply = self._ask_until_answered(request)
+        finally:
+            with self.lock:
+                self.reserved -= most
+                if reply: self.spent += cost_of(reply, self.cfg)
+        return reply
+
+    def _queue_for_batch(self, key: str, request: dict[str, Any], most: float) -> None:
+        "Keep a question for the batch, as far as the budget allows; raises `CallFailed` in any case, for there is no answer yet."
+        with self.lock:
+            if key not in self.waiting: self._reserve(most)
+            self.waiting[key] = request
+        raise CallFailed("waiting for the batch")
+
+    def close(self) -> None:
+        """Drop the calls that have not begun and wait for those under way, whose answers are still written down."""
+        self.pool.shutdown(wait=True, cancel_futures=True)
+        if self.client: self.client.close()
 
 # %% ../../nbs/interpretation/endpoint.ipynb #c1d54224
 MOST_IN_A_BATCH = 20_000    # below what endpoints take in one file

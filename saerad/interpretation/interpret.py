@@ -25,7 +25,6 @@ from typing import Protocol as Interface
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from fastcore.basics import patch
 from PIL import Image, ImageDraw
 from pydantic import Field
 
@@ -123,6 +122,12 @@ class Interpreter(Interface):
     def fuzz(self, explanation: Explanation, items: Sequence[Marked], troubles: Counter[str]) -> "list[bool | None]": ...
     def close(self) -> None: ...
 
+# %% ../../nbs/interpretation/interpret.ipynb #331282a7
+def _words_at(context: Context, marks: Sequence[int]) -> set[str]:
+    "The words that some tokens belong to."
+    spelled, index = words(context.tokens, context.offset == 0)
+    return {spelled[index[i]] for i in marks if index[i] >= 0}
+
 # %% ../../nbs/interpretation/interpret.ipynb #fd41e355
 class Lexical:
     """The baseline of `saerad.interpretation.lexical` as an interpreter; `background` are contexts of the explaining patients."""
@@ -132,40 +137,35 @@ class Lexical:
         self._windows: dict[int, Window] = {}
         self._rules: dict[str, tuple[Clause, ...]] = {}
         self.background = Bits(window(c, self.protocol.tell_study) for c in background)
+
     def explain(self, contexts: FeatureContexts) -> Explanation:
         silent = [*contexts.silent, *(contexts.hard_silent if self.protocol.near else ())]
         rule = find_rule(contexts.active, silent, self.background, contexts.prevalence, self.protocol.tell_study)
         peak = strongest(contexts.active, self.protocol.tell_study) if self.protocol.order == "spread" else ""
         return Explanation(contexts.feature, rule_sentence(rule) + peak)
+
     def detect(self, explanation: Explanation, contexts: Sequence[Context], troubles: Counter[str], images: bool = False) -> list[bool | None]:
         rule = self._rule(explanation.text)
         return [any(clause.holds(w) for clause in rule) for w in map(self._window, contexts)]
+
     def fuzz(self, explanation: Explanation, items: Sequence[Marked], troubles: Counter[str]) -> list[bool | None]:
         rule = self._rule(explanation.text)
         return [any(c.holds(self._window(context)) and (not c.word or c.word in _words_at(context, marks)) for c in rule) for context, marks in items]
+
+    def _rule(self, text: str) -> tuple[Clause, ...]:
+        "The rule that an explanation states; of somebody else's words any longer one may hold."
+        if text not in self._rules:
+            try: self._rules[text] = read_rule(text)
+            except ValueError: self._rules[text] = tuple(Clause(w) for w in words([text])[0][0].split() if w.isalpha() and len(w) > 3)
+        return self._rules[text]
+
+    def _window(self, context: Context) -> Window:
+        "A context in words; many features share their silent contexts, so each is read once."
+        if len(self._windows) > 50_000: self._windows.clear()
+        if context.row not in self._windows: self._windows[context.row] = window(context, self.protocol.tell_study)
+        return self._windows[context.row]
+
     def close(self) -> None: pass
-
-# %% ../../nbs/interpretation/interpret.ipynb #8a2df8b6
-@patch
-def _rule(self: Lexical, text: str) -> tuple[Clause, ...]:
-    "The rule that an explanation states; of somebody else's words any longer one may hold."
-    if text not in self._rules:
-        try: self._rules[text] = read_rule(text)
-        except ValueError: self._rules[text] = tuple(Clause(w) for w in words([text])[0][0].split() if w.isalpha() and len(w) > 3)
-    return self._rules[text]
-
-# %% ../../nbs/interpretation/interpret.ipynb #331282a7
-@patch
-def _window(self: Lexical, context: Context) -> Window:
-    "A context in words; many features share their silent contexts, so each is read once."
-    if len(self._windows) > 50_000: self._windows.clear()
-    if context.row not in self._windows: self._windows[context.row] = window(context, self.protocol.tell_study)
-    return self._windows[context.row]
-
-def _words_at(context: Context, marks: Sequence[int]) -> set[str]:
-    "The words that some tokens belong to."
-    spelled, index = words(context.tokens, context.offset == 0)
-    return {spelled[index[i]] for i in marks if index[i] >= 0}
 
 # %% ../../nbs/interpretation/interpret.ipynb #a3b5e3e7
 LINE = {"type": "array", "items": {"type": "integer", "enum": [0, 1]}}
@@ -175,47 +175,40 @@ class LanguageModel:
     name = "openai"
     def __init__(self, endpoint: Endpoint, cfg: InterpretationConfig, image_of: Callable[[Context], str | None] = lambda c: None):
         self.endpoint, self.cfg, self.protocol, self.image_of = endpoint, cfg, protocol_of(cfg), image_of
+
+    def explain(self, contexts: FeatureContexts) -> Explanation:
+        messages = explain_prompt(contexts, self.protocol)
+        if self.cfg.images:
+            first = select_active(contexts.active, self.protocol)[:self.cfg.explain_pictures]
+            messages = _with_images(messages, [self.image_of(c) for c in first])
+        answer = self.endpoint.ask_for(messages, parse_explanation, "one line that begins with [EXPLANATION]:", self.cfg.explain_tokens,
+                                       schema_of("explanation", {"type": "string"}))
+        return Explanation(contexts.feature, answer.value or "", answer.why)
+
+    def detect(self, explanation: Explanation, contexts: Sequence[Context], troubles: Counter[str],
+               images: bool = False) -> list[bool | None]:
+        def prompt(batch: Sequence[Context]) -> list[Message]:
+            messages = detect_prompt(explanation.text, batch, self.protocol)
+            return _with_images(messages, [self.image_of(c) for c in batch]) if images else messages
+        return self._ask_in_batches(contexts, prompt, troubles)
+
+    def fuzz(self, explanation: Explanation, items: Sequence[Marked], troubles: Counter[str]) -> list[bool | None]:
+        return self._ask_in_batches(items, lambda batch: fuzz_prompt(explanation.text, batch, self.protocol), troubles)
+
+    def _ask_in_batches(self, items: Sequence[T], prompt: Callable[[Sequence[T]], list[Message]],
+                        troubles: Counter[str]) -> list[bool | None]:
+        "A yes, a no or no answer for each item, asked in batches."
+        step = self.protocol.contexts_per_prompt
+        batches = [items[i:i + step] for i in range(0, len(items), step)]
+        answers = list(self.endpoint.pool.map(lambda b: self._ask(prompt(b), len(b)), batches))
+        troubles.update(a.why for a in answers if a.why)
+        return [v for b, a in zip(batches, answers, strict=True) for v in (a.value or [None] * len(b))]
+
+    def _ask(self, messages: list[Message], count: int) -> Answer:
+        wanted = f"a list of {count} numbers, each 0 or 1, such as {[0] * count},"
+        return self.endpoint.ask_for(messages, lambda t: parse_list(t, count), wanted, detect_length(self.cfg, count), schema_of("active", LINE))
+
     def close(self) -> None: self.endpoint.close()
-
-# %% ../../nbs/interpretation/interpret.ipynb #98d1186b
-@patch
-def explain(self: LanguageModel, contexts: FeatureContexts) -> Explanation:
-    messages = explain_prompt(contexts, self.protocol)
-    if self.cfg.images:
-        first = select_active(contexts.active, self.protocol)[:self.cfg.explain_pictures]
-        messages = _with_images(messages, [self.image_of(c) for c in first])
-    answer = self.endpoint.ask_for(messages, parse_explanation, "one line that begins with [EXPLANATION]:", self.cfg.explain_tokens,
-                                   schema_of("explanation", {"type": "string"}))
-    return Explanation(contexts.feature, answer.value or "", answer.why)
-
-# %% ../../nbs/interpretation/interpret.ipynb #a3854dda
-@patch
-def detect(self: LanguageModel, explanation: Explanation, contexts: Sequence[Context], troubles: Counter[str],
-           images: bool = False) -> list[bool | None]:
-    def prompt(batch: Sequence[Context]) -> list[Message]:
-        messages = detect_prompt(explanation.text, batch, self.protocol)
-        return _with_images(messages, [self.image_of(c) for c in batch]) if images else messages
-    return self._ask_in_batches(contexts, prompt, troubles)
-
-@patch
-def fuzz(self: LanguageModel, explanation: Explanation, items: Sequence[Marked], troubles: Counter[str]) -> list[bool | None]:
-    return self._ask_in_batches(items, lambda batch: fuzz_prompt(explanation.text, batch, self.protocol), troubles)
-
-# %% ../../nbs/interpretation/interpret.ipynb #c4989e36
-@patch
-def _ask_in_batches(self: LanguageModel, items: Sequence[T], prompt: Callable[[Sequence[T]], list[Message]],
-                    troubles: Counter[str]) -> list[bool | None]:
-    "A yes, a no or no answer for each item, asked in batches."
-    step = self.protocol.contexts_per_prompt
-    batches = [items[i:i + step] for i in range(0, len(items), step)]
-    answers = list(self.endpoint.pool.map(lambda b: self._ask(prompt(b), len(b)), batches))
-    troubles.update(a.why for a in answers if a.why)
-    return [v for b, a in zip(batches, answers, strict=True) for v in (a.value or [None] * len(b))]
-
-@patch
-def _ask(self: LanguageModel, messages: list[Message], count: int) -> Answer:
-    wanted = f"a list of {count} numbers, each 0 or 1, such as {[0] * count},"
-    return self.endpoint.ask_for(messages, lambda t: parse_list(t, count), wanted, detect_length(self.cfg, count), schema_of("active", LINE))
 
 # %% ../../nbs/interpretation/interpret.ipynb #7cdb3eab
 def detect_length(cfg: InterpretationConfig, count: int) -> int:

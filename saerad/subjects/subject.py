@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOKEN_SECTIONS', 'MEAN', 'STD', 'HEADINGS', 'SPECIALS', 'MARKS', 'INSTRUCTION', 'Render', 'Piece', 'piece_of_tokens',
            'trace_origins', 'Prompt', 'prepare_image', 'views_of', 'plain_pieces', 'train_tokenizer', 'mini_config',
-           'new_mini', 'Subject', 'plain_subject', 'random_mini', 'quiet', 'layers_path', 'unseal', 'chat',
+           'new_mini', 'quiet', 'layers_path', 'Subject', 'plain_subject', 'random_mini', 'unseal', 'chat',
            'follow_images', 'read_with_processor', 'render_chat', 'render_maira2', 'processor_subject', 'chat_subject',
            'SubjectConfig', 'find_checkpoint', 'hash_checkpoint', 'open_subject']
 
@@ -186,6 +186,42 @@ def new_mini(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Maira2ForCond
         torch.manual_seed(torch_rng(seed, "mini").initial_seed())
         return Maira2ForConditionalGeneration(mini_config(tokenizer))
 
+# %% ../../nbs/subjects/subject.ipynb #e4568f2b
+def _padded(rows: Sequence[Tensor], width: int, value: int, side: str) -> Tensor:
+    "Rows of unequal length brought to one width with `value`."
+    gaps = [(0, width - len(r)) if side == "right" else (width - len(r), 0) for r in rows]
+    return torch.stack([nn.functional.pad(r, gap, value=value) for r, gap in zip(rows, gaps, strict=True)])
+
+# %% ../../nbs/subjects/subject.ipynb #94032ac9
+from transformers.utils import logging as transformers_logging
+
+# %% ../../nbs/subjects/subject.ipynb #1ec13863
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from talking: its remarks about wrapped models tell a user nothing."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try: yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars: transformers_logging.enable_progress_bar()
+
+# %% ../../nbs/subjects/subject.ipynb #5ddb74d5
+def layers_path(model: PreTrainedModel) -> str:
+    """Dotted name of the list of decoder layers, such as "model.language_model.layers"."""
+    decoder, number = model.get_decoder(), model.config.get_text_config().num_hidden_layers
+    inside = {id(module) for module in decoder.modules()}
+    paths = [name for name, module in model.named_modules()
+             if isinstance(module, nn.ModuleList) and len(module) == number and id(module) in inside]
+    if not paths: raise UserError(f"{type(model).__name__} keeps its {number} decoder layers where saerad does not find them.")
+    return min(paths, key=lambda path: path.count("."))
+
+# %% ../../nbs/subjects/subject.ipynb #3c757eb1
+def _hash_of_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    weights = {name: content_hash(value) for name, value in model.state_dict().items()}
+    return content_hash(weights, model.config.to_diff_dict(), tokenizer.get_vocab())
+
 # %% ../../nbs/subjects/subject.ipynb #72d57b71
 @dataclass(eq=False)
 class Subject:
@@ -207,32 +243,85 @@ class Subject:
         """The model as nnsight sees it: trace it with a batch from `collate`."""
         with quiet(): return TransformersModel(self.model, tokenizer=self.tokenizer, task="text-generation")
 
-# %% ../../nbs/subjects/subject.ipynb #3c757eb1
-def _hash_of_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    weights = {name: content_hash(value) for name, value in model.state_dict().items()}
-    return content_hash(weights, model.config.to_diff_dict(), tokenizer.get_vocab())
+    @property
+    def device(self) -> torch.device:
+        """Where the network lies."""
+        return self.model.device
 
-# %% ../../nbs/subjects/subject.ipynb #867e4e61
-@patch(as_prop=True)
-def device(self: Subject) -> torch.device:
-    """Where the network lies."""
-    return self.model.device
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.model.config.get_text_config().hidden_size
 
-@patch(as_prop=True)
-def d_model(self: Subject) -> int:
-    """Width of the residual stream."""
-    return self.model.config.get_text_config().hidden_size
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers."""
+        return self.model.config.get_text_config().num_hidden_layers
 
-@patch(as_prop=True)
-def n_layers(self: Subject) -> int:
-    """Number of decoder layers."""
-    return self.model.config.get_text_config().num_hidden_layers
+    def prompt(self, study: Study, report: str | None = None) -> Prompt:
+        """The study as this model reads it; `report` None: up to where the model writes, else teacher-forced with its end."""
+        return self.lay_out(study, report)
 
-# %% ../../nbs/subjects/subject.ipynb #b9f2d41e
-@patch
-def prompt(self: Subject, study: Study, report: str | None = None) -> Prompt:
-    """The study as this model reads it; `report` None: up to where the model writes, else teacher-forced with its end."""
-    return self.lay_out(study, report)
+    def texts(self, prompt: Prompt) -> list[str]:
+        """Each token's own text, with the space before it where it has one."""
+        anchor = self.tokenizer.encode("a", add_special_tokens=False)[-1:]  # many tokenizers drop the space of the first token
+        lead = len(self.tokenizer.decode(anchor))
+        ids = prompt.ids.tolist()
+        known = {i: self.tokenizer.decode([*anchor, i], clean_up_tokenization_spaces=False)[lead:] for i in set(ids)}
+        return [known[i] for i in ids]
+
+    def collate(self, prompts: Sequence[Prompt], side: str = "right") -> dict[str, Tensor]:
+        """Pad prompts on one `side` into a batch on the subject's device; pixels are stacked in the order of the prompts."""
+        width = max(map(len, prompts))
+        mask = _padded([torch.ones(len(p), dtype=torch.long) for p in prompts], width, 0, side)
+        batch = {"input_ids": _padded([p.ids for p in prompts], width, self.tokenizer.pad_token_id, side), "attention_mask": mask}
+        if not prompts[0].extra: batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        for name in prompts[0].extra:  # one value per token is padded like the tokens; anything else goes by image
+            own = [p.extra[name] for p in prompts if name in p.extra]
+            batch[name] = _padded(own, width, 0, side) if own[0].shape == prompts[0].ids.shape else torch.cat(own)
+        pixels = [p.pixels for p in prompts if p.pixels is not None]
+        if pixels: batch["pixel_values"] = torch.cat(pixels).to(self.model.dtype)
+        return {key: value.to(self.device) for key, value in batch.items()}
+
+    def layer(self, i: int) -> Envoy:
+        """Decoder layer `i`, counted from 0, as nnsight sees it: its `.output` is the residual stream at the output of the layer (`resid_post`)."""
+        if not 0 <= i < self.n_layers:
+            raise UserError(f"layer {i} does not exist: {self.name} has {self.n_layers} layers, 0 to {self.n_layers - 1}.")
+        at: Any = self.lm
+        for name in layers_path(self.model).split("."): at = getattr(at, name)
+        return at[i]
+
+    def loss(self, logits: Float[Tensor, "batch width vocabulary"], prompts: Sequence[Prompt], side: str = "right",
+             ) -> Float[Tensor, "tokens"]:
+        """Cross-entropy (nats) of every findings token, prompt after prompt, from the logits of a batch of `collate`."""
+        losses = []
+        for row, p in zip(logits, prompts, strict=True):
+            row = row[:len(p)] if side == "right" else row[len(row) - len(p):]
+            at = torch.from_numpy(np.flatnonzero(p.section == "findings")).to(row.device)
+            losses.append(cross_entropy(row[at - 1].float(), p.ids.to(row.device)[at], reduction="none"))
+        return torch.cat(losses)
+
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int | None = None, layer: int | None = None,
+                 add: Float[Tensor, "rows d"] | None = None, batch_size: int = 32) -> list[str]:
+        """Greedy reports; `add[i]` (raw residual units) is added to the output of `layer` for prompt i, at every position and step."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours in length need little padding
+        reports: dict[int, str] = {}
+        for begin in progress(range(0, len(order), batch_size), "writing reports"):
+            rows = order[begin:begin + batch_size]
+            batch = self.collate([prompts[i] for i in rows], side="left")
+            ids = self.generate_ids(batch, max_new_tokens or self.max_report_tokens, layer, None if add is None else add[rows])
+            reports |= zip(rows, self.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True)
+        return [reports[i].strip() for i in range(len(prompts))]
+
+    @torch.no_grad()
+    def generate_ids(self, batch: Mapping[str, Tensor], max_new_tokens: int, layer: int | None = None,
+                     add: Float[Tensor, "rows d"] | None = None) -> Int[Tensor, "rows new"]:
+        """The new tokens of a left-padded batch, greedily; a row that has ended is filled with padding."""
+        ends = self.model.generation_config.eos_token_id
+        how = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=self.tokenizer.pad_token_id,
+                               eos_token_id=self.tokenizer.eos_token_id if ends is None else ends)
+        ids = self.model.generate(**batch, generation_config=how) if add is None else self._generate_pushed(batch, how, layer, add)
+        return ids[:, batch["input_ids"].shape[1]:]
 
 # %% ../../nbs/subjects/subject.ipynb #c73f0c75
 def plain_subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, **known: Any) -> Subject:
@@ -273,110 +362,6 @@ def random_mini(seed: int = 0) -> Subject:
     """A mini that has learned nothing: random weights and a tokenizer made from a few sentences."""
     tokenizer = train_tokenizer(_SENTENCES * 20)
     return plain_subject(new_mini(tokenizer, seed), tokenizer, f"random mini {seed}")
-
-# %% ../../nbs/subjects/subject.ipynb #e4568f2b
-def _padded(rows: Sequence[Tensor], width: int, value: int, side: str) -> Tensor:
-    "Rows of unequal length brought to one width with `value`."
-    gaps = [(0, width - len(r)) if side == "right" else (width - len(r), 0) for r in rows]
-    return torch.stack([nn.functional.pad(r, gap, value=value) for r, gap in zip(rows, gaps, strict=True)])
-
-# %% ../../nbs/subjects/subject.ipynb #02170b3c
-@patch
-def collate(self: Subject, prompts: Sequence[Prompt], side: str = "right") -> dict[str, Tensor]:
-    """Pad prompts on one `side` into a batch on the subject's device; pixels are stacked in the order of the prompts."""
-    width = max(map(len, prompts))
-    mask = _padded([torch.ones(len(p), dtype=torch.long) for p in prompts], width, 0, side)
-    batch = {"input_ids": _padded([p.ids for p in prompts], width, self.tokenizer.pad_token_id, side), "attention_mask": mask}
-    if not prompts[0].extra: batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    for name in prompts[0].extra:  # one value per token is padded like the tokens; anything else goes by image
-        own = [p.extra[name] for p in prompts if name in p.extra]
-        batch[name] = _padded(own, width, 0, side) if own[0].shape == prompts[0].ids.shape else torch.cat(own)
-    pixels = [p.pixels for p in prompts if p.pixels is not None]
-    if pixels: batch["pixel_values"] = torch.cat(pixels).to(self.model.dtype)
-    return {key: value.to(self.device) for key, value in batch.items()}
-
-# %% ../../nbs/subjects/subject.ipynb #37ceb345
-@patch
-def texts(self: Subject, prompt: Prompt) -> list[str]:
-    """Each token's own text, with the space before it where it has one."""
-    anchor = self.tokenizer.encode("a", add_special_tokens=False)[-1:]  # many tokenizers drop the space of the first token
-    lead = len(self.tokenizer.decode(anchor))
-    ids = prompt.ids.tolist()
-    known = {i: self.tokenizer.decode([*anchor, i], clean_up_tokenization_spaces=False)[lead:] for i in set(ids)}
-    return [known[i] for i in ids]
-
-# %% ../../nbs/subjects/subject.ipynb #94032ac9
-from transformers.utils import logging as transformers_logging
-
-# %% ../../nbs/subjects/subject.ipynb #1ec13863
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers from talking: its remarks about wrapped models tell a user nothing."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try: yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars: transformers_logging.enable_progress_bar()
-
-# %% ../../nbs/subjects/subject.ipynb #5ddb74d5
-def layers_path(model: PreTrainedModel) -> str:
-    """Dotted name of the list of decoder layers, such as "model.language_model.layers"."""
-    decoder, number = model.get_decoder(), model.config.get_text_config().num_hidden_layers
-    inside = {id(module) for module in decoder.modules()}
-    paths = [name for name, module in model.named_modules()
-             if isinstance(module, nn.ModuleList) and len(module) == number and id(module) in inside]
-    if not paths: raise UserError(f"{type(model).__name__} keeps its {number} decoder layers where saerad does not find them.")
-    return min(paths, key=lambda path: path.count("."))
-
-# %% ../../nbs/subjects/subject.ipynb #2a9c7138
-@patch
-def layer(self: Subject, i: int) -> Envoy:
-    """Decoder layer `i`, counted from 0, as nnsight sees it: its `.output` is the residual stream at the output of the layer (`resid_post`)."""
-    if not 0 <= i < self.n_layers:
-        raise UserError(f"layer {i} does not exist: {self.name} has {self.n_layers} layers, 0 to {self.n_layers - 1}.")
-    at: Any = self.lm
-    for name in layers_path(self.model).split("."): at = getattr(at, name)
-    return at[i]
-
-# %% ../../nbs/subjects/subject.ipynb #a6343a5a
-@patch
-def loss(self: Subject, logits: Float[Tensor, "batch width vocabulary"], prompts: Sequence[Prompt], side: str = "right",
-         ) -> Float[Tensor, "tokens"]:
-    """Cross-entropy (nats) of every findings token, prompt after prompt, from the logits of a batch of `collate`."""
-    losses = []
-    for row, p in zip(logits, prompts, strict=True):
-        row = row[:len(p)] if side == "right" else row[len(row) - len(p):]
-        at = torch.from_numpy(np.flatnonzero(p.section == "findings")).to(row.device)
-        losses.append(cross_entropy(row[at - 1].float(), p.ids.to(row.device)[at], reduction="none"))
-    return torch.cat(losses)
-
-# %% ../../nbs/subjects/subject.ipynb #67a39e43
-@patch
-def generate(self: Subject, prompts: Sequence[Prompt], max_new_tokens: int | None = None, layer: int | None = None,
-             add: Float[Tensor, "rows d"] | None = None, batch_size: int = 32) -> list[str]:
-    """Greedy reports; `add[i]` (raw residual units) is added to the output of `layer` for prompt i, at every position and step."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours in length need little padding
-    reports: dict[int, str] = {}
-    for begin in progress(range(0, len(order), batch_size), "writing reports"):
-        rows = order[begin:begin + batch_size]
-        batch = self.collate([prompts[i] for i in rows], side="left")
-        ids = self.generate_ids(batch, max_new_tokens or self.max_report_tokens, layer, None if add is None else add[rows])
-        reports |= zip(rows, self.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True)
-    return [reports[i].strip() for i in range(len(prompts))]
-
-# %% ../../nbs/subjects/subject.ipynb #25a8bc74
-@patch
-@torch.no_grad()
-def generate_ids(self: Subject, batch: Mapping[str, Tensor], max_new_tokens: int, layer: int | None = None,
-                 add: Float[Tensor, "rows d"] | None = None) -> Int[Tensor, "rows new"]:
-    """The new tokens of a left-padded batch, greedily; a row that has ended is filled with padding."""
-    ends = self.model.generation_config.eos_token_id
-    how = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=self.tokenizer.pad_token_id,
-                           eos_token_id=self.tokenizer.eos_token_id if ends is None else ends)
-    ids = self.model.generate(**batch, generation_config=how) if add is None else self._generate_pushed(batch, how, layer, add)
-    return ids[:, batch["input_ids"].shape[1]:]
 
 # %% ../../nbs/subjects/subject.ipynb #12636822
 @patch
