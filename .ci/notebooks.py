@@ -137,7 +137,7 @@ TEXT = {"Float", "Int", "Int32", "Int64", "Bool", "UInt8", "Shaped", "Literal", 
 def unresolved(module: Path) -> list[str]:
     """Annotations in quotes that name what is defined only further down: the site reads them where they stand."""
     known, problems = set(dir(builtins)), []
-    for node in ast.parse(module.read_text()).body:
+    for node in ast.parse(module.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef): known.add(node.name)
         for inner in ast.walk(node):
             if not isinstance(inner, (ast.FunctionDef, ast.AnnAssign)): continue
@@ -185,7 +185,7 @@ def readme() -> str:
 
 def check_readme() -> list[str]:
     """README.md is as generated, and everything that it links to is there."""
-    written = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
+    written = (ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else ""
     dead = [link for link in re.findall(r"\]\(([^)#]+)\)", readme()) if "//" not in link and not (ROOT / link).exists()]
     problems = [f"README.md links to {link}, which is not there" for link in dead]
     return problems if written == readme() else ["README.md is not what nbs/index.ipynb says: run `make export`", *problems]
@@ -244,12 +244,13 @@ def site() -> int:
     """The book as a site in _site/: by Quarto where it is installed, else by site.py."""
     if not shutil.which("quarto"): return subprocess.run([sys.executable, Path(__file__).with_name("site.py")], cwd=ROOT).returncode
     subprocess.run([BIN / "nbdev_docs"], cwd=ROOT, check=True)
-    (ROOT / "README.md").write_text(readme())       # nbdev_docs has written one of its own
+    (ROOT / "README.md").write_text(readme(), encoding="utf-8")       # nbdev_docs has written one of its own
     shutil.rmtree(ROOT / "_site", ignore_errors=True)
     shutil.copytree(ROOT / "_docs", ROOT / "_site")
     shutil.copytree(ROOT / "figures", ROOT / "_site/figures")
     front = ROOT / "_site/index.html"
-    front.write_text(front.read_text().replace('"../figures/', '"figures/'))       # the site is a folder that can be taken elsewhere
+    page = front.read_text(encoding="utf-8").replace('"../figures/', '"figures/')      # the site is a folder that can be taken elsewhere
+    front.write_text(page, encoding="utf-8")
     return 0
 
 
@@ -258,7 +259,7 @@ def main() -> int:
     parser.add_argument("action", choices=["check", "test", "execute", "readme", "site"])
     parser.add_argument("folder", nargs="?", default="nbs")
     args = parser.parse_args()
-    if args.action == "readme": return (ROOT / "README.md").write_text(readme()) == 0
+    if args.action == "readme": return (ROOT / "README.md").write_text(readme(), encoding="utf-8") == 0
     if args.action == "execute": return execute((ROOT / args.folder).resolve())
     return int(globals()[args.action]())
 

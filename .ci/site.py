@@ -190,7 +190,7 @@ def source_page(module: str) -> str: return f"source/{module.replace('.', '/')}"
 
 def fields_of(module: str, name: str) -> str:
     """The fields of a class with their comments, as they stand in its module; nothing for what has none."""
-    source = file_of(module).read_text()
+    source = file_of(module).read_text(encoding="utf-8")
     made = next((n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name), None)
     fields = [n for n in made.body if isinstance(n, ast.AnnAssign)] if made else []
     if not fields: return ""
@@ -245,7 +245,7 @@ def write_pages(processed: Path, book: Book) -> None:
         out = book.docs / at.with_suffix(".md")
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = "" if at.parent == Path(".") else at.parent.as_posix()
-        out.write_text(relinked(markdown_of(nb, at, out.parent, book), folder, book, home))
+        out.write_text(relinked(markdown_of(nb, at, out.parent, book), folder, book, home), encoding="utf-8")
         book.pages.append((folder, front_matter(nb, at.stem)[0], at.with_suffix(".md").as_posix()))
 
 
@@ -253,7 +253,7 @@ def summaries() -> dict[str, tuple[str, int]]:
     """First line of the docstring, and line in its module, of everything public in the package, by module and name."""
     lines = {}
     for module, path in modules().items():
-        for node in ast.parse(path.read_text()).body:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 patched = [a.annotation for a in getattr(node, "args", ast.arguments([], [])).args[:1]
                            if any("patch" in ast.unparse(d) for d in node.decorator_list)]
@@ -266,14 +266,15 @@ def write_reference(book: Book) -> None:
     """A page that lists every exported name, and a page for the source of each module."""
     parts = ["# Every name", "> What each module exports, and where it is explained"]
     for module, path in modules().items():
-        title = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
+        title = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
         parts.append(f"## saerad.{module}\n\n{title} ([source]({source_page(module)}.md))")
         rows = [(key, key.split(":")[1], line) for key, (line, _) in book.said.items() if key.split(":")[0] == module]
         parts.append("\n".join(f"- [`{name}`]({book.names[key]}) {line}" if key in book.names else f"- `{name}` {line}" for key, name, line in rows))
         page = book.docs / f"{source_page(module)}.md"
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(f"# saerad/{module.replace('.', '/')}.py\n\n```python linenums=\"1\"\n{path.read_text()}```\n")
-    (book.docs / "names.md").write_text("\n\n".join(parts) + "\n")
+        code = path.read_text(encoding="utf-8")
+        page.write_text(f"# saerad/{module.replace('.', '/')}.py\n\n```python linenums=\"1\"\n{code}```\n", encoding="utf-8")
+    (book.docs / "names.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def navigation(book: Book) -> str:
@@ -297,13 +298,13 @@ def build(processed: Path, out: Path) -> Book:
         (book.docs / "assets").mkdir(parents=True)
         write_pages(processed, book)
         write_reference(book)
-        (book.docs / "assets" / "book.css").write_text(STYLE)
+        (book.docs / "assets" / "book.css").write_text(STYLE, encoding="utf-8")
         (Path(temp) / "zensical.toml").write_text(
             f'[project]\nsite_name = "saerad"\nsite_description = "{settings()["description"]}"\nuse_directory_urls = false\n'
             f'extra_css = ["assets/book.css"]\nnav = [\n  {navigation(book)}\n]\n\n[project.theme]\nfont = false\n'
             'features = ["content.code.copy", "navigation.footer", "navigation.top", "navigation.sections", "search.highlight", "toc.follow"]\n\n'
             '[[project.theme.palette]]\nscheme = "default"\ntoggle.icon = "lucide/sun"\ntoggle.name = "Dark"\n\n'
-            '[[project.theme.palette]]\nscheme = "slate"\ntoggle.icon = "lucide/moon"\ntoggle.name = "Light"\n')
+            '[[project.theme.palette]]\nscheme = "slate"\ntoggle.icon = "lucide/moon"\ntoggle.name = "Light"\n', encoding="utf-8")
         subprocess.run([BIN / "zensical", "build", "--clean"], cwd=temp, check=True)
         finish(Path(temp) / "site", book)
         shutil.rmtree(out, ignore_errors=True)
@@ -327,9 +328,9 @@ def finish(site: Path, book: Book) -> None:
 
 def from_disk(site: Path) -> None:
     """Let the search work in a folder opened from disk, where a page may neither fetch its index nor start a worker from a file."""
-    worker = json.dumps(next((site / "assets/javascripts/workers").glob("search.*.js")).read_text()).replace("</", "<\\/")
-    (site / "search.js").write_text(f"var __index = {(site / 'search.json').read_text()};\n")
-    (site / "assets" / "disk.js").write_text(DISK.replace("SOURCE", worker))
+    worker = json.dumps(next((site / "assets/javascripts/workers").glob("search.*.js")).read_text(encoding="utf-8")).replace("</", "<\\/")
+    (site / "search.js").write_text(f"var __index = {(site / 'search.json').read_text(encoding='utf-8')};\n", encoding="utf-8")
+    (site / "assets" / "disk.js").write_text(DISK.replace("SOURCE", worker), encoding="utf-8")
     for page in site.rglob("*.html"):
         up = "../" * (len(page.relative_to(site).parts) - 1)
         if not page.relative_to(site).parts[0] == "files":
@@ -381,7 +382,7 @@ def check(site: Path, book: Book | None = None) -> list[str]:
     pages = {}
     for path in sorted(site.rglob("*.html")):
         page = Links()
-        page.feed(path.read_text())
+        page.feed(path.read_text(encoding="utf-8"))
         pages[path.relative_to(site).as_posix()] = page
     problems = []
     for name, page in pages.items():

@@ -39,7 +39,7 @@ ACTIVE, STUDIES = 125, {"source": "phantom:0", "train_patients": 2, "validation_
 def make_up(folder: Path, n: int) -> None:
     """Tables of a run with `n` features, as large as a real one's: 250 contexts of 17 tokens each, views for every fifth feature."""
     draw = np.random.default_rng(0)
-    (folder / "config.yaml").write_text(yaml.safe_dump({"studies": STUDIES, "subject": {"model": "made-up"}}))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"studies": STUDIES, "subject": {"model": "made-up"}}), encoding="utf-8")
     shares = draw.dirichlet(np.full(len(TOKEN_SECTIONS), 0.3), n)
     features = pd.DataFrame({"feature": np.arange(n, dtype=np.int32), "level": np.sort(draw.integers(0, 5, n)).astype(np.int16),
                              "density": 10 ** draw.normal(-3, 0.7, n).clip(-6, 0),

@@ -143,7 +143,7 @@ def delphi(out, store, sae, studies):
         cache.save_splits(16, out)
     cached = time.perf_counter() - begin
     disk = sum(f.stat().st_size for f in out.rglob("*.safetensors"))
-    (out / "layer" / "config.json").write_text("{}")
+    (out / "layer" / "config.json").write_text("{}", encoding="utf-8")
     some = torch.linspace(0, sae.width - 1, min(CONSTRUCTED, sae.width)).long()
     class Plain:     # a tokenizer for the constructor: only its words are asked for
         def batch_decode(self, ids): return [str(WORDS[int(i)]) for i in torch.as_tensor(ids).flatten()]

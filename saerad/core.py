@@ -52,7 +52,7 @@ def write_beside(path: Path | str) -> Iterator[Path]:
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as sorted, indented JSON, whole or not at all."""
     with write_beside(path) as part:
-        part.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=_jsonable) + "\n")
+        part.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=_jsonable) + "\n", encoding="utf-8")
 
 def _jsonable(value: Any) -> Any:
     "A value that JSON has no type for, as one that it has."
@@ -64,7 +64,7 @@ def _jsonable(value: Any) -> Any:
 # %% ../nbs/core.ipynb #e5fdc2a8
 def read_json(path: Path | str) -> Any:
     """Read a JSON file; raises `UserError` when it is absent or is not JSON."""
-    try: return json.loads(Path(path).read_text())
+    try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as e: raise UserError(f"{path} is missing; run the stage that writes it first.") from e
     except json.JSONDecodeError as e: raise UserError(f"{path} is not JSON ({e}); delete it and run its stage again.") from e
 

@@ -12,7 +12,7 @@ TASKS = Path("/proc/self/task")
 
 def look() -> None:
     """Runs after everything that is registered later."""
-    late = [name for t in (TASKS.iterdir() if TASKS.exists() else ()) if "gloo" in (name := (t / "comm").read_text().strip())]
+    late = [name for t in (TASKS.iterdir() if TASKS.exists() else ()) if "gloo" in (name := (t / "comm").read_text(encoding="utf-8").strip())]
     if not late: return
     print("threads outlive their group:", *late, file=sys.stderr, flush=True)
     os._exit(3)

@@ -22,7 +22,7 @@ MODULES = {name_of(p): p for p in sorted(PACKAGE.rglob("*.py")) if not p.name.st
 def imports(name):
     """Modules of the package that a module imports, wherever in it."""
     here, found = ["saerad", *name.split(".")], set()
-    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import): found |= {a.name for a in node.names}
         if not isinstance(node, ast.ImportFrom): continue
         base = ".".join(here[:-node.level] + ([node.module] if node.module else [])) if node.level else node.module
@@ -32,7 +32,7 @@ def imports(name):
 
 def test_every_module_stands_in_a_room():
     assert {name.partition(".")[0] for name in MODULES} == set(ROOMS)
-    assert all(p.parent == PACKAGE or (p.parent / "__init__.py").read_text().startswith('"""') for p in MODULES.values())
+    assert all(p.parent == PACKAGE or (p.parent / "__init__.py").read_text(encoding="utf-8").startswith('"""') for p in MODULES.values())
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -60,7 +60,7 @@ def test_a_name_that_is_not_there_is_an_ordinary_error():
 
 def test_editors_see_what_is_there():
     """The imports for type checkers are those that are made."""
-    block = next(n for n in ast.parse((PACKAGE / "__init__.py").read_text()).body if isinstance(n, ast.If))
+    block = next(n for n in ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8")).body if isinstance(n, ast.If))
     shown = {a.name: n.module for n in block.body for a in n.names}
     assert shown == saerad._HOME
 

@@ -78,13 +78,13 @@ def test_where_quarto_is_installed_nbdev_asks_it_and_the_readme_stays_ours(tmp_p
     """Quarto itself is not here: a script stands in for it, so this says what is asked of it and not what it makes of that."""
     top = copied(tmp_path, ("index", "guides/start_student"))
     (top / "bin").mkdir()
-    (top / "bin/quarto").write_text(QUARTO)
+    (top / "bin/quarto").write_text(QUARTO, encoding="utf-8")
     (top / "bin/quarto").chmod(0o755)
     (top / "README.md").unlink()                    # as old as can be, so that nbdev writes one
     env = {**os.environ, "PYTHONPATH": str(top), "PATH": f"{top / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     subprocess.run([sys.executable, top / ".ci/notebooks.py", "site"], cwd=top, check=True, env=env)
-    assert (top / "README.md").read_text().startswith("<!-- generated from nbs/index.ipynb")
-    assert (top / "_site/index.html").read_text() == '<img src="figures/film.png">\n' and (top / "_site/figures/film.png").is_file()
+    assert (top / "README.md").read_text(encoding="utf-8").startswith("<!-- generated from nbs/index.ipynb")
+    assert (top / "_site/index.html").read_text(encoding="utf-8") == '<img src="figures/film.png">\n' and (top / "_site/figures/film.png").is_file()
     assert (top / "_proc/index.ipynb").is_file() and (top / "_proc/guides/start_student.ipynb").is_file()
 
 
@@ -104,8 +104,8 @@ def test_the_check_finds(what, site, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(site.folder / name, tmp_path / name)
     before = set(site.builder.check(tmp_path))
-    page = (tmp_path / "index.html").read_text()
-    (tmp_path / "index.html").write_text(page.replace("</article>", f"{markup}</article>", 1))
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    (tmp_path / "index.html").write_text(page.replace("</article>", f"{markup}</article>", 1), encoding="utf-8")
     [problem] = set(site.builder.check(tmp_path)) - before
     assert problem.startswith("index.html") and said in problem
 

@@ -82,7 +82,7 @@ def prompt_path(name: str, beside: Path) -> Path:
 
 def prompt_text(name: str, beside: Path = ASSETS) -> str:
     """A prompt by its name."""
-    return prompt_path(name, beside).read_text().strip()
+    return prompt_path(name, beside).read_text(encoding="utf-8").strip()
 
 # %% ../../nbs/interpretation/protocols.ipynb #1a9f3e98
 def fill_prompt(name: str, beside: Path, **values: object) -> str:

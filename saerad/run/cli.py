@@ -267,5 +267,5 @@ def explain_exception(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return f"{error.filename} cannot be written; choose another folder with --out.", 2
     log = Path(tempfile.gettempdir()) / "saerad-fault.txt"
-    log.write_text("".join(traceback.format_exception(error)))
+    log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     return f"a fault of ours: {type(error).__name__}: {error} (all of it is in {log})", 1

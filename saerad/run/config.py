@@ -114,7 +114,7 @@ def changed(config: Config, settings: Sequence[str]) -> Config:
 def load_config(path: Path | str, settings: Sequence[str] = ()) -> Config:
     """Read a YAML config and lay `KEY=VALUE` settings over it; raises `UserError` in one sentence."""
     path = Path(path)
-    try: values = yaml.safe_load(path.read_text())
+    try: values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e: raise UserError(f"{path} does not exist; the configs that come with saerad are in configs/.") from e
     except (IsADirectoryError, UnicodeDecodeError) as e: raise UserError(f"{path} is not a config; give a YAML file.") from e
     except yaml.YAMLError as e:

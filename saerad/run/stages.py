@@ -194,7 +194,7 @@ def remove_outputs(run: Run, stage: Stage) -> None:
 def locked(out: Path) -> Iterator[None]:
     """Hold the run's folder; raises `UserError` when another process does."""
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as f:
+    with open(out / ".lock", "w", encoding="utf-8") as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise UserError(f"another saerad process is writing {out}; wait for it, or choose another folder with --out.") from e
@@ -269,8 +269,8 @@ def peak_memory() -> float:
 def write_config(run: Run) -> None:
     """Write the config with all defaults filled in; leave the file alone when it says so already."""
     text = yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    if (run / "config.yaml").exists() and (run / "config.yaml").read_text() == text: return
-    with write_beside(run / "config.yaml") as part: part.write_text(text)
+    if (run / "config.yaml").exists() and (run / "config.yaml").read_text(encoding="utf-8") == text: return
+    with write_beside(run / "config.yaml") as part: part.write_text(text, encoding="utf-8")
 
 # %% ../../nbs/run/stages.ipynb #b82c6116
 def model_hash(config: Config) -> str:

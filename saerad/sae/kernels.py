@@ -35,7 +35,7 @@ def _compiler() -> str | None:
 # %% ../../nbs/sae/kernels.ipynb #b80e5873
 def _processor() -> str:
     "What the code is compiled for: a library built for another processor may not run on this one."
-    try: lines = Path("/proc/cpuinfo").read_text().splitlines()
+    try: lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError: return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
@@ -43,7 +43,7 @@ def _processor() -> str:
 def _build(compiler: str) -> Path | None:
     "Compile the library into the user's cache; None where that fails."
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), version, platform.machine(), _processor(), *FLAGS]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join([SOURCE.read_text(encoding="utf-8"), version, platform.machine(), _processor(), *FLAGS]).encode()).hexdigest()[:16]
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saerad"
     library, part = cache_home / f"kernels-{key}.so", cache_home / f".kernels-{key}.{os.getpid()}.part"
     if library.exists(): return library

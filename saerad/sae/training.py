@@ -494,10 +494,10 @@ ENGINES["native"] = NativeEngine
 
 # %% ../../nbs/sae/training.ipynb #153b9512
 def _open_log(path: Path, step: int) -> Any:
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    with write_beside(path) as part: part.write_text("".join(f"{line}\n" for line in kept))
-    return path.open("a", buffering=1)
+    with write_beside(path) as part: part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    return path.open("a", buffering=1, encoding="utf-8")
 
 # %% ../../nbs/sae/training.ipynb #9805e47a
 class Log:
@@ -533,7 +533,7 @@ def memory_needed(d: int, width: int, batch: int) -> int:
 def memory_free(device: torch.device) -> int:
     """Bytes that can still be had on a device; a very large number where that cannot be told."""
     if device.type == "cuda": return torch.cuda.mem_get_info(device)[0]
-    try: lines = Path("/proc/meminfo").read_text().splitlines()
+    try: lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError: return 2**63
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 2**63)
 

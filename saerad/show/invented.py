@@ -93,7 +93,7 @@ def _invent_sae(folder: Path, draw: np.random.Generator) -> None:
     steps = np.arange(0, 2000, 50)
     fvu = 0.1 + 0.9 * np.exp(-steps / 200) + draw.normal(0, 0.004, len(steps))
     log = [{"step": int(s), "fvu": float(f), "l0": 32.0, "dead": float(0.2 * np.exp(-s / 400))} for s, f in zip(steps, fvu, strict=True)]
-    with write_beside(folder / "sae/metrics.jsonl") as part: part.write_text("".join(json.dumps(line) + "\n" for line in log))
+    with write_beside(folder / "sae/metrics.jsonl") as part: part.write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
     write_json(folder / "sae/evaluation.json", {
         "fvu": 0.1, "l0": 31.0, "dead": 0.04, "loss_recovered": 0.97,
         "fvu_by_prefix": {"64": 0.4, "128": 0.3, "256": 0.2, "512": 0.15, "1024": 0.1},

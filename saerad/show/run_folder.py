@@ -48,13 +48,13 @@ class Run:
         """A JSON file, or a list of the lines of a JSONL file; None where no stage has written it."""
         if not self.has(name): return None
         if not name.endswith(".jsonl"): return read_json(self / name)
-        return [json.loads(line) for line in (self / name).read_text().splitlines() if line]
+        return [json.loads(line) for line in (self / name).read_text(encoding="utf-8").splitlines() if line]
 
     @property
     def settings(self) -> dict[str, Any]:
         """All settings as plain values; empty where there is neither a config nor a `config.yaml`."""
         if self.config is not None: return self.config.model_dump(mode="json")
-        return yaml.safe_load((self / "config.yaml").read_text()) or {} if self.has("config.yaml") else {}
+        return yaml.safe_load((self / "config.yaml").read_text(encoding="utf-8")) or {} if self.has("config.yaml") else {}
 
     def section(self, name: str, kind: type[S]) -> S:
         """One section of the settings, validated; keys that `kind` does not have belong to the run's own additions and are left out."""

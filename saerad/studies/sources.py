@@ -306,7 +306,7 @@ def _mimic_draft(report: Path, images: Mapping[str, tuple[int, str, str]], root:
     study, patient = report.stem, report.parent.name
     folder = root / "files" / patient[:3] / patient / study
     views = {view: View.from_file(folder / f"{image}.jpg") for view, (_, image, _) in images.items()}
-    return Draft(report.name, study, patient, read_report(report.read_text(errors="replace")), views,
+    return Draft(report.name, study, patient, read_report(report.read_text(errors="replace", encoding="utf-8")), views,
                   splits.get(patient[1:], ""), order.get(study[1:]), images["frontal"][2] if "frontal" in images else "")
 
 # %% ../../nbs/studies/sources.ipynb #91c7a72b

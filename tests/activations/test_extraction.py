@@ -189,7 +189,7 @@ def test_killed_and_gone_on(whole: Store, subject: Subject, source: Source, tmp_
     code = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path), threads=torch.get_num_threads())
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, "TQDM_DISABLE": "1"})
     record, until = tmp_path / "part-00000.json", time.monotonic() + 120
-    while not record.exists() or len(json.loads(record.read_text())["shards"]) < shards:
+    while not record.exists() or len(json.loads(record.read_text(encoding="utf-8"))["shards"]) < shards:
         assert process.poll() is None and time.monotonic() < until
         time.sleep(.002)
     process.send_signal(signal.SIGKILL)
@@ -429,7 +429,7 @@ def test_torchrun(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     extract(studies(40), tiny(), MANY, tmp_path / "single")
     torch.set_num_threads(threads)
-    (tmp_path / "rank.py").write_text(TORCHRUN.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "shared")))
+    (tmp_path / "rank.py").write_text(TORCHRUN.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "shared")), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "rank.py")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)

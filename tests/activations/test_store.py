@@ -74,7 +74,7 @@ def test_reads_what_was_written(whole: Path) -> None:
 
 def test_files_are_plain(whole: Path) -> None:
     """Anybody can read a store with safetensors and Parquet alone, as the format's page says."""
-    meta, (x, tokens) = json.loads((whole / "store.json").read_text()), expected()
+    meta, (x, tokens) = json.loads((whole / "store.json").read_text(encoding="utf-8")), expected()
     assert meta["format"] == 2 and meta["parts"] == [STUDIES]
     assert sorted(p.name for p in whole.iterdir()) == sorted(["store.json", "tokens.parquet", *(s["file"] for s in meta["shards"])])
     seen = []
@@ -249,16 +249,16 @@ def test_damage_while_unfinished(whole: Path, tmp_path: Path) -> None:
 
 def test_another_key_empties_the_folder(whole: Path, tmp_path: Path) -> None:
     write(tmp_path, key="other")
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     write(tmp_path)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"
     (tmp_path / "notes.txt").unlink()
     assert contents(tmp_path) == contents(whole)
 
 
 def test_record_that_is_no_json(whole: Path, tmp_path: Path) -> None:
     write(tmp_path, 15, finish=False)
-    (tmp_path / "part-00000.json").write_text("{")
+    (tmp_path / "part-00000.json").write_text("{", encoding="utf-8")
     write(tmp_path)
     assert contents(tmp_path) == contents(whole)
 

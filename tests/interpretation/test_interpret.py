@@ -813,21 +813,21 @@ def test_protocols_are_files_and_unknown_ones_are_named(tmp_path):
     assert protocol_names() == ["paper", "saerad"]
     with pytest.raises(UserError, match="interpretation.protocol is 'papr'; it must be one of paper, saerad"): read_protocol("papr")
     own = tmp_path / "mine.yaml"
-    own.write_text("explain_prompt: mine-1\ndetect_prompt: detect-paper-1\n")
+    own.write_text("explain_prompt: mine-1\ndetect_prompt: detect-paper-1\n", encoding="utf-8")
     with pytest.raises(UserError, match="mine-1"): read_protocol(str(own))
-    (tmp_path / "mine-1.txt").write_text("Explain.")
+    (tmp_path / "mine-1.txt").write_text("Explain.", encoding="utf-8")
     assert read_protocol(str(own)).active == 25
-    (tmp_path / "mine-1.txt").write_text("Explain as {json}.")
-    own.write_text("explain_prompt: mine-1\ndetect_prompt: detect-paper-1\nactive: 5\n")
+    (tmp_path / "mine-1.txt").write_text("Explain as {json}.", encoding="utf-8")
+    own.write_text("explain_prompt: mine-1\ndetect_prompt: detect-paper-1\nactive: 5\n", encoding="utf-8")
     with pytest.raises(UserError, match="mine-1.txt has braces around something other than scale"): read_protocol(str(own))
-    own.write_text("explain_promt: x\n")
+    own.write_text("explain_promt: x\n", encoding="utf-8")
     with pytest.raises(UserError, match="mine.yaml is not a protocol"): read_protocol(str(own))
 
 
 def test_a_protocol_of_ones_own_is_asked_with_its_own_prompts(few, tmp_path):
     own = tmp_path / "mine.yaml"
-    own.write_text("explain_prompt: mine-1\ndetect_prompt: detect-paper-1\nscore_active: 5\nscore_silent: 5\ncontrol: 5\n")
-    (tmp_path / "mine-1.txt").write_text("Explain on a scale to {scale}, as {{json}}.")
+    own.write_text("explain_prompt: mine-1\ndetect_prompt: detect-paper-1\nscore_active: 5\nscore_silent: 5\ncontrol: 5\n", encoding="utf-8")
+    (tmp_path / "mine-1.txt").write_text("Explain on a scale to {scale}, as {{json}}.", encoding="utf-8")
     with WordServer() as server: table = interpret(few, config(server, protocol=str(own)), 0, CLOSED, tmp_path / "out")
     asked = {b["messages"][0]["content"] for b in server.bodies if b["messages"][1]["content"].startswith("Active")}
     assert asked == {"Explain on a scale to 10, as {json}."} and set(table.protocol) == {"mine"}
@@ -977,7 +977,7 @@ def test_settings_can_be_checked_before_anything_exists(tmp_path, monkeypatch):
     check_settings(config())
     for changes, match in (({"budget": 1.0}, "price_in"), ({"protocol": "papr"}, "papr"), ({"descriptions": str(tmp_path / "no.csv")}, "no.csv")):
         with pytest.raises(UserError, match=match): check_settings(config(**changes))
-    (tmp_path / "odd.csv").write_text("feature,words\n1,x\n")
+    (tmp_path / "odd.csv").write_text("feature,words\n1,x\n", encoding="utf-8")
     with pytest.raises(UserError, match="no column for explanation"): check_settings(config(descriptions=str(tmp_path / "odd.csv")))
     with pytest.raises(UserError, match="OPENAI_API_KEY is not set"): key_of(config(base_url="https://api.example.org/v1"))
     assert key_of(config()) == "none"
@@ -1091,7 +1091,7 @@ def test_the_frame_follows_the_subjects_grid_through_the_stage(folder, tmp_path)
 
 def test_descriptions_of_others_are_examined(few, tmp_path):
     theirs = tmp_path / "released.csv"
-    theirs.write_text(f"latent_id,Interpretation\n{WORDS.index('effusion')},mentions of effusion\n{MIXED},mentions of the aorta\n")
+    theirs.write_text(f"latent_id,Interpretation\n{WORDS.index('effusion')},mentions of effusion\n{MIXED},mentions of the aorta\n", encoding="utf-8")
     cfg = InterpretationConfig(descriptions=str(theirs), description_columns={"explanation": "Interpretation"})
     table = interpret(few, cfg, 0, CLOSED, tmp_path / "out").set_index("feature")
     assert table.f1[WORDS.index("effusion")] > 0.95 and table.recall[MIXED] == 0
@@ -1101,16 +1101,16 @@ def test_descriptions_of_others_are_examined(few, tmp_path):
 def test_tables_that_are_none_are_named(tmp_path):
     with pytest.raises(UserError, match="x.docx is no table"): read_explanations(tmp_path / "x.docx")
     with pytest.raises(UserError, match="missing.csv does not exist"): read_explanations(tmp_path / "missing.csv")
-    (tmp_path / "a.csv").write_text("feature,words\n1,x\n")
+    (tmp_path / "a.csv").write_text("feature,words\n1,x\n", encoding="utf-8")
     with pytest.raises(UserError, match="no column for explanation .it has feature, words."): read_explanations(tmp_path / "a.csv")
-    (tmp_path / "b.csv").write_text("feature,label\nnone,x\n")
+    (tmp_path / "b.csv").write_text("feature,label\nnone,x\n", encoding="utf-8")
     with pytest.raises(UserError, match="feature 'none'; it must end in a number"): read_explanations(tmp_path / "b.csv")
 
 
 def test_comparison_feature_by_feature(tmp_path):
     ours = pd.DataFrame({"feature": [1, 2], "explanation": ["left effusion", "wires"], "f1": [0.9, 0.8]})
     rows = [{"feature": "layers.15/latent_1", "description": "effusion left", "f1": 0.7}, {"feature": "3", "description": "x", "f1": 0.1}]
-    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     both = compare_explanations(ours, read_explanations(tmp_path / "t.jsonl"))
     assert both.feature.tolist() == [1] and both.words_shared[0] == 1 and both.f1_theirs[0] == pytest.approx(0.7)
 

@@ -127,13 +127,13 @@ def test_a_corrupt_tarball(saerad, tmp_path):
 def table(folder, rows):
     """A CSV with one picture a row."""
     header = "study,patient,split,findings,frontal\n"
-    (folder / "studies.csv").write_text(header + "".join(",".join(row) + "\n" for row in rows))
+    (folder / "studies.csv").write_text(header + "".join(",".join(row) + "\n" for row in rows), encoding="utf-8")
     columns = "columns={study: study, patient: patient, split: split, findings: findings, image: frontal}"
     return [f"table:{folder / 'studies.csv'}", f"images={folder}", columns]
 
 
 def test_pictures_and_reports_that_are_none_are_named(saerad, tmp_path):
-    (tmp_path / "words.png").write_text("not a picture")
+    (tmp_path / "words.png").write_text("not a picture", encoding="utf-8")
     Image.new("L", (64, 64), 7).save(tmp_path / "constant.png")
     Image.linear_gradient("L").save(tmp_path / "good.png")
     rows = [("a", "p1", "train", "Clear lungs.", "good.png"), ("b", "p2", "train", "Clear.", "words.png"),
@@ -174,7 +174,7 @@ def test_a_full_disk_is_told_in_one_sentence(saerad, tmp_path, monkeypatch, numb
     monkeypatch.setitem(running.STAGES, "extract", replace(running.STAGES["extract"], do=full))
     code, _, err = saerad("extract", CONFIGS / "phantom.yaml", *SMALL, "--out", tmp_path / "run")
     assert code == 2 and is_one_sentence(err) and "full" in err
-    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text(encoding="utf-8"))
     assert manifest["stages"]["extract"]["finished"] is False
 
 
@@ -191,7 +191,7 @@ def test_a_fault_of_ours_is_exit_1_and_keeps_its_traceback(saerad, tmp_path, mon
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
     code, _, err = saerad("extract", CONFIGS / "phantom.yaml", *SMALL, "--out", tmp_path / "run")
     assert code == 1 and "by nought" in err and "Traceback" not in err
-    assert "Traceback" in (tmp_path / "saerad-fault.txt").read_text()
+    assert "Traceback" in (tmp_path / "saerad-fault.txt").read_text(encoding="utf-8")
 
 
 def test_wrong_usage_is_exit_2(saerad):

@@ -63,7 +63,7 @@ def done(config, tmp_path_factory):
 ])
 def test_bad_configs_are_named_in_one_sentence(tmp_path, text, words):
     path = tmp_path / "bad.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as told: load_config(path)
     assert all(word in str(told.value) for word in words)
     assert "\n" not in str(told.value)
@@ -75,7 +75,7 @@ def test_a_missing_config_is_named(tmp_path):
 
 def test_settings_lie_over_the_file(tmp_path):
     path = tmp_path / "night.yaml"
-    path.write_text("sae: {k: 8, expansion: 2}\nseed: 3")
+    path.write_text("sae: {k: 8, expansion: 2}\nseed: 3", encoding="utf-8")
     config = load_config(path, ["sae.k=16", "steering.alphas=[-5, 5]", "training.lr=1e-3"])
     assert (config.sae.k, config.sae.expansion, config.seed, config.training.lr) == (16, 2, 3, 1e-3)
     assert list(config.steering.alphas) == [-5, 5]
@@ -83,7 +83,7 @@ def test_settings_lie_over_the_file(tmp_path):
 
 
 def test_an_empty_file_is_a_config(tmp_path):
-    (tmp_path / "empty.yaml").write_text("")
+    (tmp_path / "empty.yaml").write_text("", encoding="utf-8")
     assert load_config(tmp_path / "empty.yaml").sae == Config().sae
 
 
@@ -177,12 +177,12 @@ def test_a_run_is_exported_for_delphi(done, tmp_path, capsys):
 
 def test_the_config_in_the_run_is_the_config(done, config):
     out, _ = done
-    again = validated(yaml.safe_load((out / "config.yaml").read_text()), "config.yaml")
+    again = validated(yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8")), "config.yaml")
     assert again == config
 
 
 def test_the_manifest_says_how_it_was_made(done, config):
-    stages = json.loads((done[0] / "manifest.json").read_text())["stages"]
+    stages = json.loads((done[0] / "manifest.json").read_text(encoding="utf-8"))["stages"]
     keys = plan(config, Run(done[0], config).source.hash(), running.model_hash(config))
     assert {name: entry["key"] for name, entry in stages.items()} == keys
     assert all(e["finished"] and e["seed"] == 0 and e["versions"]["torch"] and e["files"] for e in stages.values())
@@ -201,7 +201,7 @@ def test_what_is_finished_is_skipped(done, config):
 def test_a_lost_file_is_made_again(done, config):
     out, _ = done
     (out / "exemplars/features.parquet").unlink()
-    key = json.loads((out / "manifest.json").read_text())["stages"]["exemplars"]["key"]
+    key = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["stages"]["exemplars"]["key"]
     assert not is_finished(Run(out, config), running.STAGES["exemplars"], key)
     lines = []
     run_config(config, out, last="exemplars", say=lines.append)
@@ -217,8 +217,8 @@ def test_from_does_a_stage_and_all_later_ones_again(done, config):
 def test_editing_a_protocol_or_its_prompt_interprets_again(done, config, tmp_path):
     out, own, prompt = tmp_path / "run", tmp_path / "mine.yaml", tmp_path / "mine-1.txt"
     shutil.copytree(done[0], out)
-    prompt.write_text("Explain.")
-    def write(active): own.write_text(f"explain_prompt: mine-1\ndetect_prompt: detect-paper-1\nscore_active: {active}\n")
+    prompt.write_text("Explain.", encoding="utf-8")
+    def write(active): own.write_text(f"explain_prompt: mine-1\ndetect_prompt: detect-paper-1\nscore_active: {active}\n", encoding="utf-8")
     def again():
         lines = []
         run_config(changed(config, [f"interpretation.protocol={own}"]), out, last="interpret", say=lines.append)
@@ -228,7 +228,7 @@ def test_editing_a_protocol_or_its_prompt_interprets_again(done, config, tmp_pat
     assert again() == []
     write(20)
     assert again() == ["interpret"]
-    prompt.write_text("Explain briefly.")
+    prompt.write_text("Explain briefly.", encoding="utf-8")
     assert again() == ["interpret"]
     prompt.touch()
     assert again() == []
@@ -236,14 +236,14 @@ def test_editing_a_protocol_or_its_prompt_interprets_again(done, config, tmp_pat
 
 def test_editing_a_file_that_a_setting_names_changes_the_key(tmp_path):
     protocol, prompt, table = tmp_path / "mine.yaml", tmp_path / "mine-1.txt", tmp_path / "released.csv"
-    prompt.write_text("Explain.")
-    protocol.write_text("explain_prompt: mine-1\ndetect_prompt: detect-paper-1\n")
-    table.write_text("feature,label\n0,wires\n")
+    prompt.write_text("Explain.", encoding="utf-8")
+    protocol.write_text("explain_prompt: mine-1\ndetect_prompt: detect-paper-1\n", encoding="utf-8")
+    table.write_text("feature,label\n0,wires\n", encoding="utf-8")
     config = changed(Config(), [f"interpretation.protocol={protocol}", f"interpretation.descriptions={table}"])
     for path, more in ((protocol, "active: 5\n"), (prompt, " Briefly."), (table, "1,tubes\n")):
         before = plan(config, "studies", "model")
         assert plan(config, "studies", "model") == before
-        path.write_text(path.read_text() + more)
+        path.write_text(path.read_text(encoding="utf-8") + more, encoding="utf-8")
         after = plan(config, "studies", "model")
         assert [name for name in before if before[name] != after[name]] == ["interpret", "steer", "figures", "atlas"]
     table.unlink()
@@ -281,8 +281,8 @@ main(sys.argv[2:])
 
 def test_several_ranks_share_one_command(tmp_path):
     """`saerad train` on two ranks leaves the store of one process and its dictionary but for rounding; the command once more does nothing."""
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    (tmp_path / "command.py").write_text(COMMAND)
+    (tmp_path / "tiny.yaml").write_text(TINY, encoding="utf-8")
+    (tmp_path / "command.py").write_text(COMMAND, encoding="utf-8")
     command = [str(tmp_path / "command.py"), str(Path(__file__).parent), "train", str(tmp_path / "tiny.yaml"), "extraction.studies_per_part=8"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -316,7 +316,7 @@ def kill_when(path, arguments):
 
 @pytest.mark.timeout(900)
 def test_a_run_that_was_killed_twice_ends_with_the_same_bytes(done, config, tmp_path):
-    (tmp_path / "tiny.yaml").write_text(TINY)
+    (tmp_path / "tiny.yaml").write_text(TINY, encoding="utf-8")
     out = tmp_path / "run"
     for when in ("activations/shard-00001.safetensors", "sae/checkpoint/state.safetensors"):
         kill_when(out / when, ["run", str(tmp_path / "tiny.yaml"), "--out", str(out)])
@@ -328,11 +328,12 @@ def test_a_run_that_was_killed_twice_ends_with_the_same_bytes(done, config, tmp_
 def test_the_published_atlas_of_a_run_holds_none_of_its_texts(config, done, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(done[0], folder)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json") | {"out": str(folder)}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json") | {"out": str(folder)}), encoding="utf-8")
     def atlas(*flags):
         with pytest.raises(SystemExit) as ended: main(["atlas", str(tmp_path / "config.yaml"), *flags])
         assert ended.value.code == 0
-        return "".join(p.read_text() for p in (folder / "atlas").rglob("*.js")), (folder / "atlas/index.html").read_text()
+        scripts = "".join(p.read_text(encoding="utf-8") for p in (folder / "atlas").rglob("*.js"))
+        return scripts, (folder / "atlas/index.html").read_text(encoding="utf-8")
     whole, page = atlas()
     assert '"tokens":' in whole and NOTICES[True] not in page
     published, page = atlas("--publish")

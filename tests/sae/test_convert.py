@@ -108,10 +108,10 @@ def test_files_beside_that_say_selection_are_still_read(sae, tmp_path, kind, wor
     sae.kind = kind
     sae.save(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "out", "sae_lens", force=True)
-    cfg = json.loads((tmp_path / "out/saerad.json").read_text())
+    cfg = json.loads((tmp_path / "out/saerad.json").read_text(encoding="utf-8"))
     assert cfg["rule"] == kind and "selection" not in cfg
     before = {k: v for k, v in cfg.items() if k not in ("rule", "kind_options")} | {"selection": word}
-    (tmp_path / "out/saerad.json").write_text(json.dumps(before))
+    (tmp_path / "out/saerad.json").write_text(json.dumps(before), encoding="utf-8")
     convert(tmp_path / "out", tmp_path / "back", "saerad")
     for name in ("sae.safetensors", "config.json"):
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "back" / name).read_bytes(), name
@@ -154,7 +154,7 @@ def test_sparsify_layout_by_its_own_formula(x, tmp_path):
     sae.scale.fill_(3.1)
     sae.save(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "sp", "sparsify")
-    t, cfg = st.load_file(tmp_path / "sp/sae.safetensors"), json.loads((tmp_path / "sp/cfg.json").read_text())
+    t, cfg = st.load_file(tmp_path / "sp/sae.safetensors"), json.loads((tmp_path / "sp/cfg.json").read_text(encoding="utf-8"))
     pre = torch.nn.functional.linear(x - t["b_dec"], t["encoder.weight"], t["encoder.bias"]).relu()
     top = pre.topk(cfg["k"], dim=1)
     rebuilt = torch.zeros_like(pre).scatter(1, top.indices, top.values) @ t["W_dec"] + t["b_dec"]
@@ -168,11 +168,11 @@ def test_a_sae_lens_training_checkpoint_has_cumulative_widths(sae, x, tmp_path):
     state = {n: t[n] for n in ("W_enc", "b_enc", "W_dec", "b_dec")} | {"topk_threshold": t["threshold"].double()}
     st.save_file(state, tmp_path / "sae_weights.safetensors")
     cfg = {"architecture": "matryoshka_batchtopk", "d_in": 16, "d_sae": 64, "k": 8.0, "matryoshka_widths": [4, 8, 16, 32, 64]}
-    (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg), encoding="utf-8")
     found = read_sae(tmp_path)
     assert found.group_sizes == (4, 4, 8, 16, 32) and found.k == 8
     assert torch.allclose(found.sae()(x), sae(x), atol=1e-4)
-    (tmp_path / "cfg.json").write_text(json.dumps(cfg | {"architecture": "gated"}))
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg | {"architecture": "gated"}), encoding="utf-8")
     with pytest.raises(UserError, match="gated"): read_sae(tmp_path)
 
 
@@ -189,12 +189,12 @@ def test_dictionary_learning_layout_by_its_own_formula(sae, x, tmp_path):
 def test_sae_lens_layout_by_its_own_formula(sae, x, tmp_path):
     sae.save(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "sl", "sae_lens")
-    cfg, state = json.loads((tmp_path / "sl/cfg.json").read_text()), st.load_file(tmp_path / "sl/sae_weights.safetensors")
+    cfg, state = json.loads((tmp_path / "sl/cfg.json").read_text(encoding="utf-8")), st.load_file(tmp_path / "sl/sae_weights.safetensors")
     assert cfg["architecture"] == "jumprelu" and cfg["apply_b_dec_to_input"] and state["threshold"].shape == (64,)
     pre = (x - state["b_dec"]) @ state["W_enc"] + state["b_enc"]
     assert torch.allclose((pre.relu() * (pre > state["threshold"])) @ state["W_dec"] + state["b_dec"], sae(x), atol=1e-4)
     del cfg["metadata"]                         # as SAELens itself would write it
-    (tmp_path / "sl/cfg.json").write_text(json.dumps(cfg | {"apply_b_dec_to_input": False}))
+    (tmp_path / "sl/cfg.json").write_text(json.dumps(cfg | {"apply_b_dec_to_input": False}), encoding="utf-8")
     st.save_file(state | {"b_enc": state["b_enc"] - state["b_dec"] @ state["W_enc"]}, tmp_path / "sl/sae_weights.safetensors")
     found = read_sae(tmp_path / "sl")
     assert found.k is None and found.group_sizes == (64,)
@@ -235,7 +235,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
 
 def test_unknown_checkpoints_say_what_was_found(tmp_path):
     with pytest.raises(UserError, match="does not exist"): doctor(tmp_path / "nothing")
-    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
     with pytest.raises(UserError, match="found notes.txt"): doctor(tmp_path)
     torch.save({"encoder": torch.zeros(1)}, tmp_path / "ae.pt")
     with pytest.raises(UserError, match="no W_enc among encoder"): doctor(tmp_path)

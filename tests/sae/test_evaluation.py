@@ -287,7 +287,7 @@ def test_a_model_that_writes_the_truth_scores_one(world):
 def test_evaluate_writes_what_a_summary_needs(world, tmp_path):
     cfg = EvaluationConfig(rows=500, loss_studies=2, report_studies=2, max_new_tokens=4, min_positives=(3, 2))
     found = evaluate(world.store, world.sae, world.subject, world.source, cfg, tmp_path)
-    assert json.loads((tmp_path / "evaluation.json").read_text()).keys() == found.keys()
+    assert json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8")).keys() == found.keys()
     for key in ("fvu", "l0", "dead", "loss_recovered", "loss_clean", "loss_zero", "loss_spliced", "perplexity", "concepts", "concepts_recovered",
                 "report_finding_f1"): assert np.isfinite(found[key]), key
     table = read_table(tmp_path / "concepts.parquet")

@@ -86,7 +86,7 @@ def test_l0_ends_near_its_target_and_everything_comes_back_from_disk(shape, tmp_
     assert sae.log_threshold.std() > 0.01                                     # each has learnt its own
     assert torch.equal(z > 0, sae.preactivations(x / sae.scale) > sae.log_threshold.exp())
     assert torch.allclose(torch.cat([sae.encode(row[None]) for row in x[:20]]), z[:20], atol=1e-5)
-    again, config = MatryoshkaSAE.load(tmp_path), json.loads((tmp_path / "config.json").read_text())
+    again, config = MatryoshkaSAE.load(tmp_path), json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert torch.allclose(again.encode(x), z, atol=1e-5)
     assert again.kind_name == config["kind"] == ("matryoshka_" if len(sae.group_sizes) > 1 else "") + "jumprelu"
     st.save_file({n: t for n, t in sae.tensors().items() if n != "log_threshold"}, tmp_path / "sae.safetensors")
@@ -131,9 +131,9 @@ def test_wrong_kinds_and_options_name_themselves(settings, word):
 def test_files_from_before_there_were_kinds_still_load(sae, x, tmp_path, word, kind):
     sae.kind = kind
     sae.save(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert "selection" not in config and "kind_options" not in config
-    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "kind"} | {"selection": word}))
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "kind"} | {"selection": word}), encoding="utf-8")
     again = MatryoshkaSAE.load(tmp_path)
     assert again.kind == kind and torch.equal(again.encode(x), sae.encode(x))
 
@@ -182,7 +182,7 @@ steering: {features: [0], method: clamp, alphas: [-10, 10], studies: 1, controls
 
 def test_a_whole_run_with_thresholds_of_features(tmp_path, capsys):
     """Every stage from extract to atlas, and the commands that take what they leave."""
-    (tmp_path / "tiny.yaml").write_text(TINY)
+    (tmp_path / "tiny.yaml").write_text(TINY, encoding="utf-8")
     run, sae = tmp_path / "run", str(tmp_path / "run/sae")
     for arguments in (["run", str(tmp_path / "tiny.yaml"), "--out", str(run)], ["doctor", sae, "--store", str(run / "activations")],
                       ["convert", sae, str(tmp_path / "lens"), "--to", "sae_lens"], ["doctor", str(tmp_path / "lens")],
@@ -192,4 +192,4 @@ def test_a_whole_run_with_thresholds_of_features(tmp_path, capsys):
         assert ended.value.code == 0, (arguments, shown.err)
         if arguments[0] == "doctor": assert "jumprelu" in shown.out and "one per feature, median" in shown.out
     assert MatryoshkaSAE.load(sae).kind == "jumprelu" and (run / "atlas/index.html").exists() and (run / "report.html").exists()
-    assert json.loads((run / "sae/evaluation.json").read_text())["l0"] == pytest.approx(8, abs=2)
+    assert json.loads((run / "sae/evaluation.json").read_text(encoding="utf-8"))["l0"] == pytest.approx(8, abs=2)

@@ -140,6 +140,6 @@ def test_other_damage_is_named(sae, tmp_path):
     (tmp_path / "sae.safetensors").unlink()
     with pytest.raises(UserError, match="missing"): MatryoshkaSAE.load(tmp_path)
     sae.save(tmp_path)
-    cfg = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in cfg.items() if k != "group_sizes"}))
+    cfg = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in cfg.items() if k != "group_sizes"}), encoding="utf-8")
     with pytest.raises(UserError, match="group_sizes"): MatryoshkaSAE.load(tmp_path)

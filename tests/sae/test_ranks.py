@@ -51,7 +51,7 @@ for shard in (False, True):
 def launch(size: int, out: Path, stop: int = 10**6, kind: str = "batch_topk") -> None:
     script = out / "run.py"
     out.mkdir(exist_ok=True)
-    script.write_text(RUN.format(here=str(Path(__file__).parent)))
+    script.write_text(RUN.format(here=str(Path(__file__).parent)), encoding="utf-8")
     env = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), str(script),
                str(out), str(stop), kind]
@@ -65,15 +65,15 @@ def test_several_processes_train_what_one_trains(size, tmp_path):
     if size == 2: launch(size, tmp_path, stop=13)               # killed between two checkpoints, then taken up again
     launch(size, tmp_path)
     expected = st.load_file(tmp_path / "one/sae.safetensors")
-    log = [json.loads(line) for line in (tmp_path / "one/metrics.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (tmp_path / "one/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert max(m["aux"] for m in log) > 0 and max(m["dead"] for m in log) > 0
     for way in ("batch", "shard"):
         found = st.load_file(tmp_path / way / "sae.safetensors")
         for name, t in expected.items(): assert torch.allclose(found[name], t, atol=2e-4), (way, name)
-        ours = [json.loads(line) for line in (tmp_path / way / "metrics.jsonl").read_text().splitlines()]
+        ours = [json.loads(line) for line in (tmp_path / way / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         assert len(ours) == len(log)
         for a, b in zip(ours, log, strict=True): assert a == pytest.approx(b, rel=1e-3, abs=1e-4), way
-        config = json.loads((tmp_path / way / "config.json").read_text())
+        config = json.loads((tmp_path / way / "config.json").read_text(encoding="utf-8"))
         assert config["group_sizes"] == [12, 12, 24] and config["k"] == 2
     assert len(list((tmp_path / "shard/checkpoint").iterdir())) == size
 
@@ -88,7 +88,7 @@ def test_other_kinds_are_shared_out_and_put_together(kind, tmp_path):
         found = st.load_file(tmp_path / way / "sae.safetensors")
         assert found.keys() == expected.keys() and (kind == "topk" or found["log_threshold"].std() > 0)
         for name, t in expected.items(): assert torch.allclose(found[name], t, atol=1e-3), (way, name)
-        l0[way] = [json.loads(line)["l0"] for line in (tmp_path / way / "metrics.jsonl").read_text().splitlines()]
+        l0[way] = [json.loads(line)["l0"] for line in (tmp_path / way / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert l0["batch"] == pytest.approx(l0["one"], rel=0.02) == l0["shard"] and (kind == "jumprelu" or max(l0["shard"]) <= 2)
 
 

@@ -40,7 +40,7 @@ def test_a_sweep_over_layers_and_seeds(tmp_path):
     train_sae(run.store, alone.sae, alone.training, 0, tmp_path / "alone")
     there = tmp_path / "sweep/k=16,seed=0,layer=4"
     assert (there / "sae.safetensors").read_bytes() == (tmp_path / "alone/sae.safetensors").read_bytes()
-    assert MatryoshkaSAE.load(there).k == 16 and json.loads((there / "config.json").read_text())["k"] == 16
+    assert MatryoshkaSAE.load(there).k == 16 and json.loads((there / "config.json").read_text(encoding="utf-8"))["k"] == 16
 
 
 def test_keys_that_cannot_vary_are_named(tmp_path):

@@ -356,7 +356,7 @@ def test_tensorboard_gets_every_metric_where_it_is_installed(tmp_path):
     board.Reload()
     assert sorted(board.Tags()["scalars"]) == ["fvu", "l0"]
     assert [(e.step, round(e.value, 4)) for e in board.Scalars("fvu")] == [(1, 1.0), (2, 0.5), (3, 0.3333), (4, 0.25)]
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [m["step"] for m in lines] == [1, 2, 3, 4]
 
 
@@ -452,7 +452,7 @@ def test_killed_and_resumed_ends_with_the_same_bytes(tmp_path):
     process = subprocess.Popen(command, env=env)
     log, deadline = tmp_path / "killed/metrics.jsonl", time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
-        if log.exists() and log.read_text().count("\n") > 14: break          # about a third of the way
+        if log.exists() and log.read_text(encoding="utf-8").count("\n") > 14: break          # about a third of the way
         time.sleep(0.005)
     assert process.poll() is None, "the run ended before it could be killed"
     process.send_signal(signal.SIGKILL)
@@ -489,5 +489,5 @@ def test_a_checkpoint_of_another_run_is_not_resumed(tmp_path):
     assert not torch.equal(first.W_dec, other.W_dec)
     again = train_sae(Vectors(), SAEConfig(k=3), short, 0, tmp_path)
     assert torch.equal(first.W_dec, again.W_dec)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [m["step"] for m in lines] == [7, 14, 21, 28, 35, 40]

@@ -42,7 +42,7 @@ NASTY = '<script>document.title = "broken"</script>'
 def with_views(folder):
     "An invented run on a small phantom, with views for every third feature and hostile markup in texts and explanations."
     studies = {"source": "phantom:0", "train_patients": 3, "validation_patients": 1, "test_patients": 2}
-    (folder / "config.yaml").write_text(yaml.safe_dump({"studies": studies, "subject": {"model": "mini"}}))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"studies": studies, "subject": {"model": "mini"}}), encoding="utf-8")
     ids = [s.study for s in open_source(StudiesConfig(**studies))]
     rows = read_table(folder / "exemplars/exemplars.parquet").to_pylist()
     for row in rows: row["tokens"][4] = NASTY
@@ -79,12 +79,12 @@ def copy(built, tmp_path):
 
 def data(path):
     "The arguments of the call in a data script."
-    call = re.fullmatch(r"saerad\.\w+\((.*)\);\n", path.read_text(), re.DOTALL)[1]
+    call = re.fullmatch(r"saerad\.\w+\((.*)\);\n", path.read_text(encoding="utf-8"), re.DOTALL)[1]
     return json.loads(f"[{call}]")
 
 
 def everything(folder):
-    return "\n".join(p.read_text() for p in sorted(folder.rglob("*")) if p.suffix in (".html", ".js"))
+    return "\n".join(p.read_text(encoding="utf-8") for p in sorted(folder.rglob("*")) if p.suffix in (".html", ".js"))
 
 
 # ---- pieces ---------------------------------------------------------------------------------------------------------
@@ -204,15 +204,15 @@ def test_numbers_of_contexts_and_pairs_are_settings(copy):
 
 def test_no_text_can_become_markup(built):
     run, _ = built
-    assert "<script>document" not in everything(run / "atlas") and "<script>document" not in (run / "report.html").read_text()
-    assert "\\u003cscript>document" in everything(run / "atlas") and "&lt;script&gt;document" in (run / "report.html").read_text()
+    assert "<script>document" not in everything(run / "atlas") and "<script>document" not in (run / "report.html").read_text(encoding="utf-8")
+    assert "\\u003cscript>document" in everything(run / "atlas") and "&lt;script&gt;document" in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_published_edition_holds_no_text_no_image_and_no_study(copy):
     exemplars = read_table(copy / "exemplars/exemplars.parquet").to_pylist()
     assert "There is" in everything(copy / "atlas") and exemplars[0]["study"] in everything(copy / "atlas")
     index = build_atlas(copy, AtlasConfig(publish=True))
-    shown = everything(index.parent) + (copy / "report.html").read_text()
+    shown = everything(index.parent) + (copy / "report.html").read_text(encoding="utf-8")
     studies = {f"study {e['study']}" for e in exemplars}
     for secret in ("There is", "\"tokens\":[", "data:image/png", "data:image/webp", *studies): assert secret not in shown, secret
     assert not (copy / "atlas/views").exists() and NOTICES[True] in shown and "drawn into it" not in shown
@@ -222,7 +222,7 @@ def test_a_published_edition_holds_no_text_no_image_and_no_study(copy):
 
 def test_publishing_over_a_private_atlas_leaves_none_of_it(copy):
     assert list((copy / "atlas/views").glob("*.webp"))
-    (copy / "atlas/data/features-9999.js").write_text("There is a small effusion")
+    (copy / "atlas/data/features-9999.js").write_text("There is a small effusion", encoding="utf-8")
     write_atlas(copy, AtlasConfig(publish=True))
     assert "There is" not in everything(copy / "atlas") and not (copy / "atlas/views").exists()
 
@@ -241,10 +241,10 @@ def test_an_unfinished_run(copy):
     shutil.rmtree(copy / "figures")
     (copy / "config.yaml").unlink()
     (copy / "summary.json").unlink()
-    page = (build_atlas(copy).parent.parent / "report.html").read_text()
+    page = (build_atlas(copy).parent.parent / "report.html").read_text(encoding="utf-8")
     assert "No feature has been explained" in page and "No stage has left a number" in page and "No figures" in page
     assert feature_table(Run(copy)).f1.isna().all()
-    index = (copy / "atlas/index.html").read_text()
+    index = (copy / "atlas/index.html").read_text(encoding="utf-8")
     assert "Not in this run yet: 2" in index and "saerad interpret" in index and "saerad steer" in index and "saerad exemplars" not in index
     shutil.rmtree(copy / "exemplars")
     with pytest.raises(UserError, match="saerad train"): write_atlas(copy)
@@ -258,12 +258,12 @@ def test_an_sae_that_nobody_has_looked_at_gives_its_features(tmp_path):
     table = feature_table(Run(tmp_path))
     assert table.level.tolist() == [0, 0, 1, 1, 1] and set(table.status) == {"not looked at"}
     index = write_atlas(tmp_path)
-    assert "Not in this run yet: 4" in index.read_text()
-    assert "Nobody has looked yet" in (index.parent / "data/features-0000.js").read_text()
+    assert "Not in this run yet: 4" in index.read_text(encoding="utf-8")
+    assert "Nobody has looked yet" in (index.parent / "data/features-0000.js").read_text(encoding="utf-8")
 
 
 def test_a_source_that_is_gone_leaves_out_the_views(copy):
-    (copy / "config.yaml").write_text(yaml.safe_dump({"studies": {"source": "mimic-cxr:/no/such/folder"}}))
+    (copy / "config.yaml").write_text(yaml.safe_dump({"studies": {"source": "mimic-cxr:/no/such/folder"}}), encoding="utf-8")
     write_atlas(copy)
     assert not (copy / "atlas/views").exists() and '"views":[{' not in everything(copy / "atlas/data")
 
@@ -282,7 +282,7 @@ def test_pairs_follow_the_row_that_a_judgement_names(copy):
 
 def test_the_report_is_one_file_with_its_figures(built):
     run, best = built
-    page = (run / "report.html").read_text()
+    page = (run / "report.html").read_text(encoding="utf-8")
     assert page.count("<figure>") == 3 and page.count("data:image/svg+xml;base64,") == 3
     assert f"Feature {best}:" in page and "<li>training</li>" in page and "data:image/webp;base64," in page
     assert not re.search(r'(src|href)="(?!data:|atlas/index\.html")', page), "nothing is fetched from anywhere"
@@ -299,9 +299,10 @@ def test_the_steered_example_prefers_what_changed_on_target(built):
 
 def test_every_library_is_in_the_folder_with_its_licence(built):
     vendor = built[0] / "atlas/vendor"
-    assert "tabulator-tables" in (vendor / "LICENSES.txt").read_text() and "@observablehq/plot" in (vendor / "LICENSES.txt").read_text()
+    licences = (vendor / "LICENSES.txt").read_text(encoding="utf-8")
+    assert "tabulator-tables" in licences and "@observablehq/plot" in licences
     assert sum(f.stat().st_size for f in vendor.iterdir()) < 600_000
-    page = (vendor.parent / "index.html").read_text()
+    page = (vendor.parent / "index.html").read_text(encoding="utf-8")
     assert not re.search(r'(src|href)="(https?:)?//',
                          page) and all((vendor.parent / link).exists() for link in re.findall(r'(?:src|href)="([^"#]+)"', page))
 

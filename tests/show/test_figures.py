@@ -54,7 +54,7 @@ def test_every_figure_is_written_three_times(run):
     assert set(drawn.written) == set(PLOTS) - {"film"} and drawn.skipped == {"film": "config.yaml is not there"}
     for name in drawn.written:
         svg, png, numbers = (run / "figures" / f"{name}{ending}" for ending in (".svg", ".png", ".csv"))
-        assert svg.read_text().startswith("<?xml") and len(pd.read_csv(numbers)) > 0
+        assert svg.read_text(encoding="utf-8").startswith("<?xml") and len(pd.read_csv(numbers)) > 0
         assert Image.open(png).width == pytest.approx(60 * (7 if PLOTS[name].wide else 3.5), abs=1)
 
 
@@ -171,20 +171,20 @@ def test_csv_is_what_was_drawn(run):
 
 def test_a_film_is_drawn_for_the_phantom_and_never_for_another_source(tmp_path):
     studies = {"source": "phantom:0", "train_patients": 2, "validation_patients": 1, "test_patients": 3}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"studies": studies}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"studies": studies}), encoding="utf-8")
     numbers = collect_film(Run(tmp_path))
     assert np.ptp(np.array(numbers.attrs["image"])) > 50 and (numbers.right > numbers.left).all() and numbers.study.nunique() == 1
     assert not isinstance(draw_plot("film", tmp_path), str)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"studies": studies | {"source": "mimic-cxr:/data"}}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"studies": studies | {"source": "mimic-cxr:/data"}}), encoding="utf-8")
     assert draw_plot("film", tmp_path) == "there are no numbers to draw"
 
 
 def test_lines_of_a_log_and_absent_files(tmp_path):
     tables = Run(tmp_path)
     assert tables.table("a.parquet") is None and tables.json("a.json") is None and tables.settings == {}
-    (tmp_path / "log.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
+    (tmp_path / "log.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n', encoding="utf-8")
     assert tables.json("log.jsonl") == [{"a": 1}, {"a": 2}]
-    assert json.loads((invent_run(tmp_path) / "summary.json").read_text())["sae"]["k"] == 32 and Path(tmp_path).exists()
+    assert json.loads((invent_run(tmp_path) / "summary.json").read_text(encoding="utf-8"))["sae"]["k"] == 32 and Path(tmp_path).exists()
 
 
 def test_each_figure_is_a_function_of_a_run_that_returns_its_axes(run, tmp_path):

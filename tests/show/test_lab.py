@@ -56,7 +56,7 @@ def test_a_comparison_shows_what_differs(run, tmp_path):
 
 
 def test_a_study_shows_its_views_and_texts_escaped(tmp_path):
-    (tmp_path / "broken.png").write_text("no picture")
+    (tmp_path / "broken.png").write_text("no picture", encoding="utf-8")
     study = Study("s<1>", "p1", "train", {"findings": "<script>x</script> clear"}, {"frontal": View.from_file(tmp_path / "broken.png")})
     shown = study._repr_html_()
     assert "&lt;script&gt;" in shown and "<script>" not in shown and "s&lt;1&gt;" in shown and "unreadable" in shown and "truth" not in shown

@@ -56,7 +56,7 @@ def test_controls_carry_another_explanation_and_nothing_else_does(run):
 
 
 def test_the_page_hides_numbers_studies_scores_and_the_key(run, pack):
-    page, key = pack.read_text(), read_json(pack.with_name("key.json"))
+    page, key = pack.read_text(encoding="utf-8"), read_json(pack.with_name("key.json"))
     body = page.split("<main>")[1].split("</main>")[0]
     assert body.count('<section class="item"') == 8 == len(key["items"])
     studies = {e["study"] for e in read_table(run / "exemplars/exemplars.parquet").to_pylist()}
@@ -67,7 +67,7 @@ def test_the_page_hides_numbers_studies_scores_and_the_key(run, pack):
 
 
 def test_a_published_run_gives_no_pack(run, tmp_path):
-    (run / "config.yaml").write_text(yaml.safe_dump({"atlas": {"publish": True}}))
+    (run / "config.yaml").write_text(yaml.safe_dump({"atlas": {"publish": True}}), encoding="utf-8")
     try:
         with pytest.raises(UserError, match="publish"): review_pack(run, tmp_path / "pack")
     finally: (run / "config.yaml").unlink()
@@ -131,7 +131,7 @@ def test_files_that_cannot_be_scored_are_named(pack, tmp_path, wrong, message):
 def test_the_key_is_needed_and_a_reader_counts_once(pack, tmp_path):
     file = answers(pack, "MN", lambda k: 1)
     with pytest.raises(UserError, match="both of the reader"): review_score([file, file])
-    (tmp_path / "alone.json").write_text(file.read_text())
+    (tmp_path / "alone.json").write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.raises(UserError, match="--key"): review_score(tmp_path / "alone.json")
     assert review_score(tmp_path / "alone.json", pack.with_name("key.json"))["readers"]["MN"]["rated"] == 8
 
@@ -156,7 +156,7 @@ def test_a_reader_rates_leaves_comes_back_and_exports(pack, browser, tmp_path):
     assert page.input_value("#item-1 [name=comment]") == "<b>wide</b>" and page.is_visible("#item-1 .said") and page.input_value("#reader") == "AB"
     with page.expect_download() as download: page.click("#export")
     download.value.save_as(tmp_path / "AB.json")
-    exported = json.loads((tmp_path / "AB.json").read_text())
+    exported = json.loads((tmp_path / "AB.json").read_text(encoding="utf-8"))
     assert exported["items"]["1"] | {"at": 0} == {"guess": "an effusion, I think", "coherence": 2, "revealed": True, "fits": 1,
                                               "confusions": ["too_wide"], "comment": "<b>wide</b>", "at": 0}
     assert review_score(tmp_path / "AB.json", pack.with_name("key.json"))["readers"]["AB"]["rated"] == 2
@@ -165,7 +165,7 @@ def test_a_reader_rates_leaves_comes_back_and_exports(pack, browser, tmp_path):
     assert "0 of 8" in page.inner_text("#done")
     page.set_input_files("#import", tmp_path / "AB.json")
     page.wait_for_function("document.getElementById('done').textContent.startsWith('2')")
-    (tmp_path / "other.json").write_text('{"pack": "another"}')
+    (tmp_path / "other.json").write_text('{"pack": "another"}', encoding="utf-8")
     page.set_input_files("#import", tmp_path / "other.json")
     page.wait_for_selector("#trouble:not([hidden])")
     assert "another pack" in page.inner_text("#trouble") and "2 of 8" in page.inner_text("#done")

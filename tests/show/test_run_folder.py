@@ -17,7 +17,7 @@ SMALL = {"source": "phantom:0", "train_patients": 3, "validation_patients": 1, "
 def configured(folder, **sections):
     "A folder with nothing but a `config.yaml`."
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(sections))
+    (folder / "config.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
     return Run(folder)
 
 
@@ -34,12 +34,12 @@ def test_tables_come_whole_or_by_column_and_logs_as_lines(tmp_path):
     assert list(run.table("exemplars/features.parquet", ["feature", "level"])) == ["feature", "level"]
     log = run.json("sae/metrics.jsonl")
     assert [line["step"] for line in log] == list(range(0, 2000, 50)) and run.json("summary.json")["sae"]["k"] == 32
-    (tmp_path / "log.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
+    (tmp_path / "log.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n', encoding="utf-8")
     assert run.json("log.jsonl") == [{"a": 1}, {"a": 2}] and run / "log.jsonl" == tmp_path / "log.jsonl"
 
 
 def test_a_damaged_table_is_an_error_that_names_it(tmp_path):
-    (tmp_path / "broken.parquet").write_text("no table")
+    (tmp_path / "broken.parquet").write_text("no table", encoding="utf-8")
     with pytest.raises(UserError, match="broken.parquet"): Run(tmp_path).table("broken.parquet")
 
 
@@ -48,7 +48,7 @@ def test_settings_come_from_the_config_in_hand_or_else_from_the_file(tmp_path):
     assert read.settings == {"studies": SMALL, "seed": 3}
     given = Run(tmp_path, Config(seed=7))
     assert given.settings["seed"] == 7 and given.settings["sae"] == Config().sae.model_dump(mode="json")
-    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / "config.yaml").write_text("", encoding="utf-8")
     assert Run(tmp_path).settings == {}
 
 

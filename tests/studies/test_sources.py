@@ -35,7 +35,7 @@ def film(path, seed=0, size=24, mode="L"):
 
 def table(folder, rows, name="t.csv"):
     path = folder / name
-    with open(path, "w", newline="") as f:
+    with open(path, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, fieldnames=list(dict.fromkeys(k for row in rows for k in row)), restval="")
         writer.writeheader()
         writer.writerows(rows)
@@ -65,7 +65,7 @@ def test_sixteen_bits_are_stretched_and_not_clipped(tmp_path):
 @pytest.mark.parametrize(
     "make, kind",
     [
-        (lambda p: p.write_text("<html>404</html>"), "not an image"),
+        (lambda p: p.write_text("<html>404</html>", encoding="utf-8"), "not an image"),
         (lambda p: p.write_bytes(b""), "not an image"),
         (lambda p: Image.fromarray(np.full((9, 9), 7, np.uint8)).save(p, "PNG"), "constant image"),
         (lambda p: None, "missing image"),
@@ -164,10 +164,10 @@ def test_parquet_gzip_and_tsv_read_like_csv(tmp_path):
     rows = rows_of(*"abcdef")
     plain = open_table(table(tmp_path, rows)).hash()
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
-    text = (tmp_path / "t.csv").read_text()
+    text = (tmp_path / "t.csv").read_text(encoding="utf-8")
     with gzip.open(tmp_path / "t.csv.gz", "wt", newline="") as f:
         f.write(text)
-    (tmp_path / "t.tsv").write_text(text.replace(",", "\t"))
+    (tmp_path / "t.tsv").write_text(text.replace(",", "\t"), encoding="utf-8")
     assert {open_table(tmp_path / name).hash() for name in ("t.parquet", "t.csv.gz", "t.tsv")} == {plain}
 
 
@@ -193,7 +193,7 @@ def test_caps_hold_for_patients_and_are_nested(tmp_path):
 
 def test_faults_of_single_studies_are_named_skipped_and_counted(tmp_path):
     film(tmp_path / "good.png")
-    (tmp_path / "page.jpg").write_text("<html>")
+    (tmp_path / "page.jpg").write_text("<html>", encoding="utf-8")
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(tmp_path / "black.png")
     pictures = ("good.png", "page.jpg", "black.png", "gone.png", "good.png")
     rows = [
@@ -213,7 +213,7 @@ def test_faults_of_single_studies_are_named_skipped_and_counted(tmp_path):
 
 
 def test_a_bad_film_is_nobodys_prior(tmp_path):
-    film(tmp_path / "a.png"), (tmp_path / "b.png").write_text("no"), film(tmp_path / "c.png")
+    film(tmp_path / "a.png"), (tmp_path / "b.png").write_text("no", encoding="utf-8"), film(tmp_path / "c.png")
     rows = [dict(study=n, patient="p", order=str(i), image=f"{n}.png", findings=f"{n}.") for i, n in enumerate("abc")]
     source = open_table(table(tmp_path, rows))
     assert source["c"].prior is source["a"]
@@ -349,7 +349,7 @@ def test_tarball_and_folder_give_the_same_studies(tmp_path):
     folder = tmp_path / "xml"
     folder.mkdir()
     for name, text in REPORTS.items():
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, encoding="utf-8")
     packed, unpacked = open_source(f"openi:{tarball(tmp_path / 'r.tgz', REPORTS)}"), open_source(f"openi:{folder}")
     assert packed.hash() == unpacked.hash() and packed.may_leave
     assert {s.study: s.sections for s in packed} == {
@@ -373,7 +373,7 @@ def test_openi_films_are_found_by_the_xml_and_named_by_the_list(tmp_path):
     assert open_source(cfg)["CXR1"].views["frontal"].name == "CXR1_1_IM-0001-3001.png"
     (tmp_path / "png" / "indiana_projections.csv").write_text(
         "uid,filename,projection\n1,1_IM-0001-3001.dcm.png,Lateral\n1,1_IM-0001-4001.dcm.png,Frontal\n"
-    )
+    , encoding="utf-8")
     views = open_source(cfg)["CXR1"].views
     assert (views["frontal"].name, views["lateral"].name) == ("CXR1_1_IM-0001-4001.png", "CXR1_1_IM-0001-3001.png")
 
@@ -434,7 +434,7 @@ def mimic(root, films=True, tables=True, zipped=False, rows=MIMIC):
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.with_suffix(".txt").write_text(
             f"                 FINAL REPORT\n INDICATION:  Cough.\n\n FINDINGS: \n \n {text}\n"
-        )
+        , encoding="utf-8")
         for image, position in pictures:
             if films:
                 film(folder / f"{image}.jpg", seed=len(metadata))

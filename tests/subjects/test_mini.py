@@ -102,7 +102,7 @@ def test_a_killed_training_ends_with_the_same_weights(tmp_path):
     assert (broken / "checkpoint.pt").exists() and not (broken / "model.safetensors").exists(), "killed too late to say anything"
     subprocess.run([sys.executable, "-c", TRAIN, broken], check=True)
     assert file_hash(whole / "model.safetensors") == file_hash(broken / "model.safetensors")
-    assert len(json.loads((broken / "training.json").read_text())["losses"]) == 5
+    assert len(json.loads((broken / "training.json").read_text(encoding="utf-8"))["losses"]) == 5
     assert not (broken / "checkpoint.pt").exists()
 
 

@@ -250,16 +250,17 @@ def old_checkpoint(tmp_path_factory):
     names = sorted(weights)
     shards = {f"model-{i + 1:05}-of-00003.safetensors": names[i::3] for i in range(3)}
     for shard, own in shards.items(): save_file({k: weights[k] for k in own}, folder / shard, metadata={"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {k: s for s, own in shards.items() for k in own}}))
-    (folder / "config.json").write_text(json.dumps(config))
+    index = {"metadata": {}, "weight_map": {k: s for s, own in shards.items() for k in own}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     tokenizer.save_pretrained(folder)
-    (folder / "processing_maira2.py").write_text(PROCESSOR)
+    (folder / "processing_maira2.py").write_text(PROCESSOR, encoding="utf-8")
     code = {"processor_class": "Maira2Processor", "auto_map": {"AutoProcessor": "processing_maira2.Maira2Processor"}}
     (folder / "processor_config.json").write_text(json.dumps(code | {"image_token": "<image>", "patch_size": 14,
-                                                                     "vision_feature_select_strategy": "default"}))
+                                                                     "vision_feature_select_strategy": "default"}), encoding="utf-8")
     (folder / "preprocessor_config.json").write_text(json.dumps(code | {
         "image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56},
-        "image_mean": [MEAN] * 3, "image_std": [STD] * 3, "resample": 3, "do_convert_rgb": True}))
+        "image_mean": [MEAN] * 3, "image_std": [STD] * 3, "resample": 3, "do_convert_rgb": True}), encoding="utf-8")
     return folder
 
 
@@ -395,7 +396,7 @@ def test_damaged_checkpoints_are_named(old_checkpoint, tmp_path):
     assert f"{shard} is missing" in damaged("shard", lambda f, w: (f / shard).unlink())
     assert "not a whole safetensors file" in damaged("cut", lambda f, w: (f / shard).write_bytes((f / shard).read_bytes()[:-100]))
     odd = json.dumps({"text_config": {"model_type": "llama", "hidden_size": 7}})
-    assert "does not describe" in damaged("config", lambda f, w: (f / "config.json").write_text(odd))
+    assert "does not describe" in damaged("config", lambda f, w: (f / "config.json").write_text(odd, encoding="utf-8"))
 
 
 def test_either_layout_loads_to_the_same_weights(old_checkpoint, tmp_path):
@@ -502,5 +503,5 @@ def test_models_that_cannot_be_had(tmp_path, monkeypatch):
         assert "\n" not in str(e.value) and str(e.value).endswith(".")
     with pytest.raises(UserError, match="subject.revision"):
         open_subject(SubjectConfig(model="nobody/nothing", trust_remote_code=True, revision="main"))
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     with pytest.raises(UserError, match="cannot be opened"): open_subject(SubjectConfig(model=str(tmp_path)))
