@@ -1,6 +1,7 @@
 # make run    the whole study on the synthetic phantom, into runs/phantom
 # make test   everything that must hold before a change lands      make check   its core, in two minutes
 # make lab    the book in JupyterLab          make book   execute the book again and render it into _site/
+# make peers  our readers beside the peers' own classes
 # make bench  every benchmark                 make results   execute the notebooks of findings in nbs/results/
 SHELL := bash
 PYTHON ?= python3
@@ -15,7 +16,7 @@ CORE := tests/test_core.py tests/test_house.py tests/studies/test_grammar.py tes
 export PYTHONHASHSEED = 0
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: run test check lab book readme export bench bench-env results clean
+.PHONY: run test check lab book readme export bench bench-env peers results clean
 .DEFAULT_GOAL := run
 
 $(VENV)/.installed: setup.py settings.ini constraints.txt
@@ -66,6 +67,9 @@ bench-env: $(VENV)/.installed
 	.venv-bench/bin/python -m pip install --quiet -c constraints.txt -e . playwright
 	.venv-bench/bin/python -m pip install --quiet --no-deps -r benchmarks/peers.txt
 	.venv-bench/bin/python -m pip install --quiet -c constraints.txt -r benchmarks/peers-import.txt
+
+peers: bench-env  ## checkpoints of the peers' own classes, at random settings, mean here what they mean there
+	.venv-bench/bin/python -m pytest -q tests/sae/test_peers.py
 
 clean:
 	rm -rf _proc _docs _site build dist *.egg-info .pytest_cache .ruff_cache

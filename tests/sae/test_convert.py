@@ -85,9 +85,6 @@ def test_thresholds_of_features_are_refused_where_there_is_no_form_for_them(sae,
     with pytest.raises(UserError, match=f"is of the kind jumprelu, which {to} has no form for; convert it to sae_lens or saerad."):
         convert(tmp_path / "ours", tmp_path / "out", to, force)
     assert not (tmp_path / "out").exists()
-    state = {n: t for n, t in sae.tensors().items() if n != "scale"} | {"threshold": torch.rand(64)}
-    torch.save(state, tmp_path / "ae.pt")
-    with pytest.raises(UserError, match="ae.pt is of the kind jumprelu"): read_sae(tmp_path / "ae.pt")
 
 
 def test_a_kind_of_ones_own_is_kept_and_goes_nowhere_else(sae, x, tmp_path, monkeypatch):
@@ -146,6 +143,90 @@ def test_a_lossy_export_is_refused_unless_forced(sae, tmp_path):
     for to in ("sae_lens", "dictionary_learning"):
         with pytest.raises(UserError, match="no Matryoshka"): convert(tmp_path / "token", tmp_path / "out", to)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka_batchtopk"])
+@pytest.mark.parametrize("subtracts", [True, False])
+def test_sae_lens_chooses_by_activation_times_decoder_norm(x, tmp_path, architecture, subtracts):
+    draw = torch.Generator().manual_seed(3)
+    w_enc, w_dec = torch.randn(16, 64, generator=draw), torch.randn(64, 16, generator=draw)
+    w_dec *= (torch.rand(64, generator=draw) * 1.5 + 0.25)[:, None] / w_dec.norm(dim=1, keepdim=True)
+    b_enc, b_dec = torch.randn(64, generator=draw), torch.randn(16, generator=draw)
+    norms = w_dec.norm(dim=1)
+    pre = ((x - b_dec if subtracts else x) @ w_enc + b_enc) * norms           # as their encode and decode are written
+    cut = float(pre.relu().flatten().topk(8 * len(x)).values[-1])
+    if architecture == "topk": features = torch.zeros_like(pre).scatter(1, pre.topk(8).indices, pre.topk(8).values.relu())
+    else: features = pre.relu() * (pre > cut)
+    state = {"W_enc": w_enc, "b_enc": b_enc, "W_dec": w_dec, "b_dec": b_dec, "topk_threshold": torch.tensor(cut, dtype=torch.double)}
+    st.save_file(state, tmp_path / "sae_weights.safetensors")
+    cfg = {"architecture": architecture, "k": 8, "rescale_acts_by_decoder_norm": True, "apply_b_dec_to_input": subtracts}
+    if architecture.startswith("matryoshka"): cfg["matryoshka_widths"] = [16, 64]
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg), encoding="utf-8")
+    found = read_sae(tmp_path).sae()
+    assert torch.allclose(found.encode(x), features, atol=1e-4) and features.any()
+    assert torch.allclose(found(x), (features / norms) @ w_dec + b_dec, atol=1e-4)
+
+
+def test_every_key_is_obeyed_or_refused(sae, tmp_path):
+    st.save_file(folded(sae.tensors()), tmp_path / "sae_weights.safetensors")
+    good = {"architecture": "jumprelu", "d_in": 16, "d_sae": 64, "normalize_activations": None, "hook_name": "blocks.4"}
+    (tmp_path / "cfg.json").write_text(json.dumps(good), encoding="utf-8")
+    read_sae(tmp_path)
+    for key, value, said in (("reshape_activations", "hook_z", "only none is read"), ("normalize_activations", "layer_norm", "Fold the norm in"),
+                             ("finetuning_scaling_factor", True, "only False is read"), ("softcap", 30.0, "'softcap' does to the features")):
+        (tmp_path / "cfg.json").write_text(json.dumps(good | {key: value}), encoding="utf-8")
+        with pytest.raises(UserError, match=said): read_sae(tmp_path)
+
+
+def test_a_plain_relu_autoencoder_is_not_taken_for_a_topk(sae, tmp_path):
+    t = folded(sae.tensors())
+    state = {"encoder.weight": t["W_enc"].T.clone(), "encoder.bias": t["b_enc"], "decoder.weight": t["W_dec"].T.clone(), "bias": t["b_dec"]}
+    torch.save(state, tmp_path / "ae.pt")
+    with pytest.raises(UserError, match="neither k nor thresholds"): read_sae(tmp_path)
+    for trainer, said in (({"dict_class": "GatedAutoEncoder"}, "dict_class is 'GatedAutoEncoder'"), ({"norm_by": "rms"}, "what 'norm_by' does")):
+        (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer}), encoding="utf-8")
+        with pytest.raises(UserError, match=said): read_sae(tmp_path)
+
+
+def test_their_jumprelu_does_not_subtract_the_bias(sae, x, tmp_path):
+    t = folded(sae.tensors()) | {"threshold": torch.linspace(-0.1, 0.6, 64)}
+    torch.save({n: t[n] for n in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}, tmp_path / "ae.pt")
+    pre = x @ t["W_enc"] + t["b_enc"]
+    features = (pre * (pre > t["threshold"])).relu()
+    found, rebuilt = read_sae(tmp_path), features @ t["W_dec"] + t["b_dec"]
+    assert found.rule == "jumprelu" and found.k is None
+    assert torch.allclose(found.sae().encode(x), features, atol=1e-3) and torch.allclose(found.sae()(x), rebuilt, atol=1e-3)
+
+
+@pytest.mark.parametrize("act", ["relu", "jumprelu", "topk", "batchtopk"])
+@pytest.mark.parametrize("by_norm", [True, False])
+@pytest.mark.parametrize("norm", ["inference", "dataset-wise"])
+def test_llamascopium_layout_by_its_own_formula(x, tmp_path, act, by_norm, norm):
+    draw = torch.Generator().manual_seed(4)
+    t = {"W_E": torch.randn(16, 64, generator=draw), "b_E": torch.randn(64, generator=draw), "W_D": torch.randn(64, 16, generator=draw),
+         "b_D": torch.randn(16, generator=draw), "activation_function.log_jumprelu_threshold": torch.randn(64, generator=draw),
+         "dataset_average_activation_norm.h": torch.tensor(12.0)}
+    st.save_file(t, tmp_path / "sae_weights.safetensors")
+    cfg = {"sae_type": "sae", "act_fn": act, "top_k": 8, "sparsity_include_decoder_norm": by_norm, "norm_activation": norm, "d_model": 16,
+           "hook_point_in": "h", "hook_point_out": "h", "use_glu_encoder": False, "expansion_factor": 4.0, "use_decoder_bias": True}
+    (tmp_path / "config.json").write_text(json.dumps(cfg), encoding="utf-8")
+    scale, norms = (12 / 4 if norm == "dataset-wise" else 1.0), t["W_D"].norm(dim=1) if by_norm else torch.ones(64)
+    pre = (x / scale @ t["W_E"] + t["b_E"]) * norms
+    if act == "jumprelu": features = pre * (pre > t["activation_function.log_jumprelu_threshold"].exp())
+    elif act == "relu": features = pre.relu()
+    else: features = torch.zeros_like(pre).scatter(1, pre.relu().topk(8).indices, pre.relu().topk(8).values)
+    features = features / norms
+    found = read_sae(tmp_path)
+    assert found.sure and (found.k == 8) == ("topk" in act)
+    if act == "batchtopk":                      # which features are on depends on their batch: no threshold is stored
+        with pytest.raises(UserError, match="threshold was never set"): found.sae()
+        return
+    sizes = norms if act == "topk" else 1
+    assert torch.allclose(found.sae().encode(x), features * sizes, atol=1e-3)
+    assert torch.allclose(found.sae()(x), (features @ t["W_D"] + t["b_D"]) * scale, atol=1e-3)
+    for key, value in (("use_glu_encoder", True), ("sae_type", "clt"), ("norm_activation", "token-wise"), ("hook_point_out", "other"), ("new", 1)):
+        (tmp_path / "config.json").write_text(json.dumps(cfg | {key: value}), encoding="utf-8")
+        with pytest.raises(UserError, match=key): read_sae(tmp_path)
 
 
 def test_sparsify_layout_by_its_own_formula(x, tmp_path):
