@@ -9,7 +9,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/phantom.yaml
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
-HALF := $(shell echo $$(( ($$(nproc 2>/dev/null || echo 2) + 1) / 2 )))
 CORE := tests/test_core.py tests/test_house.py tests/studies/test_grammar.py tests/studies/test_phantom.py tests/sae/test_model.py \
   tests/sae/test_encoder.py tests/sae/test_kernels.py tests/interpretation/test_exemplars.py tests/interpretation/test_hard_negatives.py \
   tests/steering/test_interventions.py tests/steering/test_judges.py tests/show/test_run_folder.py tests/show/test_lab.py
@@ -28,14 +27,11 @@ $(VENV)/.installed: setup.py settings.ini constraints.txt
 run: $(VENV)/.installed
 	$(BIN)/saerad run $(CONFIG)
 
-# The chapters and the tests side by side, each on half of the cores: much of both is plain Python, which uses one.
+# The chapters and the tests side by side, each on one core: much of both is plain Python, which uses no more.
 test: $(VENV)/.installed
 	$(BIN)/python .ci/notebooks.py check
 	$(BIN)/ruff check .
-	@export OMP_NUM_THREADS=$(HALF); log=$$(mktemp); \
-	$(BIN)/python -m pytest -q --durations=10 tests > $$log 2>&1 & tests=$$!; \
-	$(BIN)/python .ci/notebooks.py test; book=$$?; \
-	wait $$tests; code=$$?; cat $$log; rm -f $$log; exit $$((book | code))
+	OMP_NUM_THREADS=1 $(BIN)/python .ci/notebooks.py test --with-tests
 
 check: export  ## before a commit: everything generated is written again, then the fast core of the tests
 	$(BIN)/ruff check .

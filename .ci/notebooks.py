@@ -4,12 +4,14 @@ import ast
 import builtins
 import difflib
 import filecmp
+import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import nbformat
@@ -199,15 +201,37 @@ def check() -> int:
     return bool(problems)
 
 
-def test() -> int:
-    """`nbdev_test`, which exits 0 when it has found nothing to test, so what it tested is counted."""
-    env = {**os.environ, **QUIET, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
-    command = [BIN / "nbdev_test", "--n_workers", "1", "--timing"]
-    out = subprocess.run(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    print(out.stdout)
-    tested = sum(f"{nb.name}" in out.stdout for nb in notebooks())
-    print(f"notebooks tested: {tested} of {len(notebooks())}")
-    return out.returncode or tested == 0 or "nbdev Tests Failed" in out.stdout
+def test_chapters(todo, done) -> None:
+    """A worker: runs chapter after chapter as `nbdev_test` does, until the queue gives None."""
+    os.environ.update(QUIET)
+    from nbdev.config import get_config
+    from nbdev.test import test_nb
+    while (path := todo.get()) is not None:
+        done.put((path.relative_to(NBS).as_posix(), *test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=ROOT)))
+
+
+def test(with_tests: bool = False) -> int:
+    """Run every chapter, one on each core; if asked, with the tests beside them, whose core takes chapters when they are done."""
+    context, cores = multiprocessing.get_context("spawn"), os.cpu_count() or 2
+    todo, done = context.Queue(), context.SimpleQueue()
+    for path in [*notebooks(), *[None] * cores]: todo.put(path)
+    log = tempfile.TemporaryFile("w+", encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "--durations=10", "tests"] if with_tests else [sys.executable, "-c", ""]
+    tests = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    workers = [context.Process(target=test_chapters, args=(todo, done)) for _ in range(cores)]
+    for worker in workers[with_tests:]: worker.start()
+    tests.wait()
+    if with_tests: workers[0].start()
+    results = []
+    while any(w.is_alive() for w in workers) or not done.empty():
+        if done.empty(): time.sleep(0.2)
+        else: results.append(done.get())
+    log.seek(0)
+    print(log.read())
+    for name, _, seconds in sorted(results, key=lambda r: -r[2]): print(f"{name}: {seconds:.0f} s")
+    failed = {p.relative_to(NBS).as_posix() for p in notebooks()} - {name for name, passed, _ in results if passed}
+    print(f"chapters: {len(notebooks()) - len(failed)} passed" + "".join(f"\n  failed: {name}" for name in sorted(failed)))
+    return bool(failed or tests.returncode)
 
 
 def execute(folder: Path) -> int:
@@ -258,9 +282,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("action", choices=["check", "test", "execute", "readme", "site"])
     parser.add_argument("folder", nargs="?", default="nbs")
+    parser.add_argument("--with-tests", action="store_true", help="test: run pytest beside the chapters")
     args = parser.parse_args()
     if args.action == "readme": return (ROOT / "README.md").write_text(readme(), encoding="utf-8") == 0
     if args.action == "execute": return execute((ROOT / args.folder).resolve())
+    if args.action == "test": return test(args.with_tests)
     return int(globals()[args.action]())
 
 
