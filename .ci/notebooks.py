@@ -215,7 +215,8 @@ def test(with_tests: bool = False) -> int:
     context, cores = multiprocessing.get_context("spawn"), os.cpu_count() or 2
     todo, done = context.Queue(), context.SimpleQueue()
     for path in [*notebooks(), *[None] * cores]: todo.put(path)
-    log = tempfile.TemporaryFile("w+", encoding="utf-8")
+    log, small = tempfile.TemporaryFile("w+", encoding="utf-8"), tempfile.TemporaryDirectory()
+    os.environ["SAERAD_SMALL"] = small.name         # what many chapters begin with is made once, and never taken from an earlier day
     command = [sys.executable, "-m", "pytest", "-q", "--durations=10", "tests"] if with_tests else [sys.executable, "-c", ""]
     tests = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
     workers = [context.Process(target=test_chapters, args=(todo, done)) for _ in range(cores)]
