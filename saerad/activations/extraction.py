@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from .norms import write_norms
 from .store import TOKEN_SCHEMA, Store, StoreWriter
 from ..core import Section, UserError, content_hash, join_processes, prefetch, progress, rng
 from ..studies.record import SPLITS, Source, Study
@@ -305,7 +306,7 @@ def extract(source: Source, subject: Subject, cfg: ExtractionConfig, out: Path |
 
     Activations are in raw residual units (arXiv 2507.12950: output of layer 15 of MAIRA-2). Gives the store of the main hookpoint, or None where
     other ranks are not finished. Raises `UserError` for a layer that the model does not have, activations that are not finite, a full disk, or a
-    folder in use.
+    folder in use. Lengths of the vectors by section and position are written beside each store, and attention sinks are named on stderr.
     """
     for layer in hookpoints(cfg): subject.layer(layer)
     keys = {layer: store_key(source, subject, single_layer(cfg, layer)) for layer in hookpoints(cfg)}
@@ -320,4 +321,7 @@ def extract(source: Source, subject: Subject, cfg: ExtractionConfig, out: Path |
             writers = {layer: stack.enter_context(_writer(source, subject, *own, p, len(parts), begin)) for layer, own in stores.items()}
             _write_part(subject, studies, begin, end, cfg, writers, f"extraction, part {p + 1} of {len(parts)}")
     barrier()
-    return Store.open(out) if (Path(out) / "store.json").exists() else None
+    if not (Path(out) / "store.json").exists(): return None
+    for layer in hookpoints(cfg):
+        if said := write_norms(Store.open(folder_of(out, cfg, layer))): print(f"Layer {layer}: {said}", file=sys.stderr)
+    return Store.open(out)

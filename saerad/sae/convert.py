@@ -25,6 +25,7 @@ from huggingface_hub import HfApi, snapshot_download
 from jaxtyping import Float
 from torch import Tensor
 
+from ..activations.norms import norm_limit
 from ..activations.store import Store
 from ..core import UserError, content_hash, read_json, write_beside, write_json
 from .kinds import kind_of
@@ -47,6 +48,7 @@ class Checkpoint:
     level_weights: tuple[float, ...] | None = None
     sure: bool = True                   # whether `scale` is known, and not merely taken to be 1
     kind_options: dict[str, float] = field(default_factory=dict)
+    max_norm: float | None = None       # raw units; longer vectors were left out of its training
 
 # %% ../../nbs/sae/convert.ipynb #6b82541d
 @patch
@@ -56,6 +58,7 @@ def sae(self: Checkpoint) -> MatryoshkaSAE:
     sae = MatryoshkaSAE(self.tensors["W_enc"].shape[0], self.group_sizes, self.k, self.level_weights, kind=self.rule,
                         kind_options=self.kind_options, drawn=False)
     sae.load_state_dict(self.tensors)
+    sae.max_norm = self.max_norm
     return sae.eval().requires_grad_(False)
 
 # %% ../../nbs/sae/convert.ipynb #6fe4717a
@@ -255,7 +258,8 @@ def _read_layout(path: Path) -> Checkpoint | None:
     if (path / "sae.safetensors").exists() and (path / "cfg.json").exists(): return with_sidecar(_from_sparsify(path), path)
     if not (path / "sae.safetensors").exists(): return None
     sae = MatryoshkaSAE.load(path)
-    return Checkpoint("saerad", sae.kind_name, sae.tensors(), sae.group_sizes, sae.k, [], sae.kind, sae.level_weights, kind_options=sae.kind_options)
+    return Checkpoint("saerad", sae.kind_name, sae.tensors(), sae.group_sizes, sae.k, [], sae.kind, sae.level_weights, kind_options=sae.kind_options,
+                      max_norm=sae.max_norm)
 
 # %% ../../nbs/sae/convert.ipynb #b1bb4ef7
 def read_sae(path: Path | str) -> Checkpoint:
@@ -290,7 +294,8 @@ def write_sidecar(checkpoint: Checkpoint, folder: Path) -> None:
         st.save_file({n: checkpoint.tensors[n] for n in names}, part)
     write_json(folder / "saerad.json", {
         "weights": _fingerprint(folded(checkpoint.tensors)), "kind": checkpoint.kind, "rule": checkpoint.rule, "k": checkpoint.k,
-        "group_sizes": checkpoint.group_sizes, "level_weights": checkpoint.level_weights, "kind_options": checkpoint.kind_options})
+        "group_sizes": checkpoint.group_sizes, "level_weights": checkpoint.level_weights, "kind_options": checkpoint.kind_options,
+        **({"max_norm": checkpoint.max_norm} if checkpoint.max_norm else {})})
 
 # %% ../../nbs/sae/convert.ipynb #5ea85f4e
 def with_sidecar(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
@@ -303,7 +308,7 @@ def with_sidecar(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     sizes, weights = tuple(cfg["group_sizes"]), cfg["level_weights"]
     rule = cfg.get("rule") or saved_kind(cfg)           # older ones have `selection`
     return Checkpoint(checkpoint.format, cfg["kind"], tensors, sizes, cfg["k"], [], rule, weights and tuple(weights),
-                      kind_options=cfg.get("kind_options", {}))
+                      kind_options=cfg.get("kind_options", {}), max_norm=cfg.get("max_norm"))
 
 def _thresholds_moved(found: dict[str, Tensor], kept: dict[str, Tensor]) -> bool:
     "Whether the features' own thresholds are others than those that were written; a logarithm comes back only nearly."
@@ -481,6 +486,10 @@ def _advice(checkpoint: Checkpoint, order: str, norms: Tensor) -> Iterable[str]:
 
 # %% ../../nbs/sae/convert.ipynb #6cabd219
 def _verdict(checkpoint: Checkpoint, x: Float[Tensor, "n d"]) -> Iterable[str]:
+    if sinks := int((x.norm(dim=1) > (longest := checkpoint.max_norm or norm_limit(x, 10.0))).sum()):
+        share = float(x[x.norm(dim=1) > longest].square().sum() / x.square().sum())
+        yield f"{sinks} of {len(x)} vectors are attention sinks with {share:.1%} of the squared length; below they are left out"
+        x = x[x.norm(dim=1) <= longest]
     results, own = try_scales(checkpoint, x), float(checkpoint.tensors["scale"])
     for s, (error, on) in results.items(): yield f"on {len(x)} vectors, raw / {s:.6g}: FVU {error:.4f}, L0 {on:.1f}"
     best = min(results, key=lambda s: results[s][0])

@@ -27,6 +27,7 @@ from scipy import sparse
 from torch import Tensor
 
 from ..activations.extraction import ExtractionConfig, extract, kept_tokens
+from ..activations.norms import norm_limit
 from ..activations.store import Store
 from ..core import Section, UserError, progress, torch_rng, write_json, write_table
 from .encoder import Encoder, encode_rows
@@ -83,13 +84,18 @@ def density_histogram(often: Float[np.ndarray, " features"]) -> dict[str, int]:
 # %% ../../nbs/sae/evaluation.ipynb #e31a83cd
 @torch.no_grad()
 def reconstruction(store: Store, sae: MatryoshkaSAE, rows: Int[np.ndarray, " n"]) -> dict[str, Any]:
-    """FVU overall, by section, by view, of image against text, and by level; L0, activation density and silent features, on the store's `rows`."""
+    """FVU overall, without attention sinks, by section, by view, of image against text, and by level; L0, activation density and silent features.
+
+    On the store's `rows`. Sinks are vectors longer than those that the SAE was trained on, or than ten times the median where that is not known.
+    """
     check_width(sae, store.d)
     x, z = store.read(rows), encode_rows(sae, store, rows)
     sections, views = (store.tokens[key].take(rows).to_numpy() for key in ("section", "view"))
     rebuilt, often = _decode_prefix(sae, z, sae.width), z.getnnz(axis=0) / max(len(rows), 1)
     medium = np.where(sections == "image", "image", "text")
-    return {"rows": len(rows), "fvu": fvu(x, rebuilt), "l0": z.nnz / max(len(rows), 1), "silent": float((often == 0).mean()),
+    ordinary = x.norm(dim=1) <= (sae.max_norm or norm_limit(x, 10.0))
+    return {"rows": len(rows), "fvu": fvu(x, rebuilt), "fvu_without_sinks": fvu(x[ordinary], rebuilt[ordinary]),
+            "sinks": float((~ordinary).float().mean()), "l0": z.nnz / max(len(rows), 1), "silent": float((often == 0).mean()),
             "density": density_histogram(often), "fvu_by_prefix": {str(p): fvu(x, _decode_prefix(sae, z, p)) for p in sae.prefixes},
             "fvu_by_section": _fvu_by(sections, x, rebuilt), "fvu_by_view": _fvu_by(views, x, rebuilt), "fvu_by_medium": _fvu_by(medium, x, rebuilt),
             "l0_by_section": {s: z[sections == s].nnz / int((sections == s).sum()) for s in sorted(set(sections))}}

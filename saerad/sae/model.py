@@ -111,6 +111,7 @@ class MatryoshkaSAE(nn.Module):
         for name, start in self.rule.parameters(self.width).items(): self.register_parameter(name, nn.Parameter(start))
         self.register_buffer("threshold", torch.tensor(-1.0))                 # below 0: not set yet
         self.register_buffer("scale", torch.tensor(1.0))
+        self.max_norm: float | None = None              # raw units; longer vectors, attention sinks, were left out of its training
 
     @classmethod
     def from_config(cls, d: int, cfg: SAEConfig, seed: int = 0) -> "MatryoshkaSAE":
@@ -119,7 +120,9 @@ class MatryoshkaSAE(nn.Module):
 
     def with_groups(self, group_sizes: Sequence[int]) -> "MatryoshkaSAE":
         """An SAE with these settings and other groups, its weights left open."""
-        return type(self)(self.d, group_sizes, self.k, self.level_weights, kind=self.kind, kind_options=self.kind_options, drawn=False)
+        other = type(self)(self.d, group_sizes, self.k, self.level_weights, kind=self.kind, kind_options=self.kind_options, drawn=False)
+        other.max_norm = self.max_norm
+        return other
 
     @property
     def rule(self) -> Kind:
@@ -195,7 +198,7 @@ def tensors(self: MatryoshkaSAE) -> dict[str, Tensor]:
 def save(self: MatryoshkaSAE, folder: Path | str) -> None:
     """Write `sae.safetensors` and `config.json` into `folder`; equal SAEs give equal bytes."""
     with write_beside(Path(folder) / "sae.safetensors") as part: st.save_file(self.tensors(), part)
-    options = {"kind_options": self.kind_options} if self.kind_options else {}
+    options = ({"kind_options": self.kind_options} if self.kind_options else {}) | ({"max_norm": self.max_norm} if self.max_norm else {})
     write_json(Path(folder) / "config.json", {
         "format": "saerad", "kind": self.kind_name, "version": 1, "d": self.d, "width": self.width,
         "k": self.k, "group_sizes": self.group_sizes, "group_order": self.group_order,
@@ -248,4 +251,5 @@ def load(cls: MatryoshkaSAE, folder: Path | str) -> MatryoshkaSAE:
               kind_options=cfg.get("kind_options", {}), drawn=False)
     check_tensors(str(path), tensors, sae.d, sae.width, sae.kind)
     sae.load_state_dict(tensors)
+    sae.max_norm = cfg.get("max_norm")
     return sae.eval().requires_grad_(False)

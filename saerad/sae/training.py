@@ -27,6 +27,7 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..activations.norms import norm_limit, ordinary_rows
 from ..activations.store import Store
 from ..core import Section, UserError, content_hash, has_bfloat16, prefetch, progress, write_beside
 from .kernels import product
@@ -51,6 +52,7 @@ class TrainingConfig(Section):
     threshold_beta: float = Field(0.99, ge=0, lt=1)  # moving average of the smallest kept activation (ours)
     threshold_start: float = Field(0.1, ge=0, lt=1)  # share of the run after which it starts (ours)
     start_rows: int = Field(16384, ge=1)             # tokens that give scale and first bias (ours)
+    max_norm: float | None = Field(10.0, gt=1)       # longer than so many times the median: an attention sink, left out; None: nothing is (ours)
     engine: Literal["auto", "reference", "dense", "sparse", "native"] = "auto"   # how a step is computed, not what
     precision: Literal["auto", "int8", "bfloat16", "float32"] = "auto"    # of dense products; auto: what the device has units for
     device: str = "auto"                             # cpu, cuda or cuda:N; auto: cuda where there is one
@@ -118,6 +120,8 @@ def initial_sae(store: Store, sae_cfg: SAEConfig, cfg: TrainingConfig, seed: int
     while sum(map(len, rows)) < cfg.start_rows: rows.append(next(reader)[2].float())
     x = torch.cat(rows)
     sae = MatryoshkaSAE.from_config(store.d, sae_cfg, seed)
+    sae.max_norm = norm_limit(x, cfg.max_norm)
+    x = ordinary_rows(x, sae.max_norm)
     sae.scale.copy_(x.square().sum(1).mean().sqrt())
     if not (torch.isfinite(sae.scale) and sae.scale > 0):
         raise UserError(f"the store's activations have a typical length of {float(sae.scale)}; extract them again "
@@ -270,7 +274,7 @@ class Trainer:
     @torch.no_grad()
     def normalised(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """A batch of raw residual vectors in the SAE's units, valid until the next one comes."""
-        return self.engine.normalise(x.to(self.sae.W_dec))
+        return self.engine.normalise(ordinary_rows(x.to(self.sae.W_dec), self.sae.max_norm))
 
     @torch.no_grad()
     def select(self, x: Float[Tensor, "n d"], tokens: int) -> Selected:
@@ -322,6 +326,7 @@ class Trainer:
         tensors = {f"sae.{n}": t for n, t in self.sae.tensors().items()} | {"silent": self.tokens_since_fired.cpu()}
         for n, p in self.sae.named_parameters():
             tensors |= {f"adam.{n}.{key}": self.engine.to_rows(n, t).cpu().contiguous() for key, t in self.optimizer.state[p].items()}
+        if self.sae.max_norm is not None: tensors["max_norm"] = torch.tensor(self.sae.max_norm, dtype=torch.float64)
         meta = {"run": json.dumps({"step": self.step, "fingerprint": fingerprint})}      # one key: their order is random
         with write_beside(path) as part: st.save_file(tensors, part, meta)
 
@@ -335,6 +340,7 @@ class Trainer:
         if meta["fingerprint"] != fingerprint: return False
         self.sae.load_state_dict({n[4:]: t for n, t in tensors.items() if n.startswith("sae.")})
         self.tokens_since_fired.copy_(tensors["silent"])
+        self.sae.max_norm = float(tensors["max_norm"]) if "max_norm" in tensors else None
         self.step = meta["step"]
         for n, p in self.sae.named_parameters():
             for key, t in self.optimizer.state[p].items(): self.engine.from_rows(n, tensors[f"adam.{n}.{key}"], out=t)
