@@ -62,6 +62,7 @@ def _is_dicom(path: Path) -> bool:
     "Whether a file is DICOM: it says so after 128 bytes that are free for anything."
     with path.open("rb") as f: return f.read(132)[128:] == b"DICM"
 
+# %% ../../nbs/studies/record.ipynb #7fc2403c
 def _read_dicom(path: Path) -> UInt8[np.ndarray, "height width"]:
     "The radiograph of a DICOM file: rescaled, windowed, bright where the body is dense; raises `ViewError` where that cannot be had."
     if importlib.util.find_spec("pydicom") is None:
@@ -326,7 +327,7 @@ def _without_report(draft: Draft, cfg: StudiesConfig) -> Problem | None:
     if _sections(draft.parts, cfg).get("findings"): return None
     has = ", ".join(name for name, text in draft.parts.items() if text and text.strip())
     kind = draft.silence or ("impression only" if "impression" in has else "no findings" if has else "empty report")
-    return Problem(kind, draft.study, f"{draft.where} has no findings ({kind}); it has {has or 'nothing else'}.")
+    return Problem(kind, draft.study, f"{draft.where} has no findings; it has {has or 'nothing else'}.")
 
 # %% ../../nbs/studies/record.ipynb #717b5f7f
 def _distinct(drafts: Iterable[Draft], problems: list[Problem]) -> list[Draft]:
