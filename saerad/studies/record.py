@@ -55,7 +55,11 @@ def _stretched(deep: np.ndarray) -> UInt8[np.ndarray, "height width"]:
 def _grey(image: Image.Image) -> UInt8[np.ndarray, "height width"]:
     "Grey values of an open image, upright and in 8 bits."
     upright = ImageOps.exif_transpose(image)
-    return _stretched(upright) if upright.mode[0] in "IF" else np.asarray(upright.convert("L"))
+    if upright.mode[0] not in "IF": return np.asarray(upright.convert("L"))
+    grey = _stretched(upright)
+    return 255 - grey if getattr(image, "tag_v2", {}).get(_WHITE_IS_ZERO) == 0 else grey     # Pillow turns only 8 bits round
+
+_WHITE_IS_ZERO = 262    # a TIFF's note on what its numbers mean; 0: the least is white
 
 # %% ../../nbs/studies/record.ipynb #18c3107f
 def _is_dicom(path: Path) -> bool:

@@ -300,8 +300,8 @@ _ENDS = re.compile(r"recommend|notif|addend|wet ?read|exam|dictat|signed|transcr
 _ORGANS = re.compile(r"\b(lungs?|pleura\w*|heart|cardi\w*|mediastin\w*|hil(a|um|ar)|bon(e|es|y)|osseous|skelet\w*|soft tissues?|diaphragm\w*|abdomen|"
                      r"airways?|tubes?|lines?|catheters?|devices?|hardware|vascul\w*|spine|ett?|ngt?|picc|lower neck|chest wall)\b")
 _OF_VIEWS = set("chest cxr pa ap lateral lat frontal portable upright erect supine semi semi-upright semiupright decubitus oblique rib ribs view "
-                "views radiograph radiographs radiography x-ray x-rays xray film films study bedside".split())
-_AROUND_VIEWS = set("and of the a an with single one two three four at on am pm a.m. p.m. or in for".split())
+                "views radiograph radiographs radiography x-ray x-rays xray film films bedside".split())
+_AROUND_VIEWS = set("and of the a an with single one two three four at on am pm a.m. p.m. or in for study".split())
 
 # %% ../../nbs/studies/sources.ipynb #c773974d
 def _is_title(words: str) -> bool:
@@ -314,8 +314,8 @@ def _is_title(words: str) -> bool:
 def _section_named(name: str, inside: str) -> str | None:
     "What a heading (in small letters) begins inside a section: another, 'title', 'organ', '' for none of ours; None where it belongs to the text."
     if section := _SECTION_OF.get(name): return section
-    if _ENDS.search(name): return ""
     if near := difflib.get_close_matches(name, _SECTION_OF, 1, 0.85): return _SECTION_OF[near[0]]
+    if _ENDS.search(name): return ""
     if inside in ("findings", "impression", "title", "organ"): return None
     if _ORGANS.search(name): return "organ"
     if _is_title(name): return "title"
@@ -366,10 +366,10 @@ def read_report(text: str) -> dict[str, str]:
     """
     before, *finals = re.split(r"FINAL REPORT|(?im:^ *final report *$)", _tidied(text))
     sections: dict[str, str] = {}
-    for part in finals or [before]: sections |= _cut(part)
+    added = {part for part in finals or [before] if re.match(r"\s*addendum", part, re.IGNORECASE)}
+    for part in finals or [before]: sections = _cut(part) | sections if part in added else sections | _cut(part)
     if sections.keys() & {"findings", "impression"}: return sections
-    parts = [part for part in finals or [before] if not re.match(r"\s*addendum", part, re.IGNORECASE)]
-    head, rest = _last_paragraphs(parts[-1] if parts else "")
+    head, rest = _last_paragraphs(next((part for part in reversed(finals or [before]) if part not in added), ""))
     return sections | _cut(head) | ({"last_paragraph": rest} if rest else {})
 
 # %% ../../nbs/studies/sources.ipynb #8e6256ae
@@ -381,9 +381,12 @@ def _silence(text: str, sections: Mapping[str, str]) -> str:
 
 # %% ../../nbs/studies/sources.ipynb #25544f5d
 def _mimic_table(roots: Sequence[Path], name: str, wanted: Sequence[str]) -> list[dict[str, str]] | None:
-    "Rows of `mimic-cxr-2.*-NAME.csv` or `.csv.gz` in the first root that has it, or None."
+    "Rows of `mimic-cxr-2.*-NAME.csv` or `.csv.gz` in the first root that has it, ids as the folders write them; or None."
     path = next((p for root in roots for p in sorted(root.glob(f"mimic-cxr-2.*-{name}.csv*"))), None)
-    return None if path is None else [row for _, row in progress(_table_rows(path, wanted), f"reading {name}")]
+    if path is None: return None
+    ids = [column for column in wanted if column in ("study_id", "subject_id")]
+    rows = progress(_table_rows(path, wanted), f"reading {name}")
+    return [row | {column: _identity(row[column], column, where) for column in ids} for where, row in rows]
 
 # %% ../../nbs/studies/sources.ipynb #457127a5
 _POSITIONS = {"PA": ("frontal", 0), "AP": ("frontal", 1), "LATERAL": ("lateral", 0), "LL": ("lateral", 1)}
