@@ -310,6 +310,22 @@ class Subject:
         raise UserError(f"study {prompt.study} needs {len(prompt)} tokens{report}, but {self.name} reads {self.context} at once; "
                         "shorten its texts or leave it out.")
 
+    def readable(self, studies: Iterable[Study], most: int | None = None, new: int = 0) -> list[tuple[Study, Prompt]]:
+        """The first `most` studies that the model can read with room for `new` tokens, each with its prompt; extraction has told of the others.
+
+        Raises the first study's `UserError` where not one can be read.
+        """
+        found, refused = [], None
+        for study in studies:
+            if most is not None and len(found) >= most: break
+            try:
+                prompt = self.prompt(study)
+                self.need_room(prompt, new)
+            except UserError as e: refused = refused or e
+            else: found.append((study, prompt))
+        if refused and not found: raise refused
+        return found
+
     @cached_property
     def _anchor(self) -> list[int]: return self.tokenizer.encode("a", add_special_tokens=False)[-1:]
 
