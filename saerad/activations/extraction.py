@@ -116,25 +116,20 @@ class PreparedStudy:
     rows: dict[int, Tensor] = field(default_factory=dict)    # by layer, once the model has read it
 
 # %% ../../nbs/activations/extraction.ipynb #2d52bce4
-@dataclass
-class _TokenIds:
-    ids: Tensor
-
 @lru_cache(4)
 def _known_texts(subject: Subject) -> dict[int, str]: return {}
 
 # %% ../../nbs/activations/extraction.ipynb #f09bef65
 def _texts(subject: Subject, prompt: Prompt) -> list[str]:
-    "Like `subject.texts`, which asks the tokenizer about every word again."
-    known = _known_texts(subject)
-    new = [i for i in dict.fromkeys(prompt.ids.tolist()) if i not in known]
-    if new: known |= zip(new, subject.texts(_TokenIds(torch.tensor(new))), strict=True)
-    return [known[i] for i in prompt.ids.tolist()]
+    "Every token's text, without asking the tokenizer about the same word again."
+    return subject.texts(prompt, _known_texts(subject))
 
 # %% ../../nbs/activations/extraction.ipynb #9719bec4
 def prepare_study(subject: Subject, study: Study, report: str | None, cfg: ExtractionConfig) -> PreparedStudy:
     """A study's prompt with `report`, and what is kept of it; `report` None: up to where the model writes."""
-    try: prompt = subject.prompt(study, report)
+    try:
+        prompt = subject.prompt(study, report)
+        if report is None: subject.need_room(prompt, subject.max_report_tokens)
     except UserError as e: return PreparedStudy(study, problem=str(e))
     if report is None: return PreparedStudy(study, prompt)
     keep = kept_tokens(prompt, cfg)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'ConfigPath', 'Settings', 'Out', 'From', 'Check', 'StoreFolder', 'review_app', 'mini_app', 'run_until',
-           'run_command', 'atlas_command', 'interpret_command', 'estimate_of', 'stream_width', 'studies_command',
-           'sweep_command', 'run_sweep', 'doctor_command', 'convert_command', 'export_command', 'review_pack_command',
-           'review_score_command', 'mini_train_command', 'bench_command', 'bench_table', 'main', 'print_error',
-           'explain_exception']
+           'folder_for', 'run_command', 'atlas_command', 'interpret_command', 'estimate_of', 'stream_width',
+           'studies_command', 'sweep_command', 'run_sweep', 'doctor_command', 'convert_command', 'export_command',
+           'review_pack_command', 'review_score_command', 'mini_train_command', 'bench_command', 'bench_table', 'main',
+           'print_error', 'explain_exception']
 
 # %% ../../nbs/run/cli.ipynb #f10e2614
 import errno
@@ -54,7 +54,7 @@ def run_until(config: Path, settings: list[str] | None, out: Path | None, first:
     """Do the run of a config up to the stage `last`, or only check it: what every command with a config does."""
     if first and first not in STAGES: raise UserError(f"--from {first} is not a stage; the stages are {', '.join(STAGES)}.")
     cfg = load_config(config, settings or [])
-    out = out or Path(cfg.out)
+    out = folder_for(out or Path(cfg.out))
     if check_only:
         check(Run(out, cfg))
         print(f"{config}: nothing stands in the way; the run would be in {out}")
@@ -64,6 +64,12 @@ def run_until(config: Path, settings: list[str] | None, out: Path | None, first:
     print(json.dumps(summary, indent=1))
     if (out / "report.html").exists(): print(f"\nreport: {out / 'report.html'}")
     print(f"peak memory {peak_memory()} GB")
+
+def folder_for(out: Path) -> Path:
+    """`out` itself; raises `UserError` where it, or a part of its path, is a file."""
+    if file := next((p for p in (out, *out.parents) if p.exists() and not p.is_dir()), None):
+        raise UserError(f"{file} is a file, where a folder is needed; choose another with --out.")
+    return out
 
 # %% ../../nbs/run/cli.ipynb #bebe6314
 @app.command("run")
@@ -121,7 +127,7 @@ def studies_command(source: Annotated[str, typer.Argument(help="phantom:SEED, op
 def sweep_command(config: ConfigPath, settings: Settings = None, out: Out = None) -> None:
     """Train the SAEs of the config's `sweep` section side by side on one stream, into the run's folder sweep/."""
     read = load_config(config, settings or [])
-    run = Run(out or Path(read.out), read)
+    run = Run(folder_for(out or Path(read.out)), read)
     variants = {name: changed(read, values) for name, values in combinations(read.sweep.grid).items()}
     run_config(read, run.folder, last="extract")
     with locked(run.folder): print(run_sweep(run, variants).to_pandas().to_string(index=False))
@@ -201,13 +207,14 @@ def mini_train_command(source: Annotated[str, typer.Argument(help="a source of s
                out: Out = None, seed: int = 0) -> None:
     """Train a small subject model of MAIRA-2's architecture on a source; settings are those of the training, or studies.KEY=VALUE."""
     from saerad.subjects.mini import MiniConfig, train_mini
+    folder = folder_for(out or Path("runs/mini"))
     values = with_settings({}, settings or [])
     try:
         chosen = StudiesConfig.model_validate({"source": source} | values.pop("studies", {}))
         cfg = MiniConfig.model_validate(values)
     except ValidationError as e: raise UserError(explain_validation(e.errors()[0], "the command line")) from e
-    losses = train_mini(open_source(chosen), out or Path("runs/mini"), cfg, seed)
-    print(f"held-out loss {losses[-1]['held_out']:.3f} nats a token; the model is in {out or Path('runs/mini')}")
+    losses = train_mini(open_source(chosen), folder, cfg, seed)
+    print(f"held-out loss {losses[-1]['held_out']:.3f} nats a token; the model is in {folder}")
 
 # %% ../../nbs/run/cli.ipynb #62a66f01
 @app.command("bench")
@@ -245,6 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; ends the process with exit code 0, 2 (bad input) or 1 (a fault of ours)."""
     set_verbosity_error()  # transformers has remarks for authors, not for users; so has the hub's client
     hub_logging.set_verbosity_error()
+    for stream in (sys.stdout, sys.stderr):     # a terminal that does not know a letter shows a question mark, and the work goes on
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     try: code = app(args=None if arguments is None else list(arguments), standalone_mode=False) or 0
     except typer.Exit as e: code = e.exit_code
     except UserError as e: code = print_error(str(e))
@@ -264,6 +273,8 @@ def explain_exception(error: Exception) -> tuple[str, int]:
     if hasattr(error, "format_message"): return error.format_message(), 2  # the command line itself was wrong
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full{f' ({error.filename})' if error.filename else ''}; make room and start again, what is finished is kept.", 2
+    if isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+        return f"{error.filename} is there and is not what is needed (a file for a folder, or a folder for a file); choose another with --out.", 2
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return f"{error.filename} cannot be written; choose another folder with --out.", 2
     log = Path(tempfile.gettempdir()) / "saerad-fault.txt"

@@ -75,6 +75,23 @@ def nearest_key(key: str) -> str:
     others = {k.rpartition(".")[2]: k for k in known_keys()}
     return close[0] if leaf not in others else others[leaf]
 
+# %% ../../nbs/run/config.ipynb #d4abbaff
+class _Twice(yaml.YAMLError):
+    "A key that stands twice, and the lines where it does."
+    def __init__(self, key: str, lines: tuple[int, int]) -> None:
+        super().__init__(key)
+        self.key, self.lines = key, lines
+
+class _Once(yaml.SafeLoader):
+    "Plain values from YAML; raises `_Twice` for a key that stands twice in one place."
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            here, name = key.start_mark.line + 1, str(key.value)
+            if name in lines: raise _Twice(name, (lines[name], here))
+            lines[name] = here
+        return super().construct_mapping(node, deep)
+
 # %% ../../nbs/run/config.ipynb #2765f77c
 def with_settings(values: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """`values` with dotted `KEY=VALUE` settings laid over them."""
@@ -89,7 +106,8 @@ def with_settings(values: dict[str, Any], settings: Sequence[str]) -> dict[str, 
             at = at[section]
             if not isinstance(at, dict):
                 raise UserError(f"{key} does not exist: {section} is a value without keys; the nearest known key is {nearest_key(key)}.")
-        try: at[leaf] = yaml.safe_load(text)
+        try: at[leaf] = yaml.load(text, _Once)
+        except _Twice as e: raise UserError(f"{text!r}, the value of {key}, has {e.key!r} twice; keep one of them.") from e
         except yaml.YAMLError as e: raise UserError(f"{text!r}, the value of {key}, is not YAML; put it in quotes.") from e
     return values
 
@@ -114,7 +132,8 @@ def changed(config: Config, settings: Sequence[str]) -> Config:
 def load_config(path: Path | str, settings: Sequence[str] = ()) -> Config:
     """Read a YAML config and lay `KEY=VALUE` settings over it; raises `UserError` in one sentence."""
     path = Path(path)
-    try: values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try: values = yaml.load(path.read_text(encoding="utf-8"), _Once)
+    except _Twice as e: raise UserError(f"{path} has the key {e.key!r} twice, at lines {e.lines[0]} and {e.lines[1]}; keep one of them.") from e
     except FileNotFoundError as e: raise UserError(f"{path} does not exist; the configs that come with saerad are in configs/.") from e
     except (IsADirectoryError, UnicodeDecodeError) as e: raise UserError(f"{path} is not a config; give a YAML file.") from e
     except yaml.YAMLError as e:

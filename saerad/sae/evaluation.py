@@ -445,7 +445,8 @@ def evaluate(store: Store, sae: MatryoshkaSAE, subject: Subject, source: Source,
     `fvu`, `l0` and `silent` are of `rows` test tokens, `dead` is of the whole store; losses are nats per report token. Raises `UserError` when there
     is no test patient.
     """
-    rows, studies = store.where("test"), [s for s in source.split("test") if "findings" in s.sections]
+    rows, stored = store.where("test"), store.study_rows()     # what the model could not read is not in the store
+    studies = [s for s in source.split("test") if "findings" in s.sections and s.study in stored]
     if not len(rows) or not studies:
         raise UserError(f"{source.spec} has no test patients with findings in the store; raise studies.test_patients.")
     results = reconstruction(store, sae, evenly_spaced(rows, cfg.rows)) | {"dead": dead_share(store, sae)}

@@ -254,6 +254,7 @@ def write_steered(subject: Subject, prompt: Prompt, rows: Sequence[Intervention]
     if any(r.positions == "image" for r in rows) and "image" not in prompt.section:
         raise UserError(f"study {prompt.study} has no image tokens to steer on; choose steering.positions prompt, generated or all.")
     limit = max_new_tokens or subject.max_report_tokens
+    subject.need_room(prompt, limit)
     reports = [ids for i in range(0, len(rows), batch_size) for ids in _write_reports(subject, prompt, rows[i:i + batch_size], layer, limit)]
     texts = subject.tokenizer.batch_decode(reports, skip_special_tokens=True)
     surprise = perplexities(subject, prompt, reports) if perplexity else [float("nan")] * len(reports)

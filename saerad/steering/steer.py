@@ -142,8 +142,11 @@ def _feature_of_concept(concept: str, concepts: pa.Table | None) -> dict[int, Ta
     return {int(rows[concept]["feature"]): target_of(concept.replace("_", " "))}
 
 # %% ../../nbs/steering/steer.ipynb #3ea62a81
-def choose_studies(source: Source, n: int, seed: int) -> list[Study]:
-    """`n` studies of test patients, from as many patients as possible; raises `UserError` where there are none."""
+def choose_studies(source: Source, n: int, seed: int, subject: Subject | None = None, new: int = 0) -> list[Study]:
+    """`n` studies of test patients, from as many patients as possible; with a subject model those that it can read with room for `new` tokens.
+
+    Raises `UserError` where there are none.
+    """
     test = sorted(source.split("test"), key=lambda s: s.study)
     if not test: raise UserError(f"{source.spec} has no test patients to steer on; give the test split some patients.")
     order = [test[i] for i in rng(seed, "steering", "studies").permutation(len(test))]
@@ -152,7 +155,8 @@ def choose_studies(source: Source, n: int, seed: int) -> list[Study]:
     for s in order:                       # a patient's second study waits until everybody had a first
         turn[s.study] = seen[s.patient]
         seen[s.patient] += 1
-    return sorted(sorted(order, key=lambda s: turn[s.study])[:n], key=lambda s: s.study)
+    order.sort(key=lambda s: turn[s.study])
+    return sorted([s for s, _ in subject.readable(order, n, new)] if subject else order[:n], key=lambda s: s.study)
 
 # %% ../../nbs/steering/steer.ipynb #ecc183fd
 def steering_vector(sae: MatryoshkaSAE, feature: int, alpha: float, cfg: SteeringConfig, seed: int) -> Float[Tensor, " d"]:
@@ -198,9 +202,9 @@ def mean_differences(source: Source, subject: Subject, targets: Mapping[int, Tar
     From at most `most` studies; a target that fewer than `least` of them state, or fewer than `least` do not, is left out.
     """
     train = [s for s in sorted(source.split("train"), key=lambda s: s.study) if s.sections.get("findings")]
-    studies = [train[i] for i in sorted(rng(seed, "steering", "means").permutation(len(train))[:most])]
-    ends, read = _last_token_residuals(subject, [subject.prompt(s) for s in studies], layer), reader_of(source)
-    readings = [read(s.sections["findings"]) for s in studies]
+    studies = subject.readable(train[i] for i in sorted(rng(seed, "steering", "means").permutation(len(train))[:most]))
+    ends, read = _last_token_residuals(subject, [prompt for _, prompt in studies], layer), reader_of(source)
+    readings = [read(s.sections["findings"]) for s, _ in studies]
     gaps = {f: _mean_gap(ends, torch.tensor([affirms_target(r, target) for r in readings]), least) for f, target in targets.items()}
     return {f: gap / gap.norm() for f, gap in gaps.items() if gap is not None}
 
@@ -468,7 +472,8 @@ def _generate(source: Source, subject: Subject, sae: MatryoshkaSAE, cfg: Steerin
               targets: Mapping[int, Target], members: Mapping[int, Sequence[int]], means: Mapping[int, Tensor],
               others: Mapping[int, int]) -> pa.Table:
     "`generations.parquet`, from the disk where it was made with the same settings."
-    studies = {s.study: s for s in choose_studies(source, cfg.studies, seed)} if targets else {}
+    room = (cfg.max_new_tokens or subject.max_report_tokens) + 32      # a request in the indication takes some
+    studies = {s.study: s for s in choose_studies(source, cfg.studies, seed, subject, room)} if targets else {}
     rows = plan_rows(targets, list(studies.values()), cfg, means, others)
     interventions = interventions_of(rows, sae, members, means, cfg, seed)
     prompts, path = prompts_of(rows, studies, targets, subject, cfg), out / "generations.parquet"

@@ -4,26 +4,27 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'SPLITS', 'VIEWS', 'View', 'ViewError', 'Study', 'split_of', 'Problem', 'Source', 'StudiesConfig', 'Draft',
-           'settle_splits', 'finish_source']
+           'settle_splits', 'finish_source', 'standing_in_train', 'without_duplicates']
 
 # %% ../../nbs/studies/record.ipynb #83db9758
 import base64
 import hashlib
 import html
+import importlib.util
 import io
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from fastcore.basics import patch
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import Field, field_validator
 
-from ..core import Section, UserError, content_hash, progress
+from ..core import Section, UserError, content_hash, file_hash, progress
 
 # %% ../../nbs/studies/record.ipynb #f8702fd8
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,7 @@ class View:
     """One image of a study, not loaded yet."""
     name: str                            # what an error message calls it
     load: Callable[[], np.ndarray]       # gives uint8 greyscale [height, width]
-    stamp: str = ""                      # changes when the image changes: for a file, its size
+    stamp: str = ""                      # changes when the image changes: for a file that was looked at, its hash
     path: Path | None = None             # the file, where there is one
 
 # %% ../../nbs/studies/record.ipynb #4cbf396d
@@ -42,17 +43,50 @@ class ViewError(UserError):
         self.kind = kind
 
 # %% ../../nbs/studies/record.ipynb #b8256dce
+def _stretched(deep: np.ndarray) -> UInt8[np.ndarray, "height width"]:
+    "Numbers of any kind as 8 bits: the range that they use becomes 0 to 255; what is not finite is taken for the least."
+    deep = np.asarray(deep, np.float64)
+    finite = np.isfinite(deep)
+    if not finite.any(): return np.zeros(deep.shape, np.uint8)
+    low, high = deep[finite].min(), deep[finite].max()
+    return (255 * (np.where(finite, deep, low) - low) / ((high - low) or 1)).astype(np.uint8)
+
+# %% ../../nbs/studies/record.ipynb #14faaaa3
 def _grey(image: Image.Image) -> UInt8[np.ndarray, "height width"]:
-    "Grey values of an open image, in 8 bits."
-    if not image.mode.startswith("I"): return np.asarray(image.convert("L"))
-    deep = np.asarray(image, np.float64)                        # 16 bits: stretch what is used over 8
-    return (255 * (deep - deep.min()) / max(np.ptp(deep), 1)).astype(np.uint8)
+    "Grey values of an open image, upright and in 8 bits."
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode[0] not in "IF": return np.asarray(upright.convert("L"))
+    grey = _stretched(upright)
+    return 255 - grey if getattr(image, "tag_v2", {}).get(_WHITE_IS_ZERO) == 0 else grey     # Pillow turns only 8 bits round
+
+_WHITE_IS_ZERO = 262    # a TIFF's note on what its numbers mean; 0: the least is white
+
+# %% ../../nbs/studies/record.ipynb #18c3107f
+def _is_dicom(path: Path) -> bool:
+    "Whether a file is DICOM: it says so after 128 bytes that are free for anything."
+    with path.open("rb") as f: return f.read(132)[128:] == b"DICM"
+
+# %% ../../nbs/studies/record.ipynb #7fc2403c
+def _read_dicom(path: Path) -> UInt8[np.ndarray, "height width"]:
+    "The radiograph of a DICOM file: rescaled, windowed, bright where the body is dense; raises `ViewError` where that cannot be had."
+    if importlib.util.find_spec("pydicom") is None:
+        raise ViewError("DICOM", f'{path} is a DICOM file, which needs pydicom; install it with: pip install "saerad[dicom]".')
+    from pydicom import dcmread
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+    try:
+        file = dcmread(path)
+        shown = np.asarray(apply_voi_lut(apply_modality_lut(file.pixel_array, file), file), np.float64)
+    except Exception as e:  # pydicom passes on the errors of whatever decodes the pixels
+        raise ViewError("not an image", f"{path} is a DICOM file without pixels that can be read ({' '.join(str(e).split())[:120]}).") from e
+    if shown.ndim != 2: raise ViewError("not an image", f"{path} is a DICOM file with more than one grey image; name one radiograph.")
+    return _stretched(-shown if file.PhotometricInterpretation == "MONOCHROME1" else shown)
 
 # %% ../../nbs/studies/record.ipynb #6b6ad48a
 def _read_image(path: Path, about: int | None = None) -> UInt8[np.ndarray, "height width"]:
     "Greyscale pixels of a file; with `about`, a JPEG is decoded at about that size, which is faster."
     try:
-        with Image.open(path) as image:
+        if _is_dicom(path): return _read_dicom(path)
+        with path.open("rb") as f, Image.open(f) as image:    # by its name, Pillow (13.0) would mix up the pixels of a turned TIFF
             if about: image.draft("L", (about, about))
             return _grey(image)
     except FileNotFoundError as e: raise ViewError("missing image", f"The image {path} is missing.") from e
@@ -192,7 +226,7 @@ def patients(self: Source) -> list[str]:
 # %% ../../nbs/studies/record.ipynb #c17d353a
 @patch
 def hash(self: Source) -> str:
-    """Fingerprint of ids, splits, sections, priors, projections, and the names and sizes of the images."""
+    """Fingerprint of ids, splits, sections, priors, projections, and the names and stamps of the images."""
     def record(s: Study) -> list:
         views = {name: [view.name, view.stamp] for name, view in s.views.items()}
         return [s.study, s.patient, s.split, dict(s.sections), s.projection, s.prior.study if s.prior else None, views]
@@ -211,6 +245,7 @@ class StudiesConfig(Section):
     findings_from: Literal["findings", "findings or impression"] = "findings"
     text_may_leave: bool = False                      # table: whether its text may be sent to an endpoint
     check_pictures: bool = True                       # look at every image once when the source is opened
+    duplicates: Literal["keep", "train_only"] = "keep"    # train_only: a report that stands word for word in train is left out of the rest
 
     @field_validator("fractions")
     @classmethod
@@ -230,13 +265,14 @@ class Draft:
     split: str = ""                                  # "" where the source gives none
     order: tuple | None = None                       # sorts a patient's studies in time; None where unknown
     projection: str = ""
+    silence: str = ""                                # why there are no findings, where the reader knows better than the parts tell
 
 # %% ../../nbs/studies/record.ipynb #148903b4
 def _sections(parts: Mapping[str, str], cfg: StudiesConfig) -> dict[str, str]:
-    "The sections that are there, with white space made single; perhaps the impression in place of absent findings."
+    "The sections that are there, with white space made single; perhaps the impression, or else words without a heading, for absent findings."
     clean = {name: " ".join(text.split()) for name, text in parts.items() if text}
     if cfg.findings_from == "findings or impression":
-        clean["findings"] = clean.get("findings") or clean.get("impression", "")
+        clean["findings"] = next((clean[name] for name in ("findings", "impression", "last_paragraph") if clean.get(name)), "")
     return {name: clean[name] for name in SECTIONS if clean.get(name)}
 
 # %% ../../nbs/studies/record.ipynb #c29176ae
@@ -276,6 +312,10 @@ def _view_problem(draft: Draft) -> Problem | None:
         except ViewError as e: return Problem(e.kind, draft.study, str(e))
     return None
 
+def _stamped(views: Mapping[str, View]) -> dict[str, View]:
+    "Views of files with the hash of the file for a stamp; others as they are."
+    return {name: replace(view, stamp=file_hash(view.path)) if view.path else view for name, view in views.items()}
+
 # %% ../../nbs/studies/record.ipynb #326adc89
 def _link(drafts: list[Draft], split: str, cfg: StudiesConfig) -> Iterator[Study]:
     "One patient's studies, in time where the order is known, each with its prior."
@@ -288,11 +328,10 @@ def _link(drafts: list[Draft], split: str, cfg: StudiesConfig) -> Iterator[Study
 
 # %% ../../nbs/studies/record.ipynb #acca7f17
 def _without_report(draft: Draft, cfg: StudiesConfig) -> Problem | None:
-    sections = _sections(draft.parts, cfg)
-    if sections.get("findings"): return None
-    if any(text and text.strip() for text in draft.parts.values()):
-        return Problem("no findings", draft.study, f"{draft.where} has no findings section.")
-    return Problem("empty report", draft.study, f"{draft.where} has an empty report.")
+    if _sections(draft.parts, cfg).get("findings"): return None
+    has = ", ".join(name for name, text in draft.parts.items() if text and text.strip())
+    kind = draft.silence or ("impression only" if "impression" in has else "no findings" if has else "empty report")
+    return Problem(kind, draft.study, f"{draft.where} has no findings; it has {has or 'nothing else'}.")
 
 # %% ../../nbs/studies/record.ipynb #717b5f7f
 def _distinct(drafts: Iterable[Draft], problems: list[Problem]) -> list[Draft]:
@@ -311,7 +350,7 @@ def _with_good_views(drafts: list[Draft], problems: list[Problem], cfg: StudiesC
     for d in progress(drafts, "looking at images"):
         problem = _view_problem(d) if cfg.check_pictures else None
         if problem: problems.append(problem)
-        else: by_patient[d.patient].append(d)
+        else: by_patient[d.patient].append(replace(d, views=_stamped(d.views)) if cfg.check_pictures else d)
     return by_patient
 
 # %% ../../nbs/studies/record.ipynb #9e8f06d5
@@ -335,3 +374,18 @@ def finish_source(drafts: Iterable[Draft], problems: list[Problem], cfg: Studies
 def _problem_counts(problems: list[Problem]) -> str:
     kinds = Counter(p.kind for p in problems)
     return f" ({', '.join(f'{kind}: {n}' for kind, n in kinds.most_common())})" if kinds else ""
+
+# %% ../../nbs/studies/record.ipynb #79923ec0
+def standing_in_train(source: Source) -> list[Study]:
+    """Studies of the validation and test splits whose findings stand, word for word, in a training study's report; upper and lower case are one."""
+    known = {s.sections["findings"].casefold() for s in source.split("train") if "findings" in s.sections}
+    return [s for s in source if s.split != "train" and s.sections.get("findings", "").casefold() in known]
+
+# %% ../../nbs/studies/record.ipynb #9ffb33e7
+def without_duplicates(source: Source, cfg: StudiesConfig) -> Source:
+    """The source as `cfg.duplicates` wants it: with "train_only" each study of `standing_in_train` becomes a problem, counted by its split."""
+    if cfg.duplicates == "keep": return source
+    out = {s.study: s for s in standing_in_train(source)}
+    why = "The findings of {} stand word for word in a training study."
+    problems = [Problem(f"stands in train ({s.split})", s.study, why.format(s.study)) for s in out.values()]
+    return replace(source, studies=[s for s in source if s.study not in out], problems=source.problems + problems)

@@ -10,11 +10,15 @@ __all__ = ['SourceReader', 'READERS', 'TABLE_COLUMNS', 'REPORT_HEADINGS', 'regis
 import csv
 import difflib
 import gzip
+import math
 import re
 import tarfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from xml.etree import ElementTree
@@ -24,7 +28,20 @@ import pyarrow.parquet as pq
 
 from ..core import UserError, progress
 from .phantom import phantom_source
-from .record import SECTIONS, SPLITS, VIEWS, Draft, Problem, Source, StudiesConfig, View, finish_source, settle_splits
+from saerad.studies.record import (
+    SECTIONS,
+    SPLITS,
+    VIEWS,
+    Draft,
+    Problem,
+    Source,
+    StudiesConfig,
+    View,
+    finish_source,
+    settle_splits,
+    standing_in_train,
+    without_duplicates,
+)
 
 # %% ../../nbs/studies/sources.ipynb #8101946f
 SourceReader = Callable[[Path, StudiesConfig], Source]   # the place behind the colon, and the settings
@@ -132,6 +149,7 @@ def _table_rows(path: Path, wanted: Sequence[str] = ()) -> Iterator[tuple[str, d
     "(where, row) of a CSV, TSV or Parquet table, all values as text; raises `UserError` when it is damaged."
     if not path.is_file(): raise UserError(f"The table {path} is missing.")
     try:
+        _check_header(path)
         rows = _parquet_rows(path) if path.suffix == ".parquet" else _csv_rows(path)
         for number, row in enumerate(rows, 1):
             _check_row(path, number, row, wanted)
@@ -145,15 +163,28 @@ def _near(name: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(map(repr, known))}."
 
 # %% ../../nbs/studies/sources.ipynb #e570e2f3
-def _csv_rows(path: Path) -> Iterator[dict[str, str]]:
+@contextmanager
+def _csv_reader(path: Path) -> Iterator[csv.DictReader]:
     csv.field_size_limit(10_000_000)    # a report may be longer than the 128 KiB that a cell may have by default
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as f:
-        yield from csv.DictReader(f, delimiter="\t" if ".tsv" in path.suffixes else ",")
+        yield csv.DictReader(f, delimiter="\t" if ".tsv" in path.suffixes else ",")
+
+def _csv_rows(path: Path) -> Iterator[dict[str, str]]:
+    with _csv_reader(path) as rows: yield from rows
 
 # %% ../../nbs/studies/sources.ipynb #80cdca3b
 def _parquet_rows(path: Path) -> Iterator[dict[str, str]]:
     for batch in pq.ParquetFile(path).iter_batches():
-        yield from ({name: "" if v is None else str(v) for name, v in row.items()} for row in batch.to_pylist())
+        yield from ({name: "" if v is None or v != v else str(v) for name, v in row.items()} for row in batch.to_pylist())    # NaN is not itself
+
+# %% ../../nbs/studies/sources.ipynb #72231aed
+def _check_header(path: Path) -> None:
+    "Raise `UserError` for a name that two columns have; columns without a name cannot be asked for, and may be many."
+    if path.suffix == ".parquet": names = pq.read_schema(path).names
+    else:
+        with _csv_reader(path) as rows: names = rows.fieldnames or []
+    twice = [name for name, n in Counter(names).items() if name and n > 1]
+    if twice: raise UserError(f"{path} has the column {twice[0]!r} twice; rename or remove one of them.")
 
 # %% ../../nbs/studies/sources.ipynb #f4d2144f
 TABLE_COLUMNS = ("study", "patient", "split", "order", "image", "lateral", "projection", *SECTIONS, "impression")
@@ -171,18 +202,48 @@ def _mapping(columns: Mapping[str, str], header: Iterable[str], path: Path) -> d
     return used
 
 # %% ../../nbs/studies/sources.ipynb #5937df1b
-def _order(value: str, where: str) -> tuple | None:
-    "What sorts a patient's studies: a number, or an ISO date and time, which sorts as text."
-    if not value: return None
-    try: return (float(value), "")
+_NOTHING = {"", "nan", "none", "null", "nat", "na", "n/a", "<na>", "#n/a", "nil"}    # what tools write into an empty cell
+
+def _identity(value: str, what: str, where: str) -> str:
+    "An id as its owner wrote it: `123.0` was 123, and what stands for nothing is ''; raises `UserError` for a number that has lost digits."
+    if value.lower() in _NOTHING: return ""
+    lost = re.fullmatch(r"-?\d\.\d+[eE]\+?\d+", value) or (re.fullmatch(r"\d+\.0+", value) and float(value) >= 2**53)
+    if lost: raise UserError(f"{where} has the {what} {value!r}, a number that has lost digits on its way; write that column as text.")
+    return re.sub(r"^(\d+)\.0+$", r"\1", value)
+
+# %% ../../nbs/studies/sources.ipynb #bfa9390e
+def _check_spellings(written: Iterable[tuple[str, str]], what: str, path: Path) -> None:
+    "Raise `UserError` where two spellings (as read, as it stands) come to one id."
+    first: dict[str, str] = {}
+    for identity, spelling in written:
+        if first.setdefault(identity, spelling) == spelling: continue
+        raise UserError(f"{path} has the {what} {identity} in two spellings, {first[identity]!r} and {spelling!r}; write the same one in every row.")
+
+# %% ../../nbs/studies/sources.ipynb #45128eac
+def _order(value: str, where: str) -> tuple[str, float | datetime] | None:
+    "What sorts a patient's studies, kind and value: a number, or an ISO date and time; None where there is nothing."
+    if value.lower() in _NOTHING: return None
+    try:
+        if math.isfinite(number := float(value)): return ("number", number)
     except ValueError: pass
-    if re.match(r"\d{4}-\d\d-\d\d", value): return (0.0, value)
-    raise UserError(f"{where} has the order {value!r}; use a number or a date like 2024-12-31.")
+    try: date = datetime.fromisoformat(value)
+    except ValueError: raise UserError(f"{where} has the order {value!r}; use a number or a date like 2024-12-31.") from None
+    return ("date" if date.tzinfo is None else "date with a time zone", date)
+
+# %% ../../nbs/studies/sources.ipynb #334c7e0c
+def _check_orders(drafts: Iterable[Draft]) -> None:
+    "Raise `UserError` where the column `order` holds things of two kinds, which nobody can sort."
+    first: dict[str, str] = {}
+    for d in drafts:
+        if d.order: first.setdefault(d.order[0], d.where)
+    if len(first) > 1:
+        one, other = list(first.items())[:2]
+        raise UserError(f"{one[1]} has a {one[0]} for its order, and {other[1]} a {other[0]}; write the whole column in one way.")
 
 # %% ../../nbs/studies/sources.ipynb #dfd4de0a
 def _table_view(name: str, folder: Path) -> View:
     "The view of the image that a cell names, with or without its ending."
-    endings = ("", ".jpg", ".jpeg", ".png")
+    endings = ("", ".jpg", ".jpeg", ".png", ".dcm", ".tif", ".tiff")
     existing = (path for e in endings if (path := folder / (name + e)).is_file())
     return View.from_file(next(existing, folder / name))
 
@@ -192,9 +253,10 @@ def _table_draft(where: str, row: dict[str, str], folder: Path) -> Draft:
     images = {"frontal": row.get("image", ""), "lateral": row.get("lateral", "")}
     views = {view: _table_view(image, folder) for view, image in images.items() if image}
     parts = {name: row[name] for name in (*SECTIONS, "impression") if name in row}
+    study, patient = (_identity(row[name], name, where) for name in ("study", "patient"))
     projection = row.get("projection", "").upper()
-    return Draft(where, row["study"], row["patient"], parts, views, row.get("split", "").lower(),
-                 _order(row.get("order", ""), where), projection if projection in ("AP", "PA") else "")
+    return Draft(where, study, patient, parts, views, row.get("split", "").lower(), _order(row.get("order", ""), where),
+                 projection if projection in ("AP", "PA") else "")
 
 # %% ../../nbs/studies/sources.ipynb #a5784d55
 @register_reader("table")
@@ -206,42 +268,125 @@ def _open_table(path: Path, cfg: StudiesConfig) -> Source:
     if not rows: raise UserError(f"The table {path} has no rows.")
     used = _mapping(cfg.columns, rows[0][1], path)
     drafts = [_table_draft(where, {ours: row[theirs] for ours, theirs in used.items()}, folder) for where, row in rows]
+    for name in ("study", "patient"):
+        _check_spellings(((getattr(d, name), row[used[name]]) for d, (_, row) in zip(drafts, rows, strict=True)), name, path)
+    _check_orders(drafts)
     if nameless := next((d for d in drafts if not d.study), None):
         raise UserError(f"{nameless.where} has no study; give it an id.")
     return finish_source(drafts, [], cfg, cfg.text_may_leave, reports="findings" in used or "impression" in used)
 
-# %% ../../nbs/studies/sources.ipynb #0b595c72
+# %% ../../nbs/studies/sources.ipynb #24b68bcc
 REPORT_HEADINGS = {
     "indication": ("indication", "indications", "history", "clinical history", "clinical information",
                    "clinical indication", "reason for exam", "reason for examination", "reason for the exam",
-                   "reason for study", "history/indication"),
-    "technique": ("technique", "procedure", "views"),
-    "comparison": ("comparison", "comparisons", "comparison exam", "comparison study", "prior study"),
-    "findings": ("findings", "finding", "findings and impression", "findings/impression", "impression and findings"),
+                   "reason for study", "history/indication", "patient history", "reason for this examination"),
+    "technique": ("technique", "procedure", "views", "view"),
+    "comparison": ("comparison", "comparisons", "comparison exam", "comparison study", "comparison film", "prior study", "reference exam"),
+    "findings": ("findings", "finding", "findings and impression", "findings/impression", "impression and findings",
+                 "impression/findings", "findings and recommendations"),
     "impression": ("impression", "impressions", "conclusion", "conclusions", "opinion")}
 _SECTION_OF = {heading: section for section, headings in REPORT_HEADINGS.items() for heading in headings}
 
-# %% ../../nbs/studies/sources.ipynb #24b68bcc
-_HEADING = re.compile(r"^[ \t]*([A-Z][A-Z ()/,&-]{2,60}?)[ \t]*:", re.MULTILINE)
+# %% ../../nbs/studies/sources.ipynb #d9ea880a
+_KNOWN = "|".join(sorted(_SECTION_OF, key=len, reverse=True)).replace(" ", "[ ]+")
+_HEADING = re.compile(rf"""^\ *(?: (?P<known>(?i:{_KNOWN})) \ *:                                  # a section's name, however it is written
+                              | (?P<alone>{_KNOWN.upper()}) \ *$                              # alone on its line
+                              | (?P<capitals>[A-Z][A-Z](?:[A-Z0-9 ()/,&.'_-]|:(?=\d)){{1,80}}?) \ *: (?!\d)   # anything in capitals; 5:13 is a time
+                              | (?P<plain>[A-Za-z](?:[A-Za-z0-9 ,/_-]|:(?=\d)){{2,60}}?) \ *: (?!\d)    # a title of views may be in small letters
+                              | (?P<addendum>(?i:addendum)\b) )""", re.MULTILINE | re.VERBOSE)
 
-# %% ../../nbs/studies/sources.ipynb #78367ead
+# %% ../../nbs/studies/sources.ipynb #26aa293f
+_ENDS = re.compile(r"recommend|notif|addend|wet ?read|exam|dictat|signed|transcri|\bdate\b|\bpfi\b|communicat|critical|attest")
+_ORGANS = re.compile(r"\b(lungs?|pleura\w*|heart|cardi\w*|mediastin\w*|hil(a|um|ar)|bon(e|es|y)|osseous|skelet\w*|soft tissues?|diaphragm\w*|abdomen|"
+                     r"airways?|tubes?|lines?|catheters?|devices?|hardware|vascul\w*|spine|ett?|ngt?|picc|lower neck|chest wall)\b")
+_OF_VIEWS = set("chest cxr pa ap lateral lat frontal portable upright erect supine semi semi-upright semiupright decubitus oblique rib ribs view "
+                "views radiograph radiographs radiography x-ray x-rays xray film films bedside".split())
+_AROUND_VIEWS = set("and of the a an with single one two three four at on am pm a.m. p.m. or in for study".split())
+
+# %% ../../nbs/studies/sources.ipynb #c773974d
+def _is_title(words: str) -> bool:
+    "Whether some words in small letters only name views, times and dates."
+    said = [w for w in re.split(r"[\s,()&/]+", words) if w and not re.fullmatch(r"[\d_:.]+", w)]
+    return bool(_OF_VIEWS & set(said)) and all(w in _OF_VIEWS | _AROUND_VIEWS for w in said)
+
+# %% ../../nbs/studies/sources.ipynb #f7844657
+@lru_cache(4096)
+def _section_named(name: str, inside: str) -> str | None:
+    "What a heading (in small letters) begins inside a section: another, 'title', 'organ', '' for none of ours; None where it belongs to the text."
+    if section := _SECTION_OF.get(name): return section
+    if near := difflib.get_close_matches(name, _SECTION_OF, 1, 0.85): return _SECTION_OF[near[0]]
+    if _ENDS.search(name): return ""
+    if inside in ("findings", "impression", "title", "organ"): return None
+    if _ORGANS.search(name): return "organ"
+    if _is_title(name): return "title"
+    return next((s for s in ("findings", "impression", "comparison", "indication") if s in name), "history" in name and "indication" or "")
+
+# %% ../../nbs/studies/sources.ipynb #c53a0c12
+def _headings(text: str) -> Iterator[tuple[int, int, str]]:
+    "Where each heading and its text begin, and what it begins; headings that belong to the text are left to it."
+    inside = ""
+    for mark in _HEADING.finditer(text):
+        name = " ".join(mark[0].strip(" :").lower().split())
+        if mark["plain"]: section = "title" if not inside and _is_title(name) else None
+        else: section = "" if mark["addendum"] else _section_named(name, inside)
+        if section is None: continue
+        yield mark.start(), mark.start() if section == "organ" else mark.end(), section
+        inside = section
+
+# %% ../../nbs/studies/sources.ipynb #70a6a565
+def _tidied(text: str) -> str:
+    "A report with plain spaces and line ends, and its pages joined."
+    text = re.sub(r"[\f\v\x1c-\x1e\x85\u2028\u2029]|\r\n?", "\n", text.replace("\ufeff", ""))
+    text = re.sub(r"[^\S\n]|\u200b", " ", text)
+    return re.sub(r"\(over\)[^()]{0,400}\(cont\.?\)", " ", text, flags=re.IGNORECASE)
+
+def _cut(text: str) -> dict[str, str]:
+    "Sections of one stretch of a report; what stands under titles or organs only counts as findings."
+    marks, cut = list(_headings(text)), {}
+    for (_, begin, section), end in zip(marks, [m[0] for m in marks[1:]] + [len(text)], strict=False):
+        body = " ".join(text[begin:end].split())
+        bare = section == "title" and sum(w not in _OF_VIEWS | _AROUND_VIEWS for w in re.findall("[a-z]+", body.lower())) < 2
+        if section and body and not bare: cut[section] = f"{cut['organ']} {body}" if section == "organ" in cut else cut.get(section, body)
+    aside = [cut.pop(name) for name in ("organ", "title") if name in cut]
+    return {"findings": aside[0]} | cut if aside else cut
+
+# %% ../../nbs/studies/sources.ipynb #77e61f93
+def _last_paragraphs(text: str) -> tuple[str, str]:
+    "A stretch of text without findings, cut at the first empty line after its last heading; the second part may be empty."
+    begin = max((begin for _, begin, _ in _headings(text)), default=0)
+    gap = re.compile(r"\n *\n").search(text, begin + len(text[begin:]) - len(text[begin:].lstrip()))
+    return (text[:gap.start()], " ".join(text[gap.end():].split())) if gap else (text, "")
+
+# %% ../../nbs/studies/sources.ipynb #6b12a7e2
 def read_report(text: str) -> dict[str, str]:
-    """Sections of an English report in MIMIC-CXR's style: after "FINAL REPORT", headings in capitals at the start of a line."""
-    text = text.rpartition("FINAL REPORT")[2]
+    """Sections of an English report in MIMIC-CXR's style, by the names of `SECTIONS`; also `impression` or, without either, `last_paragraph`.
+
+    What stands before the words "FINAL REPORT" is left out; of several finals the last that has a section counts. Organs and views may stand for
+    the heading of findings. The collection's own parser: github.com/MIT-LCP/mimic-cxr, txt/section_parser.py (Johnson et al. 2019).
+    """
+    before, *finals = re.split(r"FINAL REPORT|(?im:^ *final report *$)", _tidied(text))
     sections: dict[str, str] = {}
-    headings = list(_HEADING.finditer(text))
-    ends = [mark.start() for mark in headings[1:]] + [len(text)]
-    for mark, end in zip(headings, ends, strict=False):    # without any heading there is no mark for the last end
-        section = _SECTION_OF.get(" ".join(mark[1].lower().split()))
-        body = " ".join(text[mark.end():end].split())
-        if section and body: sections.setdefault(section, body)
-    return sections
+    added = {part for part in finals or [before] if re.match(r"\s*addendum", part, re.IGNORECASE)}
+    for part in finals or [before]: sections = _cut(part) | sections if part in added else sections | _cut(part)
+    if sections.keys() & {"findings", "impression"}: return sections
+    head, rest = _last_paragraphs(next((part for part in reversed(finals or [before]) if part not in added), ""))
+    return sections | _cut(head) | ({"last_paragraph": rest} if rest else {})
+
+# %% ../../nbs/studies/sources.ipynb #8e6256ae
+def _silence(text: str, sections: Mapping[str, str]) -> str:
+    "Why a report has no findings, in a few words; '' where the sections say so themselves."
+    if "last_paragraph" in sections: return "findings without a heading"
+    if sections or not text.strip(): return ""
+    return "addendum only" if re.search("addendum", text, re.IGNORECASE) else "no heading"
 
 # %% ../../nbs/studies/sources.ipynb #25544f5d
 def _mimic_table(roots: Sequence[Path], name: str, wanted: Sequence[str]) -> list[dict[str, str]] | None:
-    "Rows of `mimic-cxr-2.*-NAME.csv` or `.csv.gz` in the first root that has it, or None."
+    "Rows of `mimic-cxr-2.*-NAME.csv` or `.csv.gz` in the first root that has it, ids as the folders write them; or None."
     path = next((p for root in roots for p in sorted(root.glob(f"mimic-cxr-2.*-{name}.csv*"))), None)
-    return None if path is None else [row for _, row in progress(_table_rows(path, wanted), f"reading {name}")]
+    if path is None: return None
+    ids = [column for column in wanted if column in ("study_id", "subject_id")]
+    rows = progress(_table_rows(path, wanted), f"reading {name}")
+    return [row | {column: _identity(row[column], column, where) for column in ids} for where, row in rows]
 
 # %% ../../nbs/studies/sources.ipynb #457127a5
 _POSITIONS = {"PA": ("frontal", 0), "AP": ("frontal", 1), "LATERAL": ("lateral", 0), "LL": ("lateral", 1)}
@@ -260,8 +405,9 @@ def _mimic_views(rows: Iterable[dict[str, str]]) -> dict[str, dict[str, tuple[in
 # %% ../../nbs/studies/sources.ipynb #af364ebe
 def _mimic_order(row: dict[str, str]) -> tuple | None:
     "Date and time as numbers: the time 93000.5 has lost the zero in front of it, so text would sort wrongly."
-    try: return (float(row["StudyDate"]), float(row.get("StudyTime") or 0))
+    try: order = (float(row["StudyDate"]), float(row.get("StudyTime") or 0))
     except ValueError: return None
+    return order if all(map(math.isfinite, order)) else None
 
 # %% ../../nbs/studies/sources.ipynb #16055e75
 def _mimic_reports(root: Path) -> list[Path]:
@@ -285,7 +431,7 @@ def _open_mimic(root: Path, cfg: StudiesConfig) -> Source:
     roots = list(dict.fromkeys((images_root, root)))
     tables = {name: _mimic_table(roots, name, wanted) for name, wanted in _WANTED.items()}
     problems = [Problem("missing table", name, _MISSING[name]) for name, table in tables.items() if table is None]
-    with_images = next(images_root.glob("files/p1*/p1*/s*/*.jpg"), None) is not None
+    with_images = any(next(images_root.glob(f"files/p1*/p1*/s*/*.{ending}"), None) for ending in ("jpg", "dcm"))
     metadata, splits = tables["metadata"] or [], _mimic_splits(tables["split"] or [])
     views, order = _mimic_views(metadata), {row["study_id"]: _mimic_order(row) for row in metadata}
     drafts = [_mimic_draft(r, views[r.stem[1:]] if with_images else {}, images_root, splits, order)
@@ -304,10 +450,10 @@ def _mimic_draft(report: Path, images: Mapping[str, tuple[int, str, str]], root:
                  order: Mapping[str, tuple | None]) -> Draft:
     "One report file as a draft; ids in the tables lack the letter in front that the file names have."
     study, patient = report.stem, report.parent.name
-    folder = root / "files" / patient[:3] / patient / study
-    views = {view: View.from_file(folder / f"{image}.jpg") for view, (_, image, _) in images.items()}
-    return Draft(report.name, study, patient, read_report(report.read_text(errors="replace", encoding="utf-8")), views,
-                  splits.get(patient[1:], ""), order.get(study[1:]), images["frontal"][2] if "frontal" in images else "")
+    folder, text = root / "files" / patient[:3] / patient / study, report.read_text(errors="replace", encoding="utf-8")
+    views, parts = {view: _table_view(image, folder) for view, (_, image, _) in images.items()}, read_report(text)
+    return Draft(report.name, study, patient, parts, views, splits.get(patient[1:], ""), order.get(study[1:]),
+                 images["frontal"][2] if "frontal" in images else "", _silence(text, parts))
 
 # %% ../../nbs/studies/sources.ipynb #91c7a72b
 def open_source(cfg: StudiesConfig | str) -> Source:
@@ -317,7 +463,7 @@ def open_source(cfg: StudiesConfig | str) -> Source:
     if prefix not in READERS or not place:
         *others, last = (f"{p}:" + {"phantom": "SEED", "table": "FILE"}.get(p, "PATH") for p in READERS)
         raise UserError(f"{cfg.source!r} is not a source; use {', '.join(others)} or {last}.")
-    return READERS[prefix](Path(place).expanduser(), cfg)
+    return without_duplicates(READERS[prefix](Path(place).expanduser(), cfg), cfg)
 
 # %% ../../nbs/studies/sources.ipynb #38a0f1b8
 def describe_source(source: Source, named: int = 5) -> str:
@@ -325,7 +471,7 @@ def describe_source(source: Source, named: int = 5) -> str:
     permission = "may" if source.may_leave else "may not"
     title = f"{source.spec}: studies {len(source)}, patients {len(source.patients)}; the text {permission} leave this machine"
     blocks = ([title], _table_of_splits(source), _table_of_sections(source), _table_of_views(source),
-              _list_of_problems(source.problems, named))
+              _line_of_duplicates(source), _list_of_problems(source.problems, named))
     return "\n\n".join("\n".join(lines) for lines in blocks)
 
 # %% ../../nbs/studies/sources.ipynb #d92451e3
@@ -355,6 +501,14 @@ def _table_of_views(source: Source) -> list[str]:
     lines = [_share_row(view, having[view], len(source)) for view in VIEWS]
     if projections: lines.append("frontal views: " + ", ".join(f"{k} {n}" for k, n in sorted(projections.items())))
     return [f"{'view':<14}{'studies':>8}{'share':>8}", *lines]
+
+# %% ../../nbs/studies/sources.ipynb #502beed9
+def _line_of_duplicates(source: Source) -> list[str]:
+    "How many studies of the other splits have findings that stand word for word in train."
+    n, of = Counter(s.split for s in standing_in_train(source)), Counter(s.split for s in source if "findings" in s.sections)
+    if not n: return ["also word for word in train: no findings"]
+    shares = ", ".join(f"{n[split]} of {of[split]} in {split} ({n[split] / of[split]:.1%})" for split in SPLITS if n[split])
+    return [f"also word for word in train: the findings of {shares}; studies.duplicates=train_only leaves them out"]
 
 # %% ../../nbs/studies/sources.ipynb #fdb74eca
 def _list_of_problems(problems: Sequence[Problem], named: int) -> list[str]:

@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoBackbone, AutoModel, Dinov2Config, LlamaConfig, LlavaConfig
+from transformers import AutoBackbone, AutoModel, Dinov2Config, GenerationConfig, LlamaConfig, LlavaConfig
 from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -148,4 +148,6 @@ def load_maira2(folder: Path | str, dtype: torch.dtype = torch.float32, device: 
     with no_init_weights(), torch.device(device): model = Maira2ForConditionalGeneration._from_config(config, dtype=dtype)
     load_strictly(model, folder)
     model.tie_weights()
+    if (folder / "generation_config.json").exists():       # says which tokens end a report
+        model.generation_config = GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
     return model.eval().requires_grad_(False)

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['TOKEN_SECTIONS', 'MEAN', 'STD', 'HEADINGS', 'SPECIALS', 'MARKS', 'INSTRUCTION', 'Render', 'Piece', 'piece_of_tokens',
            'trace_origins', 'Prompt', 'prepare_image', 'views_of', 'plain_pieces', 'train_tokenizer', 'mini_config',
-           'new_mini', 'quiet', 'layers_path', 'Subject', 'plain_subject', 'random_mini', 'unseal', 'chat',
-           'follow_images', 'read_with_processor', 'render_chat', 'render_maira2', 'processor_subject', 'chat_subject',
-           'SubjectConfig', 'find_checkpoint', 'hash_checkpoint', 'open_subject']
+           'new_mini', 'quiet', 'layers_path', 'greedy_wishes', 'context_of', 'whole_letters', 'Subject',
+           'plain_subject', 'random_mini', 'unseal', 'chat', 'follow_images', 'read_with_processor', 'render_chat',
+           'render_maira2', 'processor_subject', 'chat_subject', 'SubjectConfig', 'find_checkpoint', 'hash_checkpoint',
+           'open_subject']
 
 # %% ../../nbs/subjects/subject.ipynb #1c9c49db
 import os
@@ -31,7 +32,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 
 import saerad
 from ..core import Section, UserError, content_hash, file_hash, progress, read_json, torch_rng
@@ -222,6 +223,35 @@ def _hash_of_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     weights = {name: content_hash(value) for name, value in model.state_dict().items()}
     return content_hash(weights, model.config.to_diff_dict(), tokenizer.get_vocab())
 
+# %% ../../nbs/subjects/subject.ipynb #389d1e94
+def greedy_wishes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Neutral settings for writing: the likeliest token at every step, up to one of the checkpoint's own tokens that end a text."""
+    wishes = getattr(model, "generation_config", None)
+    ends = wishes.eos_token_id if wishes is not None else None
+    return GenerationConfig(do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id,
+                            eos_token_id=tokenizer.eos_token_id if ends is None else ends)
+
+# %% ../../nbs/subjects/subject.ipynb #b3c70116
+def context_of(config: PreTrainedConfig) -> int | None:
+    """How many tokens a model reads at once, prompt and report together; None where its config sets no limit."""
+    text = config.get_text_config()
+    known, rope = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None) or {}
+    if not known or known < 1: return None
+    stretch = rope.get("factor") or 1
+    if rope.get("rope_type") in ("linear", "dynamic"): return int(known * stretch)      # these count from the length before stretching
+    return max(known, int((rope.get("original_max_position_embeddings") or 0) * stretch))
+
+# %% ../../nbs/subjects/subject.ipynb #bd34b250
+def whole_letters(texts: Sequence[str], join: Callable[[int, int], str]) -> list[str]:
+    """Texts of tokens; a letter that is cut into bytes stands at the token that completes it. `join(a, b)` is the text of tokens `a` to `b - 1`."""
+    out, begin = list(texts), 0
+    while begin < len(out):
+        ends = range(begin + 2, min(begin + 4, len(out)) + 1) if "\ufffd" in texts[begin] else ()     # a letter has four bytes at most
+        end = next((e for e in ends if "\ufffd" not in join(begin, e)), begin + 1)
+        if end > begin + 1: out[begin:end] = [*[""] * (end - begin - 1), join(begin, end)]
+        begin = end
+    return out
+
 # %% ../../nbs/subjects/subject.ipynb #72d57b71
 @dataclass(eq=False)
 class Subject:
@@ -237,6 +267,7 @@ class Subject:
         self.model.eval().requires_grad_(False)
         if self.tokenizer.pad_token is None: self.tokenizer.pad_token = self.tokenizer.eos_token
         if not self.hash: self.hash = _hash_of_memory(self.model, self.tokenizer)
+        self.model.generation_config = greedy_wishes(self.model, self.tokenizer)
 
     @cached_property
     def lm(self) -> TransformersModel:
@@ -258,17 +289,59 @@ class Subject:
         """Number of decoder layers."""
         return self.model.config.get_text_config().num_hidden_layers
 
-    def prompt(self, study: Study, report: str | None = None) -> Prompt:
-        """The study as this model reads it; `report` None: up to where the model writes, else teacher-forced with its end."""
-        return self.lay_out(study, report)
+    @cached_property
+    def context(self) -> int | None:
+        """How many tokens the model reads at once; None where there is no limit."""
+        return context_of(self.model.config)
 
-    def texts(self, prompt: Prompt) -> list[str]:
-        """Each token's own text, with the space before it where it has one."""
-        anchor = self.tokenizer.encode("a", add_special_tokens=False)[-1:]  # many tokenizers drop the space of the first token
-        lead = len(self.tokenizer.decode(anchor))
-        ids = prompt.ids.tolist()
-        known = {i: self.tokenizer.decode([*anchor, i], clean_up_tokenization_spaces=False)[lead:] for i in set(ids)}
-        return [known[i] for i in ids]
+    def prompt(self, study: Study, report: str | None = None) -> Prompt:
+        """The study as this model reads it; `report` None: up to where the model writes, else teacher-forced with its end.
+
+        Raises `UserError` where it is more than the model reads at once.
+        """
+        prompt = self.lay_out(study, report)
+        self.need_room(prompt)
+        return prompt
+
+    def need_room(self, prompt: Prompt, new: int = 0) -> None:
+        """Raise `UserError`, with the study and both lengths, where a prompt and `new` tokens after it are more than the model reads at once."""
+        if self.context is None or len(prompt) + new <= self.context: return
+        report = f" and a report up to {new} (subject.max_report_tokens)" if new else ""
+        raise UserError(f"study {prompt.study} needs {len(prompt)} tokens{report}, but {self.name} reads {self.context} at once; "
+                        "shorten its texts or leave it out.")
+
+    def readable(self, studies: Iterable[Study], most: int | None = None, new: int = 0) -> list[tuple[Study, Prompt]]:
+        """The first `most` studies that the model can read with room for `new` tokens, each with its prompt; extraction has told of the others.
+
+        Raises the first study's `UserError` where not one can be read.
+        """
+        found, refused = [], None
+        for study in studies:
+            if most is not None and len(found) >= most: break
+            try:
+                prompt = self.prompt(study)
+                self.need_room(prompt, new)
+            except UserError as e: refused = refused or e
+            else: found.append((study, prompt))
+        if refused and not found: raise refused
+        return found
+
+    @cached_property
+    def _anchor(self) -> list[int]: return self.tokenizer.encode("a", add_special_tokens=False)[-1:]
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Text of tokens that follow one another, with the space before the first where it has one."""
+        lead = len(self.tokenizer.decode(self._anchor))     # many tokenizers drop the space of the first token, so another goes first
+        return self.tokenizer.decode([*self._anchor, *ids], clean_up_tokenization_spaces=False)[lead:]
+
+    def texts(self, prompt: Prompt, known: dict[int, str] | None = None) -> list[str]:
+        """Each token's own text, with the space before it where it has one; `known` remembers tokens from one call to the next.
+
+        A letter that is cut into bytes stands at the token that completes it, and the tokens before have no text.
+        """
+        known, ids = {} if known is None else known, prompt.ids.tolist()
+        known |= {i: self.text_of([i]) for i in dict.fromkeys(ids) if i not in known}
+        return whole_letters([known[i] for i in ids], lambda begin, end: self.text_of(ids[begin:end]))
 
     def collate(self, prompts: Sequence[Prompt], side: str = "right") -> dict[str, Tensor]:
         """Pad prompts on one `side` into a batch on the subject's device; pixels are stacked in the order of the prompts."""
@@ -303,13 +376,19 @@ class Subject:
 
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int | None = None, layer: int | None = None,
                  add: Float[Tensor, "rows d"] | None = None, batch_size: int = 32) -> list[str]:
-        """Greedy reports; `add[i]` (raw residual units) is added to the output of `layer` for prompt i, at every position and step."""
+        """Greedy reports; `add[i]` (raw residual units) is added to the output of `layer` for prompt i, at every position and step.
+
+        With and without it, the likeliest token is taken at every step, whatever the checkpoint's `generation_config` wishes (penalties, beams,
+        sampling); only its tokens that end a text are obeyed. Raises `UserError` for a prompt that leaves no room for a report.
+        """
+        limit = max_new_tokens or self.max_report_tokens
+        for prompt in prompts: self.need_room(prompt, limit)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours in length need little padding
         reports: dict[int, str] = {}
         for begin in progress(range(0, len(order), batch_size), "writing reports"):
             rows = order[begin:begin + batch_size]
             batch = self.collate([prompts[i] for i in rows], side="left")
-            ids = self.generate_ids(batch, max_new_tokens or self.max_report_tokens, layer, None if add is None else add[rows])
+            ids = self.generate_ids(batch, limit, layer, None if add is None else add[rows])
             reports |= zip(rows, self.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True)
         return [reports[i].strip() for i in range(len(prompts))]
 
@@ -317,9 +396,8 @@ class Subject:
     def generate_ids(self, batch: Mapping[str, Tensor], max_new_tokens: int, layer: int | None = None,
                      add: Float[Tensor, "rows d"] | None = None) -> Int[Tensor, "rows new"]:
         """The new tokens of a left-padded batch, greedily; a row that has ended is filled with padding."""
-        ends = self.model.generation_config.eos_token_id
-        how = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=self.tokenizer.pad_token_id,
-                               eos_token_id=self.tokenizer.eos_token_id if ends is None else ends)
+        how = greedy_wishes(self.model, self.tokenizer)
+        how.max_new_tokens = max_new_tokens
         ids = self.model.generate(**batch, generation_config=how) if add is None else self._generate_pushed(batch, how, layer, add)
         return ids[:, batch["input_ids"].shape[1]:]
 

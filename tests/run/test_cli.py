@@ -11,7 +11,7 @@ from PIL import Image
 
 from saerad.core import UserError
 from saerad.run import stages as running
-from saerad.run.cli import main, print_error
+from saerad.run.cli import explain_exception, main, print_error
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = ["studies.train_patients=6", "studies.validation_patients=2", "studies.test_patients=2"]
@@ -74,6 +74,41 @@ def test_bad_input_is_told_before_anything_is_written(saerad, tmp_path, monkeypa
     assert code == 2 and is_one_sentence(err), err
     assert all(word in err for word in words), err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("inside", ["", "runs/mine"])
+@pytest.mark.parametrize("command", [["run", CONFIGS / "phantom.yaml"], ["sweep", CONFIGS / "phantom.yaml"], ["mini", "train", "phantom:0"]])
+def test_a_folder_cannot_be_in_a_file(saerad, tmp_path, command, inside):
+    (tmp_path / "taken").write_text("mine", encoding="utf-8")
+    code, _, err = saerad(*command, "--out", tmp_path / "taken" / inside)
+    assert code == 2 and is_one_sentence(err) and "taken is a file" in err and "--out" in err
+    assert (tmp_path / "taken").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_file_that_stands_where_a_folder_must_be_is_no_fault_of_ours(tmp_path):
+    (tmp_path / "taken").touch()
+    for wrong in ((tmp_path / "taken").mkdir, (tmp_path / "taken/inside").mkdir, lambda: tmp_path.write_text("", encoding="utf-8")):
+        with pytest.raises(OSError) as e: wrong()
+        sentence, code = explain_exception(e.value)
+        assert code == 2 and "--out" in sentence
+
+
+def test_a_key_that_stands_twice(saerad, tmp_path):
+    (tmp_path / "night.yaml").write_text("sae:\n  k: 8\nseed: 1\nsae:\n  k: 16\n", encoding="utf-8")
+    code, _, err = saerad("run", tmp_path / "night.yaml", "--check")
+    assert code == 2 and is_one_sentence(err) and "night.yaml has the key 'sae' twice, at lines 1 and 4" in err
+    code, _, err = saerad("run", CONFIGS / "phantom.yaml", "sae={k: 8, k: 16}", "--check")
+    assert code == 2 and is_one_sentence(err) and "'k' twice" in err
+
+
+def test_a_terminal_that_knows_few_letters_is_no_fault(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    with pytest.raises(SystemExit) as ended: main(["studies", "phantom:0", *SMALL, "findings_from=findings"])
+    terminal.flush()
+    assert ended.value.code == 0 and b"median words" in terminal.buffer.getvalue()
+    print("–", flush=True)
+    assert terminal.buffer.getvalue().endswith(b"?\n")
 
 
 def test_a_run_that_can_be_replayed_needs_no_key(saerad, tmp_path, monkeypatch):

@@ -321,7 +321,10 @@ def test_a_run_that_was_killed_twice_ends_with_the_same_bytes(done, config, tmp_
     for when in ("activations/shard-00001.safetensors", "sae/checkpoint/state.safetensors"):
         kill_when(out / when, ["run", str(tmp_path / "tiny.yaml"), "--out", str(out)])
         assert not (out / "report.html").exists()
-    run_config(config, out)
+    plain = os.environ | {"TQDM_DISABLE": "1", "LC_ALL": "C", "PYTHONUTF8": "0"}     # where text is not UTF-8 unless it is said
+    command = [sys.executable, "-c", KILL, "run", str(tmp_path / "tiny.yaml"), "--out", str(out)]
+    ended = subprocess.run(command, env=plain, capture_output=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr[-2000:]
     for name in SAME: assert (out / name).read_bytes() == (done[0] / name).read_bytes(), name
 
 

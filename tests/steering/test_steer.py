@@ -23,6 +23,7 @@ from saerad.steering.steer import (
     SteeringConfig,
     choose_features,
     choose_studies,
+    mean_differences,
     side_by_side,
     sign_spearman,
     steer,
@@ -345,6 +346,17 @@ def test_blank_images_need_images(source, sae, tmp_path, monkeypatch):
 def test_a_study_without_the_picture_that_is_needed_is_named(subject, sae, tmp_path):
     bare = [Study(f"{split}{i}", f"{split}-p{i}", split, {"findings": "Effusion."}, {}) for split in ("train", "test") for i in range(2)]
     with pytest.raises(UserError, match="has no frontal view"): steer(Source("table:here", bare), subject, sae, SAID, CFG, 0, tmp_path, layer=4)
+
+
+def test_studies_that_the_model_cannot_read_are_passed_over(source, subject):
+    def told(study, **sections): return replace(study, sections=dict(study.sections) | sections)
+    every = [told(s, findings="The lungs are clear.") if s.study[-1] in "13" else s for s in source]
+    mixed = Source("table:here", [told(s, indication="fever " * 900) if s.study in ("test0", "test1", "train0") else s for s in every])
+    assert [s.study for s in choose_studies(mixed, 9, 0, subject, 20)] == ["test2", "test3", "test4"]
+    without = Source("table:here", [s for s in every if s.study != "train0"])
+    ours, theirs = (mean_differences(x, subject, {0: target_of("effusion")}, 4, 0, least=1)[0] for x in (mixed, without))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    with pytest.raises(UserError, match="study test[01] needs"): choose_studies(Source("table:here", mixed.split("test")[:2]), 2, 0, subject)
 
 
 def test_a_language_model_judges_and_replays(run, source, subject, sae, tmp_path):

@@ -2,7 +2,9 @@
 
 import csv
 import gzip
+import importlib.util
 import io
+import json
 import os
 import tarfile
 from collections import Counter
@@ -15,14 +17,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from section_rules import made_up_reports, published_findings
 
 from saerad.core import UserError
-from saerad.studies.record import SPLITS, Draft, Problem, Source, StudiesConfig, Study, View, ViewError, finish_source, split_of
+from saerad.studies.record import SPLITS, Draft, Problem, Source, StudiesConfig, Study, View, ViewError, finish_source, split_of, standing_in_train
 from saerad.studies.sources import READERS, describe_source, open_source, read_report, register_reader
 
 DATA = Path(os.environ.get("SAERAD_DATA", Path(__file__).parents[3] / "shared" / "data"))
 OPENI, HANNOVER = DATA / "openi" / "NLMCXR_reports.tgz", DATA / "hannover"
 needs_openi = pytest.mark.skipif(not OPENI.is_file(), reason=f"the OpenI tarball is not at {OPENI}")
+needs_pydicom = pytest.mark.skipif(importlib.util.find_spec("pydicom") is None, reason="pydicom is not installed")
 needs_hannover = pytest.mark.skipif(not HANNOVER.is_dir(), reason=f"the Hannover films are not at {HANNOVER}")
 
 
@@ -60,6 +64,122 @@ def test_sixteen_bits_are_stretched_and_not_clipped(tmp_path):
     Image.fromarray(deep).save(tmp_path / "deep.png")
     pixels = View.from_file(tmp_path / "deep.png").array()
     assert pixels.min() == 0 and pixels.max() == 255 and (np.diff(pixels.ravel().astype(int)) >= 0).all()
+
+
+def ramp(low, high, dtype):
+    return np.linspace(low, high, 64).reshape(8, 8).astype(dtype)
+
+
+@pytest.mark.parametrize("low, high, dtype", [(0, 1, "f4"), (-1000, 3000, "f4"), (0.2, 0.4, "f4"), (7, 4095, "u2"), (-50, 70000, "i4")])
+def test_numbers_of_every_kind_are_stretched_over_the_greys(tmp_path, low, high, dtype):
+    Image.fromarray(ramp(low, high, dtype)).save(tmp_path / "deep.tif")
+    pixels = View.from_file(tmp_path / "deep.tif").array()
+    assert np.abs(pixels.astype(int) - ramp(0, 255, "f8")).max() <= 1.5
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2"])
+def test_a_tiff_whose_zero_is_white_is_turned_round(tmp_path, dtype):
+    Image.fromarray(ramp(0, 255 if dtype == "u1" else 4095, dtype)).save(tmp_path / "plain.tif")
+    one, zero = (b"\x06\x01\x03\x00\x01\x00\x00\x00" + bytes([value, 0]) for value in (1, 0))    # the tag's name, type, count and value
+    plain = (tmp_path / "plain.tif").read_bytes()
+    assert plain.count(one) == 1
+    (tmp_path / "white.tif").write_bytes(plain.replace(one, zero))
+    white, black = (View.from_file(tmp_path / f"{name}.tif").array().astype(int) for name in ("white", "plain"))
+    assert (white + black == 255).all()
+
+
+def test_what_is_no_number_is_black_and_a_film_of_nothing_else_is_constant(tmp_path):
+    deep = ramp(0, 1, "f4")
+    deep[0, 3], deep[0, 4] = np.nan, np.inf
+    Image.fromarray(deep).save(tmp_path / "holes.tif")
+    pixels = View.from_file(tmp_path / "holes.tif").array()
+    assert pixels[0, 3] == pixels[0, 4] == 0 and pixels[7, 7] == 255
+    for value in (np.nan, 0.5):
+        Image.fromarray(np.full((8, 8), value, "f4")).save(tmp_path / "none.tif")
+        with pytest.raises(ViewError, match="same grey value everywhere"):
+            View.from_file(tmp_path / "none.tif").array()
+
+
+@pytest.mark.parametrize("name", ["film.jpg", "film.png", "film.tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_that_a_file_notes_is_obeyed(tmp_path, name, orientation):
+    upright = np.zeros((40, 24), np.uint8)
+    upright[:8], upright[:, :6] = 255, 128    # a bright edge at the top, a grey one at the left
+    back = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]    # the transposition that undoes what the note asks for
+    stored = Image.fromarray(upright) if back is None else Image.fromarray(upright).transpose(Image.Transpose(back))
+    note = Image.Exif()
+    note[0x0112] = orientation
+    stored.save(tmp_path / name, exif=note, quality=95)
+    shown = View.from_file(tmp_path / name).array()
+    assert shown.shape == (40, 24) and np.abs(shown.astype(int) - upright)[2:-2, 9:-2].mean() < 12
+
+
+def dicom(path, pixels, photometric="MONOCHROME2", **more):
+    """A DICOM file as a machine writes it, of 16-bit numbers that nothing compresses."""
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
+
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = DigitalXRayImageStorageForPresentation, generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    file = FileDataset(path, {}, file_meta=meta, preamble=b"\0" * 128)
+    file.SOPClassUID, file.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    file.Rows, file.Columns = pixels.shape[-2:]
+    if pixels.ndim == 3: file.NumberOfFrames = len(pixels)
+    file.SamplesPerPixel, file.PhotometricInterpretation, file.PixelRepresentation = 1, photometric, 0
+    file.BitsAllocated, file.BitsStored, file.HighBit = 16, 12, 11
+    for name, value in more.items(): setattr(file, name, value)
+    file.PixelData = pixels.astype("<u2").tobytes()
+    file.save_as(path, enforce_file_format=True)
+    return View.from_file(path)
+
+
+@needs_pydicom
+def test_a_dicom_file_is_rescaled_windowed_and_bright_where_the_body_is(tmp_path):
+    deep = ramp(0, 4000, "u2")
+    plain = dicom(tmp_path / "plain.dcm", deep).array()
+    assert np.abs(plain.astype(int) - ramp(0, 255, "f8")).max() <= 1.5
+    assert np.abs(dicom(tmp_path / "inverted.dcm", deep, "MONOCHROME1").array().astype(int) + plain - 255).max() <= 1
+    # rescaled to -1000 ... 3000; a window of 1000 around 500 goes from black at 0 to white at 1000
+    windowed = dicom(tmp_path / "window.dcm", deep, RescaleSlope=1, RescaleIntercept=-1000, WindowCenter=500, WindowWidth=1000).array()
+    assert (windowed[deep <= 995] == 0).all() and (windowed[deep >= 2005] == 255).all()
+    assert (np.diff(windowed[(deep > 1010) & (deep < 1990)].astype(int)) > 0).all()
+
+
+@needs_pydicom
+def test_a_dicom_file_without_one_film_says_so(tmp_path):
+    with pytest.raises(ViewError, match="two.dcm is a DICOM file with more than one grey image"):
+        dicom(tmp_path / "two.dcm", np.stack([ramp(0, 4000, "u2")] * 2)).array()
+    cut = dicom(tmp_path / "cut.dcm", ramp(0, 4000, "u2")).path
+    cut.write_bytes(cut.read_bytes()[:-60])
+    with pytest.raises(ViewError, match="cut.dcm is a DICOM file without pixels that can be read") as e:
+        View.from_file(cut).check()
+    assert e.value.kind == "not an image" and "\n" not in str(e.value)
+
+
+@needs_pydicom
+def test_films_of_a_table_may_be_dicom(tmp_path):
+    dicom(tmp_path / "a.dcm", ramp(0, 4000, "u2"))
+    source = open_table(table(tmp_path, [dict(study="s", patient="p", image="a", findings="Clear.")]))
+    assert source["s"].views["frontal"].array().shape == (8, 8)
+
+
+def test_without_pydicom_a_dicom_file_is_named_plainly(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "film").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 50)
+    with pytest.raises(ViewError, match=r"film is a DICOM file, which needs pydicom; install it with: pip install .saerad\[dicom\]"):
+        View.from_file(tmp_path / "film").check()
+
+
+def test_a_film_that_was_replaced_by_another_of_its_size_is_noticed(tmp_path):
+    path = table(tmp_path, [dict(study="s", patient="p", image="a.bmp", findings="Clear.")])
+    def now(**kw): return open_table(path, **kw).hash()
+    film(tmp_path / "a.bmp", seed=1)
+    size, before, unlooked = (tmp_path / "a.bmp").stat().st_size, now(), now(check_pictures=False)
+    film(tmp_path / "a.bmp", seed=2)
+    assert (tmp_path / "a.bmp").stat().st_size == size and now() != before and now(check_pictures=False) == unlooked
+    film(tmp_path / "a.bmp", seed=1)
+    assert now() == before, "the same film again, though written later"
 
 
 @pytest.mark.parametrize(
@@ -158,6 +278,112 @@ def test_numbers_order_as_numbers(tmp_path):
 
 def test_without_an_order_there_is_no_prior(tmp_path):
     assert all(s.prior is None for s in open_table(table(tmp_path, rows_of("p", "p"))))
+
+
+def test_ids_that_a_table_has_turned_into_fractions(tmp_path):
+    ids = (("1.0", "123.0"), ("2.0", "007"), ("x1.0", "1.50"))
+    rows = [dict(study=study, patient=patient, findings="Clear.") for study, patient in ids]
+    assert [(s.study, s.patient) for s in open_table(table(tmp_path, rows))] == [("1", "123"), ("2", "007"), ("x1.0", "1.50")]
+    numbers = pa.table({"study": [1, 2], "patient": pa.array([123.0, 124.0]), "findings": ["A.", "B."]})
+    pq.write_table(numbers, tmp_path / "t.parquet")
+    assert [s.patient for s in open_table(tmp_path / "t.parquet")] == ["123", "124"]
+
+
+@pytest.mark.parametrize("nothing", [float("nan"), None])
+def test_patients_whom_nobody_knows_are_not_one_patient(tmp_path, nothing):
+    unknown = pa.table({"study": ["a", "b", "c"], "patient": pa.array([123.0, nothing, nothing]), "findings": ["A.", "B.", "C."]})
+    pq.write_table(unknown, tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="row 2 .study b. has no patient"):
+        open_table(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "None", "NULL", "<NA>", "NaT", "#N/A", ""])
+@pytest.mark.parametrize("column, message", [("patient", "has no patient"), ("study", "has no study")])
+def test_words_for_nothing_are_no_id(tmp_path, word, column, message):
+    with pytest.raises(UserError, match=message):
+        open_table(table(tmp_path, [dict(study="a", patient="p", findings="A.") | {column: word}]))
+
+
+@pytest.mark.parametrize(
+    "patients, message",
+    [
+        (("1.23E+11", "p"), "has the patient '1.23E.11', a number that has lost digits"),
+        (("1e+18", "1.2345678901234568e+18"), "has lost digits"),
+        (("9007199254740993.0", "p"), "has lost digits"),
+        (("12", "12.0"), "the patient 12 in two spellings, '12' and '12.0'"),
+    ],
+)
+def test_ids_that_could_be_two_people_are_refused(tmp_path, patients, message):
+    with pytest.raises(UserError, match=message):
+        open_table(table(tmp_path, rows_of(*patients)))
+
+
+@pytest.mark.parametrize(
+    "orders, expected",
+    [
+        (("3.0", "nan", "1.0"), "bca"),
+        (("2024-02-01", "", "2024-01-31T23:59"), "bca"),
+        (("2024-03-01T01:00+02:00", "2024-02-29T23:30:00Z", "2024-02-29 17:30-05:00"), "cab"),
+        (("1e3", "-5", "999.5"), "bca"),
+    ],
+)
+def test_orders_with_gaps_and_time_zones(tmp_path, orders, expected):
+    rows = [dict(study=s, patient="p", order=o, findings=f"{s}.") for s, o in zip("abc", orders, strict=True)]
+    assert "".join(s.study for s in open_table(table(tmp_path, rows))) == expected
+
+
+@pytest.mark.parametrize(
+    "orders, message",
+    [
+        (("12", "2024-12-31"), "row 1 has a number for its order, and t.csv, row 2 a date;"),
+        (("2024-12-31T10:00", "2024-12-31T10:00Z"), "a date for its order, and t.csv, row 2 a date with a time zone"),
+        (("2024-13-45", "1"), "order '2024-13-45'"),
+        (("2024-12-31 and later", "1"), "order '2024-12-31 and later'"),
+        (("inf", "1"), "order 'inf'"),
+        (("31.12.2024", "1"), "order '31.12.2024'"),
+    ],
+)
+def test_orders_that_cannot_be_sorted_are_refused(tmp_path, orders, message):
+    rows = [dict(study=s, patient="p", order=o, findings=f"{s}.") for s, o in zip("ab", orders, strict=True)]
+    with pytest.raises(UserError, match=message):
+        open_table(table(tmp_path, rows))
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.parquet"])
+def test_a_column_that_stands_twice_is_refused(tmp_path, name):
+    columns, values = ["study", "patient", "findings", "findings"], ["a", "p", "First.", "Second."]
+    if name == "t.parquet": pq.write_table(pa.Table.from_arrays([pa.array([v]) for v in values], columns), tmp_path / name)
+    else: (tmp_path / name).write_text("\n".join(("\t" if name == "t.tsv" else ",").join(row) for row in (columns, values)), encoding="utf-8")
+    with pytest.raises(UserError, match="has the column 'findings' twice"):
+        open_table(tmp_path / name)
+
+
+def test_columns_without_a_name_may_be_many(tmp_path):
+    (tmp_path / "t.csv").write_text("study,patient,findings,,\na,p,Clear.,,\n", encoding="utf-8")
+    assert len(open_table(tmp_path / "t.csv")) == 1
+
+
+def test_reports_that_stand_in_train_too_are_told_and_can_be_left_out(tmp_path):
+    said = [("a", "train", "Clear lungs."), ("b", "test", "CLEAR  lungs."), ("c", "test", "Effusion."), ("d", "validation", "Clear lungs.")]
+    path = table(tmp_path, [dict(study=s, patient=s, split=split, findings=text) for s, split, text in said])
+    kept, without = open_table(path), open_table(path, duplicates="train_only")
+    assert [s.study for s in standing_in_train(kept)] == ["b", "d"] and [s.study for s in without] == ["a", "c"]
+    assert "1 of 1 in validation (100.0%), 1 of 2 in test (50.0%)" in describe_source(kept)
+    assert "word for word in train: no findings" in describe_source(without) and "stands in train (test): 1 (b)" in describe_source(without)
+    assert kept.hash() != without.hash()
+
+
+def test_what_is_left_out_for_its_words_is_still_the_visit_before(tmp_path):
+    rows = [dict(study="t", patient="p", split="train", order="1", findings="Clear.")]
+    rows += [dict(study=f"s{i}", patient="q", split="test", order=str(i), findings=text) for i, text in enumerate(("Clear.", "Effusion."))]
+    source = open_table(table(tmp_path, rows), duplicates="train_only")
+    assert [s.study for s in source] == ["t", "s1"] and source["s1"].prior_report == "Clear."
+
+
+def test_phantom_obeys_the_setting_too():
+    sizes = dict(source="phantom:0", train_patients=30, validation_patients=3, test_patients=6)
+    kept, without = (open_source(StudiesConfig(**sizes, duplicates=d)) for d in ("keep", "train_only"))
+    assert len(kept) - len(without) == len(standing_in_train(kept)) and not standing_in_train(without)
 
 
 def test_parquet_gzip_and_tsv_read_like_csv(tmp_path):
@@ -357,7 +583,7 @@ def test_tarball_and_folder_give_the_same_studies(tmp_path):
         "CXR5": {"findings": "A <b> c."},
     }
     assert {(p.kind, p.where) for p in packed.problems} == {
-        ("no findings", "CXR2"),
+        ("impression only", "CXR2"),
         ("empty report", "CXR3"),
         ("XML does not parse", "4.xml"),
     }
@@ -397,11 +623,9 @@ def test_a_tarball_of_something_else_and_a_report_without_a_patient(tmp_path):
 @needs_openi
 def test_the_real_openi_collection():
     source = open_source(f"openi:{OPENI}")
-    assert (len(source), len(source.patients), Counter(p.kind for p in source.problems)["no findings"]) == (
-        3425,
-        3425,
-        502,
-    )
+    assert (len(source), len(source.patients), Counter(p.kind for p in source.problems)) == (3425, 3425, {"impression only": 502, "empty report": 28})
+    assert Counter(s.split for s in standing_in_train(source)) == {"validation": 92, "test": 89}
+    assert "89 of 348 in test" in describe_source(source)
     assert all(s.sections["findings"] == s.sections["findings"].strip() != "" for s in source)
     assert (
         len(open_source(StudiesConfig(source=f"openi:{OPENI}", findings_from="findings or impression"))) == 3425 + 502
@@ -477,6 +701,14 @@ def test_the_official_layout(tmp_path, zipped):
     assert not source.may_leave and not source.problems
 
 
+def test_tables_that_a_tool_has_written_again_still_fit_the_folders(tmp_path):
+    whole = mimic(tmp_path).hash()
+    for path in tmp_path.glob("*.csv"):
+        with open(path, encoding="utf-8", newline="") as f: rows = list(csv.DictReader(f))
+        table(tmp_path, [row | {name: row[name] + ".0" for name in ("subject_id", "study_id")} for row in rows], path.name)
+    assert open_source(f"mimic-cxr:{tmp_path}").hash() == whole
+
+
 def test_mimic_text_never_may_leave_whatever_the_config_says(tmp_path):
     mimic(tmp_path)
     assert not open_source(StudiesConfig(source=f"mimic-cxr:{tmp_path}", text_may_leave=True)).may_leave
@@ -545,6 +777,89 @@ def test_a_folder_of_something_else(tmp_path):
 )
 def test_sections_of_reports(report, expected):
     assert read_report(report) == expected
+
+
+@pytest.mark.parametrize(
+    "report, findings",
+    [
+        (" PA AND LATERAL VIEWS OF THE CHEST:\n The lungs are clear.\n\n IMPRESSION:  Normal.", "The lungs are clear."),
+        (" AP CHEST, 5:13 A.M., ___:  The lungs are clear.", "The lungs are clear."),
+        ("Chest, two views: The lungs are clear.", "The lungs are clear."),
+        (" CHEST, PA AND LATERAL:  ___.\n\n FINDINGS:  Small effusion.", "Small effusion."),
+        (" PORTABLE CHEST:  AP view at 5:13 a.m.\n IMPRESSION:  Edema.", None),
+        (" TECHNIQUE:  Chest, PA and lateral.\n\n FINDINGS:  Clear.\n CHEST TUBE:  Removed.", "Clear. CHEST TUBE: Removed."),
+        ("Findings: clear.\nImpression: normal.", "clear."),
+        ("findings and impression: clear.", "clear."),
+        (" FINDINGS\n The lungs are clear.\n\n IMPRESSION\n Normal.", "The lungs are clear."),
+        (" FINDINGS:\n The findings: as above.\n Heart size: normal.", "The findings: as above. Heart size: normal."),
+        (" FINDINGS:\xa0\xa0Clear.\f\n\xa0IMPRESSION:\u2003Normal.\r\n", "Clear."),
+        (" FINDINGS: Clear\n (Over)\n\f\n DATE: ___\n FINAL REPORT\n (Cont)\n lungs.\n IMPRESSION: Normal.", "Clear lungs."),
+        (" FINAL REPORT\n FINDINGS: Old.\n COMPARISON: ___.\n FINAL REPORT\n FINDINGS: New.", "New."),
+        (" FINAL REPORT\n FINDINGS: Clear.\n\n ADDENDUM  Called at noon.", "Clear."),
+        (" FINAL REPORT\n FINDINGS: Clear.\n FINAL REPORT\n ADDENDUM:\n FINDINGS: The tube is high.", "Clear."),
+        (" FINAL REPORT\n IMPRESSION: Clear.\n FINAL REPORT\n ADDENDUM:\n FINDINGS: The tube is high.", "The tube is high."),
+        (" REASON FOR EXAMINATON: Cough.\n STUDY: Chest, two views.\n LUNGS AND PLEURA: Clear.", "LUNGS AND PLEURA: Clear."),
+        (" FINAL REPORT\n ADDENDUM: Called.\n FINAL REPORT\n FINDINGS: Clear.", "Clear."),
+        (" COMPARISON: None.\n LUNGS: Clear.\n HEART: Normal.\n IMPRESSION: Normal.", "LUNGS: Clear. HEART: Normal."),
+        (" FINDINGS: Clear.\n\n RECOMMENDATION(S): None.\n\n NOTIFICATION: Called.", "Clear."),
+        (" INDICATION: Cough.\n FINDINGS: \n\n IMPRESSION: Normal.", None),
+        (" REASON FOR EXAM: Cough.\n \n The lungs are clear.\n", None),
+    ],
+)
+def test_findings_are_what_a_radiologist_wrote_under_whatever_heading(report, findings):
+    assert read_report(report).get("findings") == findings
+
+
+def test_an_indication_never_swallows_the_findings():
+    assert read_report(" REASON FOR EXAM: Cough.\n \n The lungs are clear.\n")["indication"] == "Cough."
+    assert read_report(" INDICATION: Cough.\n LINES: Unchanged.\n")["indication"] == "Cough."
+
+
+BITS = (" FINDINGS:", "IMPRESSION: ", "FINAL REPORT", "\n", " ", "\f", "ET TUBE: ", "Clear.", "ADDENDUM", "(Over)", "(Cont)", "CHEST:", "é")
+
+
+@given(st.lists(st.sampled_from(BITS)))
+def test_no_report_is_too_odd_to_be_read(parts):
+    sections = read_report("".join(parts))
+    assert all(text == " ".join(text.split()) != "" for text in sections.values())
+    assert not {"findings", "impression"} & sections.keys() or "last_paragraph" not in sections
+
+
+def test_a_hundred_reports_beside_the_published_rules():
+    right = {}
+    for construction, report, findings in made_up_reports():
+        ours, theirs = right.setdefault(construction, (0, 0))
+        right[construction] = (ours + (read_report(report).get("findings", "") == findings), theirs + (published_findings(report) == findings))
+    assert sum(1 for _ in made_up_reports()) == 100 and all(ours == 10 for ours, _ in right.values())
+    chapter = json.loads((Path(__file__).parents[2] / "nbs/studies/sources.ipynb").read_text(encoding="utf-8"))
+    rows = [line.strip().strip("|").split(" | ") for cell in chapter["cells"] for line in cell["source"] if line.startswith("| ")]
+    table = {name.strip(): (int(ours), int(theirs)) for name, ours, theirs in (row for row in rows if len(row) == 3) if name.strip() in right}
+    assert table == right, "the chapter's table says what is measured here"
+
+
+def test_what_remains_without_findings_is_counted_by_its_reason(tmp_path):
+    texts = {"1": " FINDINGS: Clear.", "2": " IMPRESSION: Normal.", "3": " ADDENDUM: Called.", "4": " Portable film.",
+             "5": " HISTORY: Fall.\n \n No fracture.\n", "6": " HISTORY: Fall.", "7": ""}
+    for number, text in texts.items():
+        path = tmp_path / f"files/p10/p1000000{number}/s5000000{number}.txt"
+        path.parent.mkdir(parents=True)
+        path.write_text(f" FINAL REPORT\n{text}" if text else "", encoding="utf-8")
+    source = open_source(f"mimic-cxr:{tmp_path}")
+    assert {p.where[-1]: p.kind for p in source.problems if p.kind != "missing table"} == {
+        "2": "impression only", "3": "addendum only", "4": "no heading", "5": "findings without a heading", "6": "no findings", "7": "empty report"}
+    assert len(source) == 1 and "findings without a heading: 1 (s50000005)" in describe_source(source)
+    both = open_source(StudiesConfig(source=f"mimic-cxr:{tmp_path}", findings_from="findings or impression"))
+    assert {s.study[-1]: s.sections["findings"] for s in both} == {"1": "Clear.", "2": "Normal.", "5": "No fracture."}
+
+
+@needs_pydicom
+def test_the_official_layout_with_dicom_files(tmp_path):
+    mimic(tmp_path)
+    for path in tmp_path.rglob("*.jpg"):
+        dicom(path.with_suffix(".dcm"), ramp(0, 4000, "u2"))
+        path.unlink()
+    source = open_source(f"mimic-cxr:{tmp_path}")
+    assert not source.problems and source["s50000003"].views["frontal"].name == "d2.dcm" and source["s50000003"].views["frontal"].array().max() == 255
 
 
 # ---- sources --------------------------------------------------------------------------------------------------------
