@@ -293,19 +293,20 @@ class Lanes:
         self.rest, self.pause = 0, 2                            # rounds until more are tried again, and how many the last time
         self._new_round()
 
-    def _new_round(self) -> None: self.began, self.answers, self.full = self.clock(), 0, True
+    def _new_round(self) -> None: self.began, self.answers, self.peak = self.clock(), 0, self.busy
 
     def enter(self) -> None:
         """Wait for a lane and take it."""
         with self.free:
             self.free.wait_for(lambda: self.busy < self.open or self.stop.is_set())
             self.busy += 1
+            self.peak = max(self.peak, self.busy)
 
     def leave(self, took: float | None, work: float, rate: float = float("inf")) -> None:
         """Free a lane, after an answer that took so many seconds (None: there was none); `rate` is how many calls a second the pace allows."""
         with self.free:
-            full, self.busy = self.busy >= self.open, self.busy - 1
-            if took is not None: self._learn(took, work, full, rate)
+            self.busy -= 1
+            if took is not None: self._learn(took, work, rate)
             self.free.notify(max(1, self.open - self.busy))
 
     def fewer(self) -> None:
@@ -321,20 +322,20 @@ class Lanes:
         self.stop.set()
         with self.free: self.free.notify_all()
 
-    def _learn(self, took: float, work: float, full: bool, rate: float) -> None:
+    def _learn(self, took: float, work: float, rate: float) -> None:
         cost = took / (work * self.open)
         self.cost, self.fastest = max(cost, 0.95 * (self.cost or cost)), min(self.fastest, took)
         if self.eager:
             self.eager = took <= 1.5 * self.fastest
-            if self.eager and full: self.open = min(self.most, self.open + 1)
-            self._new_round()
+            if self.eager and self.open < 2 * self.peak: self.open = min(self.most, self.open + 1)
+            if not self.eager: self._new_round()
             return
-        self.answers, self.full = self.answers + 1, self.full and full
+        self.answers += 1
         if self.answers >= 2 * self.open + 2: self._weigh_round(rate)
 
     def _weigh_round(self, rate: float) -> None:
         "Open twice the lanes, or close those that brought nothing."
-        measured, full = self.answers / max(self.clock() - self.began, 1e-9), self.full
+        measured, full = self.answers / max(self.clock() - self.began, 1e-9), self.peak >= self.open
         self._new_round()
         if not full or measured > 0.7 * rate: self.before = None        # it was not the lanes that held calls up
         elif self.before:

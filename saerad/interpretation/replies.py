@@ -83,7 +83,7 @@ def _by_lines(said: str, count: int) -> Readings:
 
 def _in_one_line(said: str, count: int) -> Readings:
     lines = (re.sub(r"^\s*[A-Za-z][A-Za-z ]*:", "", line).strip(" \t.") for line in said.splitlines())
-    return set().union(*(_complete(re.split(r"[\s,;|]+", line), count) for line in lines))
+    return set().union(*(_complete(re.split(r"[\s,;|]+", line), count) for line in lines if not re.match(r"\d+[.):]", line)))
 
 # %% ../../nbs/interpretation/replies.ipynb #27820128
 def json_objects(text: str) -> list[Any]:
