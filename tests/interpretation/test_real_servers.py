@@ -7,7 +7,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,31 +85,46 @@ def test_a_llama_cpp_that_goes_away_is_an_outage_and_its_return_is_enough(tmp_pa
         assert again.ask(question(0), 4) == first and again.asked == 0 and again.ask(question(1), 4).text
 
 
+SAVE = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, name, out = sys.argv[1:]
+AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(out)
+read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16)
+del read.config.quantization_config
+model = type(read)(read.config).to(torch.bfloat16)
+model.load_state_dict(read.state_dict())
+model.save_pretrained(out)
+"""
+
+
 @pytest.fixture
-def transformers_server():
-    """`transformers serve` with the model, as its own command starts it."""
+def transformers_server(tmp_path):
+    """`transformers serve` with the model in a folder (its own reader of GGUF files stumbles over one without a config)."""
     for package in ("fastapi", "uvicorn", "gguf", "accelerate"):
         if importlib.util.find_spec(package) is None: pytest.skip(f"the package {package} is not installed")
-    file, port = gguf(), free_port()
-    command = [Path(sys.executable).with_name("transformers"), "serve", f"{file.parent}:{file.name}", "--port", str(port), "--host", "127.0.0.1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 60
-    while time.monotonic() < until and process.poll() is None:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-            break
-        except OSError: time.sleep(0.2)
-    if process.poll() is not None: pytest.skip(f"transformers serve does not start here: {process.stderr.read().strip().splitlines()[-1]}")
-    yield f"http://127.0.0.1:{port}/v1", f"{file.parent}:{file.name}"
-    process.kill()
-    process.wait()
+    file, port, environment = gguf(), free_port(), {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", SAVE, file.parent, file.name, tmp_path / "smollm2"], env=environment, check=True, capture_output=True)
+    command = [Path(sys.executable).with_name("transformers"), "serve", tmp_path / "smollm2", "--port", str(port), "--host", "127.0.0.1"]
+    process, until = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True), time.monotonic() + 90
+    try:
+        while process.poll() is None and time.monotonic() < until:
+            with suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            time.sleep(0.2)
+        if process.poll() is not None: pytest.skip(f"transformers serve does not start here: {process.stderr.read().strip().splitlines()[-1]}")
+        yield f"http://127.0.0.1:{port}/v1", str(tmp_path / "smollm2")
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
 
 
 def test_transformers_serve_is_asked_and_its_nonsense_is_counted(transformers_server, tmp_path):
     url, name = transformers_server
-    cfg = config(url).model_copy(update={"model": name, "timeout_s": 120.0})
-    troubles = Counter()
+    cfg, troubles = config(url).model_copy(update={"model": name}), Counter()
+    check_endpoint_answers(cfg)
     asked = LanguageModel(Endpoint(cfg, Ledger(tmp_path / "l"), False), cfg)
     found = asked.detect(SimpleNamespace(text="fluid"), feature().scoring[:5], troubles)
     assert len(found) == 5 and (None in found) == bool(troubles) and "endpoint" not in "".join(troubles)
