@@ -326,7 +326,7 @@ class Lanes:
         cost = took / (work * self.open)
         self.cost, self.fastest = max(cost, 0.95 * (self.cost or cost)), min(self.fastest, took)
         if self.eager:
-            self.eager = took <= 1.5 * self.fastest
+            self.eager = took <= 1.8 * self.fastest
             if self.eager and self.open < 2 * self.peak: self.open = min(self.most, self.open + 1)
             if not self.eager: self._new_round()
             return
@@ -337,7 +337,8 @@ class Lanes:
         "Open twice the lanes, or close those that brought nothing."
         measured, full = self.answers / max(self.clock() - self.began, 1e-9), self.peak >= self.open
         self._new_round()
-        if not full or measured > 0.7 * rate: self.before = None        # it was not the lanes that held calls up
+        if not full: self.before = None                     # it was not the lanes that held calls up
+        elif measured > 0.9 * rate: self.before, self.open = None, min(self.most, 2 * self.open)    # the pace does, and bounds what is under way
         elif self.before:
             (lanes, earlier), self.before = self.before, None
             useful = measured >= earlier * (1 + 0.25 * (self.open / lanes - 1))

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -177,6 +177,21 @@ def test_a_server_for_everybody_is_used_to_the_full():
     assert lanes.open == 32
 
 
+def test_lanes_are_no_limit_below_the_pace():
+    """A pace of fifty calls a second and answers after 0.3 s need fifteen lanes, wherever the beginning ended."""
+    now = [0.0]
+    lanes, sent = Lanes(32, clock=lambda: now[0]), deque()
+    lanes.eager, lanes.open, start = False, 3, 0.0
+    while now[0] < 20:
+        while lanes.busy < lanes.open:
+            lanes.enter()
+            start = max(now[0], start + 1 / 50)
+            sent.append(start + 0.3)
+        now[0] = max(now[0], sent.popleft())
+        lanes.leave(0.3, 500, 50.0)
+    assert lanes.open >= 16
+
+
 def test_patience_grows_with_the_question_the_server_and_the_queue():
     lanes = Lanes(32)
     assert lanes.patience(3000, 60.0) == 60 + 200 and lanes.patience(150, 60.0) == 70      # before the first answer
@@ -277,6 +292,13 @@ def test_a_model_that_writes_on_after_its_answer_is_stopped_once_and_then_believ
         assert [ask_list(one, i).value for i in range(3)] == [[True, False]] * 3
         assert [b["max_tokens"] for b in server.bodies] == [60, 480, 60, 60] and not rows(tmp_path / "l")
         assert ask_list(endpoint(server, tmp_path / "l"), 2).value == [True, False] and len(server.bodies) == 4
+
+
+@pytest.mark.parametrize("message", [{"text": [{"type": "text", "text": "[1, 0]"}]}, {"text": None, "reasoning_content": "<think>So [1, 0]"},
+                                     {"text": "", "reasoning": "So it is [1, 0]."}, {"text": "Hm.</think>```json\n[1, 0]\n```", "tool_calls": []}])
+def test_replies_in_every_dress_come_through_the_client(tmp_path, message):
+    with WordServer(lambda number, body: (200, {}, completion(message["text"], **{k: v for k, v in message.items() if k != "text"}))) as server:
+        assert ask_list(endpoint(server, tmp_path / "l")).value == [True, False] and len(server.bodies) == 1
 
 
 def test_an_empty_reply_is_asked_for_again_in_the_same_turn(tmp_path):
