@@ -1,6 +1,7 @@
 """Real servers as they are: fields that they refuse, one slot, short contexts, answers cut off, outages; and a model that copies."""
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -407,29 +408,102 @@ def test_it_is_said_how_long_the_rest_takes(tmp_path):
     assert len(said) == 1 and re.search(r"at the pace of the first 20 answers the other 999,980 take about \d+\.\d hours", said[0])
 
 
-ASKING = """
-import sys
+NURSERY = """
+import json, os, sys
+from types import SimpleNamespace
 from saerad.interpretation.endpoint import Endpoint, EndpointConfig, Ledger, stoppable
-endpoint = Endpoint(EndpointConfig(base_url=sys.argv[1], model="words"), Ledger(sys.argv[2]), True)
-ask = lambda i: endpoint.ask([{"role": "system", "content": ""}, {"role": "user", "content": f"Description: x\\nExcerpts:\\n1. {i}"}], 5)
-with stoppable(endpoint):
-    try: list(endpoint.pool.map(ask, range(99)))
-    finally: endpoint.close()
+from saerad.interpretation.interpret import InterpretationConfig, interpret
+
+def ask(url, ledger):
+    endpoint = Endpoint(EndpointConfig(base_url=url, model="words"), Ledger(ledger), True)
+    def one(i): return endpoint.ask([{"role": "system", "content": ""}, {"role": "user", "content": f"Description: x\\nExcerpts:\\n1. {i}"}], 5)
+    with stoppable(endpoint):
+        try: list(endpoint.pool.map(one, range(99)))
+        finally: endpoint.close()
+
+def run(exemplars, config, out):
+    interpret(exemplars, InterpretationConfig.model_validate_json(config), 0, SimpleNamespace(may_leave=True), out)
+
+for line in sys.stdin:
+    name, errors, *arguments = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+        {"ask": ask, "run": run}[name](*arguments)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def test_ctrl_c_says_what_it_waits_for_and_a_second_one_stops(tmp_path):
-    def wait(condition):
-        until = time.monotonic() + 60
-        while not condition() and time.monotonic() < until: time.sleep(0.01)
+@pytest.fixture(scope="module")
+def nursery():
+    """A process that has imported everything once: `start(name, *arguments)` gives the number of a fork that does it, `end()` its exit code."""
+    with subprocess.Popen([sys.executable, "-c", NURSERY], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        def start(name, *arguments):
+            print(json.dumps([name, *map(str, arguments)]), file=parent.stdin, flush=True)
+            return int(parent.stdout.readline())
+        yield SimpleNamespace(start=start, end=lambda: int(parent.stdout.readline()))
+        parent.stdin.close()
+
+
+def wait(condition):
+    until = time.monotonic() + 60
+    while not condition() and time.monotonic() < until: time.sleep(0.002)
+
+
+def known(ledger):
+    """The requests whose answers are in a ledger."""
+    if not ledger.exists(): return set()
+    book = Ledger(ledger)
+    asked = {row[0] for row in book.db.execute("SELECT request FROM calls")}
+    book.close()
+    return asked
+
+
+def test_killed_ten_times_no_answer_is_paid_for_again_and_the_end_is_the_same(nursery, world, tmp_path):
+    def config(server): return InterpretationConfig(interpreter="openai", base_url=server.url, model="words", concurrency=3, bootstrap=20)
+    with WordServer() as calm: whole = interpret(world, config(calm), 0, OPEN, tmp_path / "whole")
+    calls, out, killed = len(calm.bodies), tmp_path / "cut", 0
+    with WordServer(latency=0.01) as server:
+        cfg = config(server)
+        for i in range(10):
+            before, asked = known(out / "ledger.sqlite"), len(server.bodies)
+            child = nursery.start("run", tmp_path / "errors", world, cfg.model_dump_json(), out)
+            wait(lambda most=asked + random.Random(i).randint(1, calls // 12): len(server.bodies) >= most)
+            os.kill(child, signal.SIGKILL)
+            killed += nursery.end() == -signal.SIGKILL
+            assert not [b for b in server.bodies[asked:] if json.dumps(b, ensure_ascii=False, sort_keys=True) in before]
+        assert killed == 10
+        again = interpret(world, cfg, 0, OPEN, out)
+        asked = len(server.bodies)
+        assert calls <= asked <= calls + 10 * cfg.concurrency       # at most what was under way at each kill
+        interpret(world, cfg, 0, OPEN, out)
+        assert len(server.bodies) == asked
+    assert again.drop(columns="by_source").equals(whole.drop(columns="by_source"))
+
+
+def test_ctrl_c_says_what_it_waits_for_and_a_second_one_stops(nursery, tmp_path):
+    errors = tmp_path / "errors"
     with WordServer(latency=30.0) as server:
-        command = [sys.executable, "-c", ASKING, server.url, str(tmp_path / "l")]
-        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, stderr=subprocess.PIPE, text=True)
+        child = nursery.start("ask", errors, server.url, tmp_path / "l")
         wait(lambda: len(server.bodies) >= 2)
-        process.send_signal(signal.SIGINT)
-        line = next(s for s in iter(process.stderr.readline, "") if s.strip())
-        assert re.match(r"stopping: waiting for the answers to 2 calls under way, which are paid for, at most \d+ s; Ctrl-C again stops", line)
+        os.kill(child, signal.SIGINT)
+        wait(lambda: errors.read_text(encoding="utf-8").strip())
+        said = errors.read_text(encoding="utf-8").strip()
+        assert re.fullmatch(r"stopping: waiting for the answers to 2 calls under way, which are paid for, at most \d+ s; Ctrl-C again stops .*", said)
+        time.sleep(0.3)         # it does wait
         began = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130 and time.monotonic() - began < 10 and len(server.bodies) == 2
-        process.stderr.close()
+        os.kill(child, signal.SIGINT)
+        assert nursery.end() == 130 and time.monotonic() - began < 10 and len(server.bodies) == 2
+
+
+def test_ctrl_c_keeps_the_answers_under_way(nursery, tmp_path):
+    with WordServer(latency=0.5) as server:
+        child = nursery.start("ask", tmp_path / "errors", server.url, tmp_path / "l")
+        wait(lambda: len(server.bodies) >= 2)
+        os.kill(child, signal.SIGINT)
+        nursery.end()
+        assert len(known(tmp_path / "l")) == len(server.bodies) == 2

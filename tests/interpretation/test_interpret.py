@@ -2,17 +2,12 @@
 import base64
 import io
 import json
-import os
 import random
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -501,60 +496,6 @@ def test_a_budget_is_kept(few, tmp_path):
 def test_a_file_that_is_no_ledger_is_named(few, tmp_path):
     (tmp_path / "ledger.sqlite").write_bytes(b"not a database at all, but long enough to be looked at" * 10)
     with pytest.raises(UserError, match="ledger.sqlite is not a ledger"): interpret(few, config(), 0, CLOSED, tmp_path)
-
-
-FORKED = """
-import os, sys
-from types import SimpleNamespace
-from saerad.interpretation.interpret import InterpretationConfig, interpret
-cfg = InterpretationConfig.model_validate_json(sys.argv[1])
-for _ in sys.stdin:
-    child = os.fork()
-    if not child:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        interpret(sys.argv[2], cfg, 0, SimpleNamespace(may_leave=False), sys.argv[3])
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-def known(ledger):
-    """The requests whose answers are in a ledger."""
-    if not ledger.exists(): return set()
-    book = Ledger(ledger)
-    rows = {row[0] for row in book.db.execute("SELECT request FROM calls")}
-    book.close()
-    return rows
-
-
-def test_killed_at_ten_random_moments_no_answer_is_asked_for_again(few, tmp_path):
-    with WordServer() as calm: interpret(few, config(calm), 0, CLOSED, tmp_path / "whole")
-    out, killed = tmp_path / "cut", 0
-    with WordServer(latency=0.02) as server:
-        cfg = config(server, concurrency=3)
-        calls = estimate_cost(Exemplars(few).features, cfg)["calls"]
-        run = [sys.executable, "-c", FORKED, cfg.model_dump_json(), str(few), str(out)]
-        with subprocess.Popen(run, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
-            for i in range(10):
-                before, asked = known(out / "ledger.sqlite"), len(server.bodies)
-                print(file=parent.stdin, flush=True)
-                child = int(parent.stdout.readline())
-                wanted = asked + random.Random(i).randint(1, calls // 12)
-                while len(server.bodies) < wanted: time.sleep(0.002)
-                os.kill(child, signal.SIGKILL)
-                killed += int(parent.stdout.readline()) == -signal.SIGKILL
-                again = [b for b in server.bodies[asked:] if json.dumps(b, ensure_ascii=False, sort_keys=True) in before]
-                assert not again
-            parent.stdin.close()
-        assert killed == 10
-        interpret(few, cfg, 0, CLOSED, out)
-        asked = len(server.bodies)
-        assert calls <= asked <= calls + 10 * cfg.concurrency       # at most what was under way at each kill
-        interpret(few, cfg, 0, CLOSED, out)
-        assert len(server.bodies) == asked
-    assert read_table(out / "interpretations.parquet").equals(read_table(tmp_path / "whole" / "interpretations.parquet"))
 
 
 EVERY_FAULT = {"429": (429, {"retry-after": "0.05"}, "{}"), "500": (500, {}, "oops"), "time-out": "late", "dropped": "drop",
