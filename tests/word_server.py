@@ -1,5 +1,6 @@
 """A real OpenAI-compatible server for tests and benchmarks: it answers by words, and misbehaves on request."""
 import json
+import math
 import re
 import sys
 import threading
@@ -11,12 +12,14 @@ class WordServer(ThreadingHTTPServer):
     """`with WordServer(trouble) as server: server.url`. `trouble(number, body)` gives None, or (status, headers, text) to send instead.
 
     It explains a feature by the marked words that tell active excerpts from the others, and finds a context active when it holds them.
+    `slots` is how many calls it works on at once, each for `latency` seconds (None: all); `models` what it says it has (None: it does not say).
     """
     daemon_threads, request_queue_size = True, 256
 
-    def __init__(self, trouble=lambda number, body: None, latency: float = 0.0):
+    def __init__(self, trouble=lambda number, body: None, latency: float = 0.0, slots: int | None = None, models=None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.trouble, self.latency, self.lock = trouble, latency, threading.Lock()
+        self.slots, self.models, self.worked = threading.Semaphore(slots or 10_000), models, []      # when it worked: (start, end)
         self.bodies, self.keys, self.paths, self.started, self.refused, self.headers = [], set(), set(), [], 0, {}
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
@@ -112,9 +115,16 @@ class Handler(BaseHTTPRequestHandler):
         assert self.path.split("?")[0].endswith("/chat/completions")
         wrong = server.trouble(number, body)
         if wrong == "drop": return self._drop()
-        time.sleep(server.latency)
+        with server.slots:
+            began = time.monotonic()
+            time.sleep(server.latency)
+            server.worked.append((began, time.monotonic()))
         usage = sum(len(str(m["content"])) for m in body["messages"]) // 4
         self._send(*(wrong or (200, server.headers, completion(answer(body), usage=usage))))
+
+    def do_GET(self):
+        if self.path != "/v1/models" or self.server.models is None: return self._send(404, {}, '{"detail": "Not Found"}')
+        self._send(200, {}, json.dumps({"object": "list", "data": [{"id": m, "object": "model"} for m in self.server.models]}))
 
     def _send(self, status: int, headers: dict, text: str):
         data = text.encode()
@@ -130,10 +140,19 @@ class Handler(BaseHTTPRequestHandler):
 
 def completion(text: str | None, **message) -> str:
     """A chat completion as JSON."""
-    finish, usage = message.pop("finish_reason", "stop"), message.pop("usage", 1)
+    finish, usage, logprobs = message.pop("finish_reason", "stop"), message.pop("usage", 1), message.pop("logprobs", None)
     return json.dumps({"id": "c", "object": "chat.completion", "created": 0, "model": "words",
-                       "choices": [{"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text, **message}}],
+                       "choices": [{"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text, **message},
+                                    "logprobs": logprobs}],
                        "usage": {"prompt_tokens": usage, "completion_tokens": 1, "total_tokens": usage + 1}})
+
+
+def logprobs(text: str, sure: float) -> dict:
+    """Log-probabilities of a reply whose every 0 or 1 was chosen with the probability `sure`, and a letter between."""
+    def place(c):
+        options = {c: math.log(sure), {"0": "1", "1": "0"}.get(c, "?"): math.log(1 - sure)}
+        return {"token": c, "logprob": options[c], "top_logprobs": [{"token": t, "logprob": p} for t, p in options.items()]}
+    return {"content": [place(c) for c in text], "refusal": None}
 
 
 class BatchServer(ThreadingHTTPServer):

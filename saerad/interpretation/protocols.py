@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'Protocol', 'protocol_names', 'read_protocol', 'prompt_path', 'prompt_text', 'fill_prompt', 'protocol_files',
-           'mark_tokens', 'most_specific', 'unmarked', 'select_active', 'explain_prompt', 'detect_prompt', 'fuzz_items',
-           'fuzz_prompt']
+           'mark_tokens', 'most_specific', 'unmarked', 'select_active', 'explain_prompt', 'answer_form', 'shorter',
+           'detect_prompt', 'fuzz_items', 'fuzz_prompt']
 
 # %% ../../nbs/interpretation/protocols.ipynb #dde7c570
 import re
@@ -68,7 +68,7 @@ def _parsed(path: Path, data: bytes) -> Protocol:
     except (ValidationError, yaml.YAMLError) as e:
         raise UserError(f"{path} is not a protocol ({str(e).splitlines()[0]}); see the protocols in {ASSETS / 'protocols'}.") from e
     protocol._folder = path.parent
-    filled = {"count": 1, "example": "[1]"}
+    filled = {"count": 1, "example": "[answer 1]"}
     for prompt, values in ((protocol.explain_prompt, {"scale": 1}), (protocol.detect_prompt, filled), (protocol.fuzz_prompt, filled)):
         if prompt: fill_prompt(prompt, path.parent, **values)
     return protocol
@@ -152,13 +152,22 @@ def explain_prompt(contexts: FeatureContexts, protocol: Protocol) -> list[Messag
 def _numbered_lines(lines: Sequence[str]) -> list[str]: return [f"{i}. {line}" for i, line in enumerate(lines, 1)]
 
 # %% ../../nbs/interpretation/protocols.ipynb #584f5933
+def answer_form(count: int) -> str:
+    """The form of a list of answers, which is itself no answer: a model that copies it has said nothing."""
+    return f"[{', '.join(f'answer {i}' for i in range(1, min(count, 3) + 1))}{', …' if count > 3 else ''}]"
+
 def _yes_no_prompt(prompt: str, explanation: str, lines: Sequence[str], protocol: Protocol) -> list[Message]:
     "Messages that ask for a 0 or a 1 for each of some lines."
-    example = str([(i + 1) % 2 for i in range(len(lines))])
     question, listed = f"Description: {explanation}", _numbered_lines(lines)
     user = [*listed, "", question] if protocol.contexts_first else [question, "", *listed]
-    return [{"role": "system", "content": fill_prompt(prompt, protocol._folder, count=len(lines), example=example)},
+    return [{"role": "system", "content": fill_prompt(prompt, protocol._folder, count=len(lines), example=answer_form(len(lines)))},
             {"role": "user", "content": "\n".join(user)}]
+
+# %% ../../nbs/interpretation/protocols.ipynb #d0777c1b
+def shorter(protocol: Protocol) -> Protocol | None:
+    """The protocol with half of the contexts that explain; None where only one is left."""
+    if protocol.active == 1: return None
+    return protocol.model_copy(update={name: getattr(protocol, name) // 2 or int(name == "active") for name in ("active", "silent", "near")})
 
 # %% ../../nbs/interpretation/protocols.ipynb #b42ab921
 def detect_prompt(explanation: str, contexts: Sequence[Context], protocol: Protocol) -> list[Message]:
@@ -181,4 +190,4 @@ def fuzz_items(contexts: FeatureContexts, most: int, draw: np.random.Generator) 
 def fuzz_prompt(explanation: str, items: Sequence[tuple[Context, tuple[int, ...]]], protocol: Protocol) -> list[Message]:
     """Messages that ask in which of some contexts the marks are where a feature with this explanation is active."""
     lines = ["".join(f"<<{t}>>" if i in marks else t for i, t in enumerate(c.tokens)).replace(">><<", "").strip() for c, marks in items]
-    return _yes_no_prompt(protocol.fuzz_prompt or "fuzz-1", explanation, lines, protocol)
+    return _yes_no_prompt(protocol.fuzz_prompt or "fuzz-2", explanation, lines, protocol)

@@ -7,19 +7,18 @@ __all__ = ['check', 'check_studies', 'model_folder', 'model_settings', 'model_sh
 
 # %% ../../nbs/run/checks.ipynb #0e971297
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from huggingface_hub import hf_hub_download
 
 from ..activations.extraction import hookpoints, stored_studies
 from ..core import UserError, read_json
-from ..interpretation.endpoint import check_destination, host_of, key_of
-from ..interpretation.interpret import check_settings
+from ..interpretation.endpoint import all_answered, can_replay, check_destination, check_endpoint_answers
+from ..interpretation.interpret import check_settings, protocol_of
 from .config import Config
 from ..show.run_folder import Run
+from ..steering.judges import judges_of, steering_settings
 from ..studies.record import SPLITS, Source
 from ..subjects.subject import find_checkpoint
 
@@ -87,14 +86,12 @@ def check_disk(run: Run, d: int) -> None:
 
 # %% ../../nbs/run/checks.ipynb #4db868a0
 def check_endpoint(run: Run) -> None:
-    """Raise `UserError` when the interpreter's files or key are missing, or its endpoint does not answer or may not see the text."""
-    cfg = run.config.interpretation
+    """Raise `UserError` when the interpreter's files or key are missing, or an endpoint does not answer or may not see the text."""
+    cfg, steering = run.config.interpretation, run.config.steering
     check_settings(cfg)
-    if cfg.interpreter == "lexical": return
-    check_destination(cfg, run.source.may_leave)
-    if (run / "interpretations/ledger.sqlite").exists(): return  # answers that are there already need no endpoint
-    key_of(cfg)
-    url = urlsplit(cfg.base_url)
-    try: socket.create_connection((host_of(cfg.base_url), url.port or (443 if url.scheme == "https" else 80)), timeout=10).close()
-    except OSError as e:
-        raise UserError(f"interpretation.base_url {cfg.base_url} does not answer ({e.strerror or e}); start that server, or name another.") from e
+    if cfg.interpreter == "openai":
+        check_destination(cfg, run.source.may_leave)
+        if not can_replay(run / "interpretations/ledger.sqlite", all_answered(cfg, protocol_of(cfg))): check_endpoint_answers(cfg)
+    if "openai" in judges_of(run.source, steering):
+        if can_replay(run / "steering/ledger.sqlite", all_answered(steering.endpoint, "verdicts")): return
+        with steering_settings(): check_endpoint_answers(steering.endpoint)

@@ -22,7 +22,8 @@ SUMMARY = {
     "sae": ("width", "features", "k", "group_sizes", "group_order", "l0", "fvu", "loss_recovered", "dead"),
     "interpretation": ("features", "scored", "f1_above_075", "f1_below_05", "median_f1", "shuffled_median_f1", "negatives", "parse_failures",
                        "frequency_f1_spearman", "near_median_f1", "median_precision_at_prevalence", "repeated", "refusals", "unscored"),
-    "steering": ("features", "alphas", "reports", "unchanged", "on_target_only", "mixed", "off_target_only", "degenerate", "sign_spearman"),
+    "steering": ("features", "alphas", "reports", "unchanged", "on_target_only", "mixed", "off_target_only", "degenerate", "sign_spearman",
+                 "verdicts", "unanswered_verdicts"),
     "truth": ("concepts", "concepts_recovered", "description_names_truth", "report_finding_f1")}
 
 # %% ../../nbs/run/summary.ipynb #bdb45cf9
@@ -65,4 +66,6 @@ def _of_interpretation(run: Run) -> dict[str, Any]:
 # %% ../../nbs/run/summary.ipynb #4c8b0736
 def _of_steering(run: Run) -> dict[str, Any]:
     path = run / "steering/judgements.parquet"
-    return steering_summary(read_table(path)) if path.exists() else {}
+    if not path.exists(): return {}
+    told = run / "steering/steering.json"      # what became of the language model's verdicts, where one was asked
+    return steering_summary(read_table(path)) | (read_json(told) if told.exists() else {})

@@ -7,17 +7,16 @@ __all__ = ['LINES', 'TUBES', 'LOOSE_NAMES', 'LOOSE_WORDS', 'NOT_A_PROMISE', 'ATT
            'OUTCOMES', 'Reader', 'ASK', 'JudgeConfig', 'Target', 'target_of', 'Difference', 'finding_differences',
            'on_target', 'direction', 'repeats', 'unread_share', 'broken', 'is_critical', 'harms_of', 'Judgement',
            'judge', 'judges_of', 'reader_named', 'reader_of', 'judge_prompt', 'parse_verdict', 'Verdict',
-           'LanguageJudge', 'judge_agreement']
+           'LanguageJudge', 'judging_estimate', 'unanswered_verdicts', 'steering_settings', 'judge_agreement']
 
 # %% ../../nbs/steering/judges.ipynb #0af00e07
-import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -25,8 +24,21 @@ from fastcore.basics import patch
 from pydantic import Field
 from sklearn.metrics import cohen_kappa_score
 
-from ..core import Section, UserError, rng
-from ..interpretation.endpoint import Endpoint, EndpointConfig, Ledger, Message, check_destination
+from ..core import Section, UserError, progress, rng
+from saerad.interpretation.endpoint import (
+    ENDPOINT_FAILED,
+    Endpoint,
+    EndpointConfig,
+    Ledger,
+    Message,
+    Reply,
+    all_answered,
+    check_destination,
+    cost_of,
+    stoppable,
+    tokens_in,
+)
+from ..interpretation.replies import parse_fields
 from ..studies.findings import ATTRIBUTE_WORDS, SEVERITIES, Finding, Reading, describe_finding, mentions, phrases, read_findings, sentences
 from ..studies.record import Source
 
@@ -35,6 +47,7 @@ class JudgeConfig(Section):
     """Who judges, and when a report counts as broken."""
     judges: tuple[Literal["parser", "rules", "openai"], ...] | None = None     # the first one's verdict counts; None: what the source allows
     endpoint: EndpointConfig = EndpointConfig()     # of the judge "openai"
+    judge_tokens: int = Field(100, ge=1)            # its longest verdict, in tokens; one that is cut off gets more, up to endpoint.most_tokens
     max_repeats: int = Field(3, ge=1)               # four words in a row that occur more often: degenerate
     max_unread: float = Field(0.5, ge=0, le=1)      # a greater share of sentences that cannot be read: degenerate
     max_perplexity: float = Field(10.0, gt=0)       # so many times the baseline's, to the untouched model: degenerate
@@ -261,7 +274,7 @@ def judges_of(source: Source, cfg: JudgeConfig) -> tuple[str, ...]:
     if "parser" in cfg.judges and not phantom:
         raise UserError(f"steering.judges names the parser, which reads phantom's reports only, and not {source.spec}; use rules.")
     if "openai" in cfg.judges:
-        with _steering_settings(): check_destination(cfg.endpoint, source.may_leave)
+        with steering_settings(): check_destination(cfg.endpoint, source.may_leave)
     return cfg.judges
 
 # %% ../../nbs/steering/judges.ipynb #24ba955c
@@ -282,7 +295,7 @@ what it says about a target. Look at the findings that each report affirms; what
 outcome: "unchanged" if both affirm the same; "on_target_only" if all differences are about the target; "off_target_only" if none is; "mixed" if \
 some are; "degenerate" if the second report is empty, babbles, repeats itself or cannot be read.
 direction: 1 if the second report says more of the target (the finding came, or is graver), -1 if less, 0 if neither.
-Answer with one JSON object and nothing else, for example {"outcome": "mixed", "direction": 1}"""
+Answer with one JSON object of two fields: {"outcome": one of the five words, "direction": 1, 0 or -1}"""
 
 # %% ../../nbs/steering/judges.ipynb #b94645b2
 def judge_prompt(baseline: str, steered: str, target: Target) -> list[Message]:
@@ -293,11 +306,13 @@ def judge_prompt(baseline: str, steered: str, target: Target) -> list[Message]:
 # %% ../../nbs/steering/judges.ipynb #d0b3e3f5
 def parse_verdict(text: str) -> tuple[str, int] | None:
     """(outcome, direction) of an answer, or None for any other text."""
-    match = re.search(r"\{.*\}", text, re.S)
-    try: answer = json.loads(match.group()) if match else {}
-    except json.JSONDecodeError: return None
-    outcome, direction = (answer.get(k) for k in ("outcome", "direction"))
-    return (outcome, direction) if outcome in OUTCOMES and direction in (-1, 0, 1) and not isinstance(direction, bool) else None
+    return parse_fields(text, _verdict_in)
+
+def _verdict_in(fields: Mapping[str, Any]) -> tuple[str, int] | None:
+    "The verdict in an object; words may be spelled with spaces, numbers as text."
+    outcome = re.sub(r"[ -]+", "_", str(fields.get("outcome", "")).strip().lower())
+    direction = str(fields.get("direction", "")).strip().lstrip("+")
+    return (outcome, int(direction)) if outcome in OUTCOMES and direction in ("-1", "0", "1") else None
 
 # %% ../../nbs/steering/judges.ipynb #b402da5b
 @dataclass(frozen=True)
@@ -309,10 +324,10 @@ class Verdict:
 
 # %% ../../nbs/steering/judges.ipynb #e4224d04
 class LanguageJudge:
-    """A language model that judges pairs; use it in a `with` block."""
-    def __init__(self, cfg: EndpointConfig, ledger: Ledger, may_leave: bool):
-        with _steering_settings(): self.endpoint = Endpoint(cfg, ledger, may_leave)
-        self.ledger = ledger
+    """A language model that judges pairs, in verdicts of at most `room` tokens at first; use it in a `with` block."""
+    def __init__(self, cfg: EndpointConfig, ledger: Ledger, may_leave: bool, room: int = 100):
+        with steering_settings(): self.endpoint = Endpoint(cfg, ledger, may_leave)
+        self.cfg, self.ledger, self.room = cfg, ledger, room
 
     def __enter__(self) -> "LanguageJudge": return self
 
@@ -322,17 +337,42 @@ class LanguageJudge:
         else: self.ledger.close()
 
     def judge(self, pairs: Sequence[tuple[str, str, Target]]) -> list[Verdict]:
-        """A verdict for every (baseline, steered, target), in order; raises `UserError` when the endpoint cannot be used."""
-        wanted = 'one JSON object such as {"outcome": "mixed", "direction": 1}'
-        def verdict(pair: tuple[str, str, Target]) -> Verdict:
-            answer = self.endpoint.ask_for(judge_prompt(*pair), parse_verdict, wanted, 100)
-            return Verdict(*(answer.value or (None, None)), answer.why)
-        with _steering_settings(): return list(self.endpoint.pool.map(verdict, pairs))
+        """A verdict for every (baseline, steered, target), in order; raises `UserError` when the endpoint cannot be used or fails."""
+        self.endpoint.expected = len(pairs) - len(self.ledger)
+        with steering_settings(), stoppable(self.endpoint):
+            verdicts = list(progress(self.endpoint.pool.map(self._verdict, pairs), "steering: judging", len(pairs)))
+            failed = [v.why.removeprefix(ENDPOINT_FAILED) for v in verdicts if v.why.startswith(ENDPOINT_FAILED)]
+            if len(failed) > self.cfg.max_failed * len(pairs):
+                raise UserError(f"{self.cfg.base_url} failed ({failed[0]}), so {len(failed)} pairs have no verdict; run again and it asks for "
+                                "those only, or set interpretation.max_failed to the share of pairs that may do without.")
+        self.ledger.note(all_answered(self.cfg, "verdicts"), "every pair of a run was asked about")
+        return verdicts
+
+    def _verdict(self, pair: tuple[str, str, Target]) -> Verdict:
+        wanted = "Answer with one JSON object that has the two fields outcome and direction."
+        answer = self.endpoint.ask_for(judge_prompt(*pair), parse_verdict, wanted, self.room)
+        return Verdict(*(answer.value or (None, None)), answer.why)
+
+# %% ../../nbs/steering/judges.ipynb #b20b5325
+def judging_estimate(pairs: Sequence[tuple[str, str, Target]], cfg: EndpointConfig) -> dict[str, Any]:
+    """About how many calls and tokens it takes to judge pairs, and what they cost (None without prices); repairs and retries not counted."""
+    sent, answered = sum(tokens_in(judge_prompt(*p), cfg) for p in pairs), 20 * len(pairs)
+    priced = cfg.price_in is not None and cfg.price_out is not None
+    return {"calls": len(pairs), "tokens_in": sent, "tokens_out": answered,
+            "cost": round(cost_of(Reply(tokens_in=sent, tokens_out=answered), cfg), 2) if priced else None}
+
+# %% ../../nbs/steering/judges.ipynb #5962951a
+def unanswered_verdicts(verdicts: pd.DataFrame) -> dict[str, Any]:
+    """How many pairs the language model was asked about, on how many it gave no verdict, and why; None where it was not asked."""
+    mine = verdicts[verdicts.judge == "openai"] if len(verdicts) else verdicts
+    if mine.empty: return {"verdicts": None, "unanswered_verdicts": None, "why": {}}
+    silent = mine[mine.outcome.isna()]
+    return {"verdicts": len(mine), "unanswered_verdicts": len(silent), "why": silent.why.value_counts().to_dict()}
 
 # %% ../../nbs/steering/judges.ipynb #a3e83b23
 @contextmanager
-def _steering_settings() -> Iterator[None]:
-    "Errors of the endpoint name the settings of the interpreter; here they are those of the judge."
+def steering_settings() -> Iterator[None]:
+    """Errors of the endpoint name the settings of the interpreter; here they become those of the judge."""
     try: yield
     except UserError as e: raise UserError(str(e).replace("interpretation.", "steering.endpoint.")) from e
 

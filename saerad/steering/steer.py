@@ -47,9 +47,11 @@ from saerad.steering.judges import (
     judge,
     judge_agreement,
     judges_of,
+    judging_estimate,
     reader_named,
     reader_of,
     target_of,
+    unanswered_verdicts,
 )
 from ..studies.findings import Reading
 from ..studies.record import Source, Study
@@ -388,7 +390,12 @@ def _verdicts_of_model(pairs: Sequence[Mapping[str, Any]], source: Source, cfg: 
     "The verdicts of the language model, one for each pair."
     keys = [(p["baseline"], p["steered"], p["target"]) for p in pairs]
     unique = list(dict.fromkeys(keys))
-    with LanguageJudge(cfg.endpoint, Ledger(ledger), source.may_leave) as model: verdicts = dict(zip(unique, model.judge(unique), strict=True))
+    needed = judging_estimate(unique, cfg.endpoint)
+    cost = "no prices given" if needed["cost"] is None else f"cost about {needed['cost']:,.2f}"
+    tokens = f"{needed['tokens_in'] / 1e6:,.3g} M tokens in and {needed['tokens_out'] / 1e6:,.3g} M out"
+    print(f"steering: {needed['calls']:,} pairs to judge, about {tokens}; {cost}")
+    with LanguageJudge(cfg.endpoint, Ledger(ledger), source.may_leave, cfg.judge_tokens) as model:
+        verdicts = dict(zip(unique, model.judge(unique), strict=True))
     return [vars(verdicts[key]) for key in keys]
 
 # %% ../../nbs/steering/steer.ipynb #49cdf52d
@@ -518,9 +525,13 @@ def steer(source: Source, subject: Subject, sae: MatryoshkaSAE, interpretations:
     others = other_features(targets, alive, seed)
     generations = _generate(source, subject, sae, cfg, seed, out, layer, targets, members, means, others)
     judgements, verdicts = _judge_all(generations, targets, others, judges, source, cfg, out)
+    unanswered = unanswered_verdicts(verdicts.to_pandas())
     notes = notes_of(judgements, targets, means, cfg)
+    if unanswered["unanswered_verdicts"]:
+        why = ", ".join(f"{n} {reason}" for reason, n in unanswered["why"].items())
+        notes = [*notes, f"the language model gave no verdict on {unanswered['unanswered_verdicts']} of {unanswered['verdicts']} pairs ({why})"]
     agreements = judge_agreement(verdicts.to_pandas(), seed) if len(verdicts) else pd.DataFrame()
-    write_json(out / "steering.json", {"judges": judges, "agreement": agreements.round(4).to_dict("records"), "notes": notes})
+    write_json(out / "steering.json", {"judges": judges, "agreement": agreements.round(4).to_dict("records"), "notes": notes} | unanswered)
     for note in notes: print(f"steering: {note}")
     return judgements
 

@@ -2,18 +2,12 @@
 import base64
 import io
 import json
-import os
 import random
-import signal
 import socket
-import sqlite3
-import subprocess
-import sys
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,8 +31,6 @@ from saerad.interpretation.endpoint import (
     host_of,
     is_loopback,
     key_of,
-    parse_explanation,
-    parse_list,
 )
 from saerad.interpretation.exemplars import Context, Example, Exemplars, ExemplarsConfig, collect_exemplars
 from saerad.interpretation.hard_negatives import add_hard_negatives
@@ -67,6 +59,7 @@ from saerad.interpretation.interpret import (
 )
 from saerad.interpretation.lexical import NO_RULE, Bits, Clause, find_rule, read_rule, rule_sentence, strongest, window, words
 from saerad.interpretation.protocols import fuzz_items, protocol_files, protocol_names, read_protocol
+from saerad.interpretation.replies import parse_list
 
 OPEN, CLOSED = SimpleNamespace(may_leave=True), SimpleNamespace(may_leave=False)
 
@@ -360,7 +353,8 @@ def test_the_prompts_of_a_feature(few):
     f = next(Exemplars(few).contexts())
     said = explain_prompt(f, protocol_of(config(tell_section=True)))[1]["content"]
     assert "[findings]" in said and "[findings]" not in explain_prompt(f, protocol_of(config()))[1]["content"]
-    assert detect_prompt("x", f.scoring[:3], protocol_of(config()))[0]["content"].endswith("for example [1, 0, 1].")
+    told = detect_prompt("x", f.scoring[:3], protocol_of(config()))[0]["content"]
+    assert told.endswith("[answer 1, answer 2, answer 3]") and parse_list(told, 3) is None
 
 
 def test_a_replay_needs_no_endpoint_and_gives_the_same_bytes(few, tmp_path):
@@ -445,14 +439,14 @@ def _spoil(share, text, **message):
 
 
 def test_parse_failures_are_counted_and_never_scored_as_no(few, tmp_path):
-    with WordServer(_spoil(0.3, "I think it is [1, 0, 1]")) as server: table = interpret(few, config(server), 0, CLOSED, tmp_path)
+    with WordServer(_spoil(0.3, "I think it is [1, 0, 2]")) as server: table = interpret(few, config(server), 0, CLOSED, tmp_path)
     scored = table[table.status == "scored"]
     assert len(scored) == 3 and (scored.parse_failures > 0).all()
     features = Exemplars(few).features.set_index("feature").loc[scored.feature]
     assert (scored.scored_contexts.to_numpy() < (features.score_active + features.score_silent).to_numpy()).all()
     assert scored.recall.min() > 0.8
     repairs = [b for b in server.bodies if len(b["messages"]) == 4]
-    assert repairs and repairs[0]["messages"][2]["content"] == "I think it is [1, 0, 1]"
+    assert repairs and repairs[0]["messages"][2]["content"] == "I think it is [1, 0, 2]"
     assert interpretation_summary(table)["parse_failures"] == scored.parse_failures.sum()
 
 
@@ -479,7 +473,7 @@ def test_no_explanation_no_score(few, tmp_path):
 
 
 def test_one_repair_is_enough(few, tmp_path):
-    def trouble(number, body): return (200, {}, completion("Well, [1]")) if len(body["messages"]) == 2 and number % 3 == 0 else None
+    def trouble(number, body): return (200, {}, completion("Well, I see.")) if len(body["messages"]) == 2 and number % 3 == 0 else None
     with WordServer(trouble) as server: table = interpret(few, config(server), 0, CLOSED, tmp_path)
     assert (table.status == "scored").sum() == 3 and table.parse_failures.sum() == 0
 
@@ -502,87 +496,6 @@ def test_a_budget_is_kept(few, tmp_path):
 def test_a_file_that_is_no_ledger_is_named(few, tmp_path):
     (tmp_path / "ledger.sqlite").write_bytes(b"not a database at all, but long enough to be looked at" * 10)
     with pytest.raises(UserError, match="ledger.sqlite is not a ledger"): interpret(few, config(), 0, CLOSED, tmp_path)
-
-
-KILLED = """
-import sys
-from types import SimpleNamespace
-from saerad.interpretation.interpret import InterpretationConfig, interpret
-cfg = InterpretationConfig.model_validate_json(sys.argv[1])
-interpret(sys.argv[2], cfg, 0, SimpleNamespace(may_leave=False), sys.argv[3])
-"""
-
-
-def test_killed_and_gone_on_it_asks_nothing_twice_and_has_the_same_bytes(few, tmp_path):
-    with WordServer() as calm: interpret(few, config(calm), 0, CLOSED, tmp_path / "whole")
-    with WordServer(latency=0.05) as server:
-        cfg = config(server, concurrency=3)
-        run = [sys.executable, "-c", KILLED, cfg.model_dump_json(), str(few), str(tmp_path / "cut")]
-        process = subprocess.Popen(run, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
-        while len(server.bodies) < 25 and process.poll() is None: time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        with sqlite3.connect(tmp_path / "cut" / "ledger.sqlite") as db: kept = db.execute("SELECT count(*) FROM calls").fetchone()[0]
-        asked = len(server.bodies)
-        assert 25 - 3 <= kept <= asked <= kept + 3
-        interpret(few, cfg, 0, CLOSED, tmp_path / "cut")
-        assert len(server.bodies) - asked == estimate_cost(Exemplars(few).features, cfg)["calls"] - kept
-    same = [read_table(tmp_path / n / "interpretations.parquet") for n in ("whole", "cut")]
-    assert same[0].equals(same[1])
-
-
-FORKED = """
-import os, sys
-from types import SimpleNamespace
-from saerad.interpretation.interpret import InterpretationConfig, interpret
-cfg = InterpretationConfig.model_validate_json(sys.argv[1])
-for _ in sys.stdin:
-    child = os.fork()
-    if not child:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        interpret(sys.argv[2], cfg, 0, SimpleNamespace(may_leave=False), sys.argv[3])
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-def known(ledger):
-    """The requests whose answers are in a ledger."""
-    if not ledger.exists(): return set()
-    book = Ledger(ledger)
-    rows = {row[0] for row in book.db.execute("SELECT request FROM calls")}
-    book.close()
-    return rows
-
-
-def test_killed_at_ten_random_moments_no_answer_is_asked_for_again(few, tmp_path):
-    with WordServer() as calm: interpret(few, config(calm), 0, CLOSED, tmp_path / "whole")
-    out, killed = tmp_path / "cut", 0
-    with WordServer(latency=0.02) as server:
-        cfg = config(server, concurrency=3)
-        calls = estimate_cost(Exemplars(few).features, cfg)["calls"]
-        run = [sys.executable, "-c", FORKED, cfg.model_dump_json(), str(few), str(out)]
-        with subprocess.Popen(run, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
-            for i in range(10):
-                before, asked = known(out / "ledger.sqlite"), len(server.bodies)
-                print(file=parent.stdin, flush=True)
-                child = int(parent.stdout.readline())
-                wanted = asked + random.Random(i).randint(1, calls // 12)
-                while len(server.bodies) < wanted: time.sleep(0.002)
-                os.kill(child, signal.SIGKILL)
-                killed += int(parent.stdout.readline()) == -signal.SIGKILL
-                again = [b for b in server.bodies[asked:] if json.dumps(b, ensure_ascii=False, sort_keys=True) in before]
-                assert not again
-            parent.stdin.close()
-        assert killed == 10
-        interpret(few, cfg, 0, CLOSED, out)
-        asked = len(server.bodies)
-        assert calls <= asked <= calls + 10 * cfg.concurrency       # at most what was under way at each kill
-        interpret(few, cfg, 0, CLOSED, out)
-        assert len(server.bodies) == asked
-    assert read_table(out / "interpretations.parquet").equals(read_table(tmp_path / "whole" / "interpretations.parquet"))
 
 
 EVERY_FAULT = {"429": (429, {"retry-after": "0.05"}, "{}"), "500": (500, {}, "oops"), "time-out": "late", "dropped": "drop",
@@ -634,20 +547,6 @@ def test_equal_ledgers_have_equal_bytes(few, tmp_path):
 
 
 # parts
-
-@pytest.mark.parametrize("text", ["", "[]", "[1,0]", "[1, 0, 1, 1]", "[1, 0, 2]", "[1, 0, 1]]", "1, 0, 1", "```[1, 0, 1]```", "[true, false, true]",
-                                  "[1 0 1]", "[1, 0, 1] [1, 0, 1]", "[1, 0, 1].", "[10, 1]"])
-def test_lists_that_are_none(text): assert parse_list(text, 3) is None
-
-
-def test_lists(): assert parse_list(" [1,0 , 1]\n", 3) == [True, False, True]
-
-
-@pytest.mark.parametrize(("text", "found"), [
-    ("[EXPLANATION]: fluid", "fluid"), ("so\n [EXPLANATION]:  fluid \n\n", "fluid"), ("[EXPLANATION]:", None),
-    ("[EXPLANATION]: fluid\nthanks", None), ("", None), ("fluid", None)])
-def test_explanations(text, found): assert parse_explanation(text) == found
-
 
 def drive(limit, seconds, room=10.0, latency=0.3, workers=10**6, faulty=0.0, seed=0):
     """A pace before an endpoint that lets `limit(now)` calls a second in, and `room` at once: its rate and the starts of calls let in and refused.

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from saerad.core import UserError
+from saerad.interpretation.endpoint import Ledger, all_answered
+from saerad.interpretation.interpret import InterpretationConfig, protocol_of
 from saerad.run import stages as running
 from saerad.run.cli import explain_exception, main, print_error
 
@@ -111,12 +113,36 @@ def test_a_terminal_that_knows_few_letters_is_no_fault(monkeypatch):
     assert terminal.buffer.getvalue().endswith(b"?\n")
 
 
-def test_a_run_that_can_be_replayed_needs_no_key(saerad, tmp_path, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    (tmp_path / "interpretations").mkdir()
-    (tmp_path / "interpretations/ledger.sqlite").touch()
-    code, _, err = saerad("run", CONFIGS / "phantom.yaml", *SMALL, "interpretation.interpreter=openai", "--out", tmp_path, "--check")
-    assert code == 0, err
+ASKED = ["interpretation.interpreter=openai", "interpretation.base_url=http://127.0.0.1:9/v1", "interpretation.protocol=paper"]
+
+
+def test_a_run_that_has_asked_everything_needs_no_server_and_any_other_ledger_does_not_count(saerad, tmp_path):
+    ledger = tmp_path / "interpretations/ledger.sqlite"
+    Ledger(ledger).close()      # of a lexical run
+    code, _, err = saerad("run", CONFIGS / "phantom.yaml", *SMALL, *ASKED, "--out", tmp_path, "--check")
+    assert code == 2 and is_one_sentence(err) and "does not answer" in err
+    cfg = InterpretationConfig(interpreter="openai", base_url="http://127.0.0.1:9/v1")
+    told = Ledger(ledger)
+    told.note(all_answered(cfg, protocol_of(cfg)), "every question of a run was asked")
+    told.settle()
+    assert saerad("run", CONFIGS / "phantom.yaml", *SMALL, *ASKED, "--out", tmp_path, "--check")[0] == 0
+    code, _, err = saerad("run", CONFIGS / "phantom.yaml", *SMALL, *ASKED, "interpretation.protocol=saerad", "--out", tmp_path, "--check")
+    assert code == 2 and "does not answer" in err       # other questions
+
+
+def test_nothing_is_deleted_by_trying(saerad, tmp_path):
+    for name in ("interpretations/interpretations.parquet", "interpretations/ledger.sqlite", "report.html"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    code, _, err = saerad("run", CONFIGS / "phantom.yaml", *SMALL, *ASKED, "--out", tmp_path)
+    assert code == 2 and "does not answer" in err and sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_the_judges_endpoint_is_looked_at_too(saerad, tmp_path):
+    judge = ["steering.judges=[rules, openai]", "steering.endpoint.base_url=http://127.0.0.1:9/v1"]
+    code, _, err = saerad("run", CONFIGS / "phantom.yaml", *SMALL, *judge, "--out", tmp_path / "run")
+    assert code == 2 and is_one_sentence(err) and "steering.endpoint.base_url" in err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["paper", "corrected"])

@@ -16,8 +16,10 @@ from saerad.steering.judges import (
     harms_of,
     judge_agreement,
     judges_of,
+    judging_estimate,
     parse_verdict,
     target_of,
+    unanswered_verdicts,
 )
 from saerad.studies.findings import read_findings
 from saerad.studies.record import Source
@@ -47,7 +49,10 @@ def test_harms(before, after, harms):
 
 @pytest.mark.parametrize(("text", "verdict"), [
     ('{"outcome": "mixed", "direction": 1}', ("mixed", 1)), ('```json\n{"direction": 0, "outcome": "unchanged"}\n```', ("unchanged", 0)),
+    ('{"outcome": "On-target only", "direction": "+1"}', ("on_target_only", 1)),
+    ('{"outcome": "mixed", "direction": 1} {"why": "a tube"}', ("mixed", 1)),
     ('{"outcome": "mixed"}', None), ('{"outcome": "mixed", "direction": 2}', None), ('{"outcome": "mixed", "direction": true}', None),
+    ('{"outcome": "mixed", "direction": 1} {"outcome": "unchanged", "direction": 0}', None),
     ("mixed", None), ("{", None), ("{mixed}", None), ("", None)])
 def test_parse_verdict(text, verdict): assert parse_verdict(text) == verdict
 
@@ -68,6 +73,29 @@ def test_a_language_model_judges_once_and_is_asked_again_when_it_babbles(tmp_pat
 def test_a_judge_that_cannot_be_read_gives_no_verdict_and_a_reason(tmp_path):
     with JudgeServer(lambda n, body: (200, {}, completion("good!"))) as server, LanguageJudge(cfg(server), Ledger(tmp_path / "l"), True) as one:
         assert vars(one.judge([PAIR])[0]) == {"outcome": None, "direction": None, "why": "parse failure"}
+
+
+def test_an_endpoint_that_fails_leaves_the_judging_unfinished_and_is_asked_for_the_rest(tmp_path):
+    pairs = [("Effusion.", "Effusion." + " Nodule." * i, target_of("nodule")) for i in range(8)]
+    with JudgeServer(lambda n, body: (500, {}, "oops") if n == 5 else None) as server:
+        with pytest.raises(UserError, match=r"failed \(HTTP 500\), so 1 pairs have no verdict.*steering.endpoint.max_failed"):
+            with LanguageJudge(cfg(server, attempts=1, concurrency=1), Ledger(tmp_path / "l"), True) as one: one.judge(pairs)
+        with LanguageJudge(cfg(server, attempts=1), Ledger(tmp_path / "l"), True) as one: assert all(v.outcome for v in one.judge(pairs))
+        assert len(server.bodies) == 9
+
+
+def test_a_judge_that_thinks_gets_room(tmp_path):
+    def thinks(n, body): return (200, {}, completion("<think>Hm", finish_reason="length")) if body["max_tokens"] < 200 else None
+    with JudgeServer(thinks) as server, LanguageJudge(cfg(server), Ledger(tmp_path / "l"), True, room=50) as one:
+        assert one.judge([PAIR])[0].outcome == "mixed" and [b["max_tokens"] for b in server.bodies] == [50, 400]
+
+
+def test_what_became_of_the_verdicts_is_counted():
+    told = pd.DataFrame({"judge": ["rules", "openai", "openai"], "outcome": ["mixed", "mixed", None], "why": ["", "", "cut off"]})
+    assert unanswered_verdicts(told) == {"verdicts": 2, "unanswered_verdicts": 1, "why": {"cut off": 1}}
+    assert unanswered_verdicts(told[told.judge == "rules"])["verdicts"] is None
+    needed = judging_estimate([PAIR] * 10, EndpointConfig(price_in=1.0, price_out=1.0))
+    assert needed["calls"] == 10 and needed["tokens_in"] > 1000 and needed["cost"] == round((needed["tokens_in"] + needed["tokens_out"]) / 1e6, 2)
 
 
 @pytest.mark.parametrize(("status", "words"), [(401, "refuses the key"), (404, "knows no model")])

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge_server import JudgeServer
 from scipy.stats import spearmanr
+from word_server import completion
 
 from saerad.core import UserError, read_json, read_table
 from saerad.interpretation.endpoint import EndpointConfig
@@ -370,9 +371,20 @@ def test_a_language_model_judges_and_replays(run, source, subject, sae, tmp_path
         assert len(pairs) == asked and not any("α" in p or "30" in p for p in pairs)       # each pair once, and not how hard it was pushed
     before = {n: (tmp_path / n).read_bytes() for n in ("judgements.parquet", "verdicts.parquet", "ledger.sqlite")}
     told = read_json(tmp_path / "steering.json")
+    assert told["verdicts"] == told["agreement"][0]["pairs"] and told["unanswered_verdicts"] == 0
     assert told["judges"] == ["rules", "openai"] and told["agreement"][0]["pairs"] == read_table(tmp_path / "judgements.parquet").num_rows
     steer(source, subject, sae, SAID, cfg, 0, tmp_path, layer=4)              # the server is gone: the ledger answers
     assert {n: (tmp_path / n).read_bytes() for n in before} == before
+
+
+def test_a_judge_that_says_nothing_is_counted_and_told(run, source, subject, sae, tmp_path, capsys):
+    for file in run.iterdir(): shutil.copy(file, tmp_path)
+    with JudgeServer(lambda number, body: (200, {}, completion("good!"))) as server:
+        cfg = CFG.model_copy(update={"judges": ("rules", "openai"), "endpoint": EndpointConfig(base_url=server.url, model="judge")})
+        steer(source, subject, sae, SAID, cfg, 0, tmp_path, layer=4)
+    told, said = read_json(tmp_path / "steering.json"), capsys.readouterr().out
+    assert told["unanswered_verdicts"] == told["verdicts"] > 0 and told["why"] == {"parse failure": told["verdicts"]}
+    assert f"no verdict on {told['verdicts']} of {told['verdicts']} pairs" in said and "pairs to judge, about" in said
 
 
 def test_a_judge_that_fails_is_named_and_the_rest_is_kept(run, source, subject, sae, tmp_path):
