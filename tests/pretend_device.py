@@ -32,7 +32,8 @@ class Elsewhere(torch.Tensor):
     def __repr__(self) -> str: return f"Elsewhere({self.here})"
 
     @classmethod
-    def __torch_dispatch__(cls, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any: return computed(operator, args, kwargs or {})
+    def __torch_dispatch__(cls, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return computed(operator, args, kwargs or {})
 
 
 def is_away(x: Any) -> bool: return isinstance(x, Elsewhere)
@@ -61,7 +62,8 @@ def computed(operator: Any, args: tuple, kwargs: dict) -> Any:
 
 
 class _Operators(TorchDispatchMode):
-    def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any: return computed(operator, args, kwargs or {})
+    def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return computed(operator, args, kwargs or {})
 
 
 class _Factories(TorchFunctionMode):
