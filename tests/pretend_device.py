@@ -14,7 +14,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 _setup_privateuseone_for_python_backend("pretend")
 DEVICE = torch.device("pretend:0")
-MOVES = ("aten::copy_", "aten::_to_copy")                          # operators that are there to mix devices
+MOVES = ("aten::copy_", "aten::_to_copy", "aten::to")                        # operators that are there to mix devices
 INDEXES = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")     # second argument: indices
 
 
@@ -37,7 +37,7 @@ class Elsewhere(torch.Tensor):
 
 
 def is_away(x: Any) -> bool: return isinstance(x, Elsewhere)
-def here(x: Any) -> Any: return x.here if is_away(x) else x
+def here(x: Any) -> Any: return x.here if is_away(x) else torch.device("cpu") if isinstance(x, torch.device) else x
 def away(x: Any) -> Any: return Elsewhere(x) if isinstance(x, torch.Tensor) and not is_away(x) else x
 
 
@@ -51,13 +51,13 @@ def left_behind(name: str, args: tuple, kwargs: dict) -> list[torch.Tensor]:
 
 def computed(operator: Any, args: tuple, kwargs: dict) -> Any:
     """An operator's result, on the device that it belongs to; raises where the arguments are on two."""
-    name, schema, asked = operator._schema.name, operator._schema.arguments, kwargs.get("device")
+    name, schema = operator._schema.name, operator._schema.arguments
+    asked = next((x for x in (kwargs.get("device"), *args) if isinstance(x, torch.device)), None)
     if left := left_behind(name, args, kwargs): raise RuntimeError(f"{name}: a tensor {tuple(left[0].shape)} was left on the CPU")
-    plain = {k: torch.device("cpu") if k == "device" and v is not None else False if k == "pin_memory" else v for k, v in kwargs.items()}
-    result = operator(*tree_map(here, args), **tree_map(here, plain))
+    result = operator(*tree_map(here, args), **tree_map(here, kwargs | ({"pin_memory": False} if "pin_memory" in kwargs else {})))
     if name == "aten::_local_scalar_dense": return result
     if schema and schema[0].alias_info is not None and schema[0].alias_info.is_write and isinstance(result, torch.Tensor): return args[0]
-    there = torch.device(asked).type == DEVICE.type if asked is not None else any(map(is_away, tree_leaves((args, kwargs))))
+    there = asked.type == DEVICE.type if asked is not None else any(map(is_away, tree_leaves((args, kwargs))))
     return tree_map(away, result) if there else result
 
 

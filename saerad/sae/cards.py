@@ -295,7 +295,7 @@ def in_rows(t: Tensor) -> Tensor:
     """A matrix of features as it lies in memory, a row for each."""
     return t.detach() if t.is_contiguous() else t.detach().T
 
-# %% ../../nbs/sae/cards.ipynb #aa35ca7e
+# %% ../../nbs/sae/cards.ipynb #9ff0a274
 class FusedEngine:
     """Steps of a `Trainer` on a card: dense products, everything between them in a few passes, and nothing that comes back to the host.
 
@@ -471,7 +471,7 @@ class FusedEngine:
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.graph_pool): result = self.compute(x, capacity)
+            with torch.cuda.graph(graph, pool=self.graph_pool, capture_error_mode="thread_local"): result = self.compute(x, capacity)
         except RuntimeError as e:
             warnings.warn(f"a training step could not be recorded as a CUDA graph ({e}); it is started kernel by kernel.", stacklevel=2)
             return None
