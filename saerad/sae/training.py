@@ -663,10 +663,15 @@ def _loop(runs: Sequence[_Training], seed: int) -> None:
     ranks, size = runs[0].ranks, runs[0].job.training.batch_size
     stores = {id(run.job.store): run.job.store for run in runs}
     with ExitStack() as stack:
-        streams = {key: prefetch(ranks.reader(store).batches("train", size, seed, start=first)) for key, store in stores.items()}
+        streams = {key: prefetch(_stream(ranks.reader(store), size, seed, first, ranks.device)) for key, store in stores.items()}
         readers = {key: stack.enter_context(closing(stream)) for key, stream in streams.items()}
         logs = [stack.enter_context(Log(run.job.out, run.trainer.step, muted=not ranks.is_first)) for run in runs]
         for step in progress(range(first, steps), "training the SAE" if len(runs) == 1 else f"training {len(runs)} SAEs"):
             batches = {key: next(reader)[2] for key, reader in readers.items()}
             for run, log in zip(runs, logs, strict=True):
                 if step == run.trainer.step < run.job.training.steps: run.step_and_log(batches[id(run.job.store)], log)
+
+def _stream(reader: Any, size: int, seed: int, first: int, device: torch.device) -> Any:
+    "Batches from step `first` on; from a store straight to a card, if that is where they go."
+    straight = {"device": device} if isinstance(reader, Store) and device.type == "cuda" else {}
+    return reader.batches("train", size, seed, start=first, **straight)
