@@ -492,8 +492,8 @@ class Store:
         table = pq.read_table(self.folder / "tokens.parquet", read_dictionary=[f.name for f in TOKEN_SCHEMA if f.type == pa.string()])
         return table.unify_dictionaries().combine_chunks()
 
-    def read(self, rows: np.ndarray) -> Float[Tensor, "n d"]:
-        """Rows by number, in the order asked for, float32, raw residual units; `IndexError` for one not there."""
+    def read(self, rows: np.ndarray, device: torch.device | None = None) -> Float[Tensor, "n d"]:
+        """Rows by number, in the order asked for, float32, raw residual units, on `device` if one is given; `IndexError` for one not there."""
         rows = np.asarray(rows, dtype=np.int64)
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"rows outside 0..{len(self) - 1}")
@@ -503,7 +503,7 @@ class Store:
             here = np.fromiter(here, np.int64)
             places = self._places(i)[rows[here] - self._ends[i] + self.meta["shards"][i]["rows"]]
             for k, values in out.items(): values[here] = self._files[i].map(k)[places]
-        return unpack_rows(out)
+        return unpack_rows(out, device)
 
     def where(self, split: str | None = None, section: str | None = None) -> np.ndarray:
         """Numbers of the rows of a split and a section (all, where not given), ascending, as int64."""

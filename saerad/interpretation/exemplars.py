@@ -498,7 +498,8 @@ def collect_exemplars(store: Store, sae: MatryoshkaSAE, cfg: ExemplarsConfig, se
     sae, out, tokens = sae_on(sae, fastest_device()), Path(out), lean_tokens(store)
     encode, device, blocks = Encoder(sae), sae.W_enc.device, list(study_blocks(tokens, cfg.block))
     collector = Collector(tokens, sae.width, cfg, seed) if device.type == "cpu" else DeviceCollector(tokens, sae.width, cfg, seed, device)
-    read = prefetch(store.read(np.arange(begin, end)) for begin, end in blocks)       # the next block while one is counted
+    straight = device if device.type == "cuda" else None
+    read = prefetch(store.read(np.arange(begin, end), straight) for begin, end in blocks)       # the next block while one is counted
     for begin, _ in progress(blocks, "exemplars: reading"): collector.read(encode.on_device(next(read)), begin)
     collector.finish()
     chosen = _write(collector, out / "exemplars.parquet")

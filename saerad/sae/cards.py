@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['TILE', 'interprets', 'has_triton', 'tile', 'read', 'gather_kernel', 'tiles', 'digits_kernel', 'pick_kernel', 'Cut',
            'select_kernel', 'select', 'errors_kernel', 'errors', 'slopes_kernel', 'mask_slopes', 'lengths_kernel',
-           'adam_rule', 'rows_kernel', 'bias_kernel', 'dead_places', 'DeadBound', 'in_rows', 'FusedEngine']
+           'adam_rule', 'rows_kernel', 'bias_kernel', 'dead_places', 'DeadBound', 'in_rows', 'FusedEngine',
+           'count_kernel', 'list_kernel', 'Entries', 'entries', 'decode_kernel', 'features_kernel', 'FusedSparseEngine']
 
-# %% ../../nbs/sae/cards.ipynb #491d40de
+# %% ../../nbs/sae/cards.ipynb #ed69a49f
 import os
 import warnings
 from collections import Counter
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
@@ -295,7 +297,7 @@ def in_rows(t: Tensor) -> Tensor:
     """A matrix of features as it lies in memory, a row for each."""
     return t.detach() if t.is_contiguous() else t.detach().T
 
-# %% ../../nbs/sae/cards.ipynb #9ff0a274
+# %% ../../nbs/sae/cards.ipynb #cb4c1208
 class FusedEngine:
     """Steps of a `Trainer` on a card: dense products, everything between them in a few passes, and nothing that comes back to the host.
 
@@ -373,7 +375,7 @@ class FusedEngine:
         """One step on a normalised batch, counters and all: each level's error, AuxK, how many activations were kept, how many features were dead."""
         if self.next_step != self.trainer.step or self.versions != self.seen_versions(): self.look_again()
         self.next_step = self.trainer.step + 1
-        return self.run(x, self.capacity(self.bound(len(x))))
+        with torch.cuda.device_of(x): return self.run(x, self.capacity(self.bound(len(x))))       # Triton starts kernels on the current card
 
     def capacity(self, most: int) -> int:
         """Places for dead features in AuxK: a power of two, so that there are few different steps; 0 where none can be dead."""
@@ -382,29 +384,35 @@ class FusedEngine:
 
     def compute(self, x: Float[Tensor, "n d"], capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What a step is, kernel after kernel; see `whole_step`."""
-        sae, fast, (H_enc, H_dec) = self.sae, self.dtype != torch.float32, self.rounded
-        groups, n = list(pairwise([0, *sae.prefixes])), len(x)
-        now, since = self.schedule.index_select(0, self.at.clamp(max=self.cfg.steps - 1))[0], self.trainer.tokens_since_fired
-        dead = since > self.bound.limit
-        # forward
+        sae, now = self.sae, self.schedule.index_select(0, self.at.clamp(max=self.cfg.steps - 1))[0]
+        dead = self.trainer.tokens_since_fired > self.bound.limit
         centred = (x - sae.b_dec).to(self.dtype)
-        pre = product(centred, H_enc.T, fast)
-        z, fired, kept, cut = select(pre, sae.b_enc, self.find_cut(pre), self.dtype)
+        pre = product(centred, self.rounded[0].T, self.dtype != torch.float32)
+        grads, levels, residual, fired, kept, cut = self.gradients(x, centred, pre, self.find_cut(pre))
+        aux = self.revive(pre, centred, residual, dead, capacity, grads) if capacity else torch.zeros((), device=x.device)
+        self.update(grads, now)
+        self.update_counters(fired, cut, now, len(x))
+        return levels, aux, kept, dead.sum()
+
+    def gradients(self, x: Float[Tensor, "n d"], centred: Float[Tensor, "n d"], pre: Float[Tensor, "n width"],
+                  cut: Float[Tensor, " rows"]) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Gradients by parameter (the encoder's by feature), each level's error, the residual; which features fired, how many activations were
+        kept, and the smallest of them."""
+        sae, H_dec, groups = self.sae, self.rounded[1], list(pairwise([0, *self.sae.prefixes]))
+        z, fired, kept, least = select(pre, sae.b_enc, cut, self.dtype)
         shares = torch.empty(len(groups), *x.shape, dtype=self.dtype, device=x.device)
         for g, (a, b) in enumerate(groups): torch.mm(z[:, a:b], H_dec[a:b], out=shares[g])
         at_group, residual, levels = errors(x, sae.b_dec, shares, self.level_weights)
-        # backward
-        slope, grad_dec = torch.empty_like(z), torch.empty_like(H_dec)
+        slope, W_dec = torch.empty_like(z), torch.empty_like(H_dec)
         for g, (a, b) in enumerate(groups):
             torch.mm(at_group[g], H_dec[a:b].T, out=slope[:, a:b])
-            torch.mm(z[:, a:b].T, at_group[g], out=grad_dec[a:b])
+            torch.mm(z[:, a:b].T, at_group[g], out=W_dec[a:b])
         b_enc = mask_slopes(slope, z)
-        grads = {"W_enc": slope.T @ centred, "W_dec": grad_dec, "b_enc": b_enc,
-                 "b_dec": at_group[0].sum(0, dtype=torch.float32) - b_enc @ sae.W_enc.T}
-        aux = self.revive(pre, centred, residual, dead, capacity, grads) if capacity else torch.zeros((), device=x.device)
-        self.update(grads, now)
-        self.update_counters(fired, cut, now, n)
-        return levels, aux, kept, dead.sum()
+        return self.by_name(slope.T @ centred, W_dec, b_enc, at_group), levels, residual, fired, kept, least
+
+    def by_name(self, W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, at_group: Float[Tensor, "groups n d"]) -> dict[str, Tensor]:
+        """The gradients by parameter, with that of the decoder's bias, which is also taken from what the features read."""
+        return {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": at_group[0].sum(0, dtype=torch.float32) - b_enc @ self.sae.W_enc.T}
 
     def find_cut(self, pre: Float[Tensor, "n width"]) -> Float[Tensor, " rows"]:
         """Below which nothing is kept: one number for the batch, or one for each token where the kind is `topk`."""
@@ -476,3 +484,118 @@ class FusedEngine:
             warnings.warn(f"a training step could not be recorded as a CUDA graph ({e}); it is started kernel by kernel.", stacklevel=2)
             return None
         return graph, result
+
+# %% ../../nbs/sae/cards.ipynb #831e80a0
+@jit
+def count_kernel(pre, bias, cut, cut_step, ends, counts, width, GROUPS: tl.constexpr, B: tl.constexpr):
+    "One row: how many of each group's features are kept."
+    row = tl.program_id(0).to(tl.int64)
+    lowest = tl.load(cut + row * cut_step)
+    for g in tl.static_range(GROUPS):
+        begin, end = tl.load(ends + g), tl.load(ends + g + 1)
+        kept = tl.zeros((B,), tl.int32)
+        for start in range(begin, end, B):
+            col = start + tl.arange(0, B)
+            value = tl.load(pre + row * width + col, col < end, 0.0) + tl.load(bias + col, col < end, 0.0)
+            kept += ((col < end) & (value > 0) & (value >= lowest)).to(tl.int32)
+        tl.store(counts + row * GROUPS + g, tl.sum(kept, 0))
+
+# %% ../../nbs/sae/cards.ipynb #0bf959a7
+@jit
+def list_kernel(pre, bias, cut, cut_step, begins, rows, cols, values, width, capacity, B: tl.constexpr):
+    "One row: its kept entries one after the other, from the place where the row begins."
+    row = tl.program_id(0).to(tl.int64)
+    lowest, place = tl.load(cut + row * cut_step), tl.load(begins + row)
+    for start in range(0, width, B):
+        col = start + tl.arange(0, B)
+        value = tl.load(pre + row * width + col, col < width, 0.0) + tl.load(bias + col, col < width, 0.0)
+        wanted = ((col < width) & (value > 0) & (value >= lowest)).to(tl.int32)
+        to = place + tl.cumsum(wanted, 0) - 1
+        fits = (wanted > 0) & (to < capacity)
+        tl.store(rows + to, (row + tl.zeros((B,), tl.int64)).to(tl.int32), fits)
+        tl.store(cols + to, col, fits)
+        tl.store(values + to, value, fits)
+        place += tl.sum(wanted, 0)
+
+# %% ../../nbs/sae/cards.ipynb #3b6a618e
+@dataclass
+class Entries:
+    """What is kept of a matrix: by row and feature, in arrays of fixed length, the rest of which names no feature; and in the order of features."""
+    rows: Int[Tensor, " capacity"]
+    cols: Int[Tensor, " capacity"]
+    values: Float[Tensor, " capacity"]
+    begins: Int[Tensor, " rows*groups+1"]         # where the entries of each row and group begin; the last number is that of all
+    order: Int[Tensor, " capacity"]               # entries by feature
+    of_feature: Int[Tensor, " width+1"]           # where those of each feature begin
+
+def entries(pre: Float[Tensor, "n width"], bias: Float[Tensor, " width"], cut: Float[Tensor, " rows"], ends: Int[Tensor, " groups+1"],
+            capacity: int) -> Entries:
+    """What of `pre + bias` is positive and not below the cut; should more than `capacity` tie with it, the last ones are left out."""
+    (n, width), device, groups = pre.shape, pre.device, len(ends) - 1
+    counts, step = torch.empty(n, groups, dtype=torch.int32, device=device), int(len(cut) > 1)
+    count_kernel[(n,)](pre, bias, cut, step, ends, counts, width, GROUPS=groups, B=1024)
+    begins = torch.nn.functional.pad(counts.view(-1).cumsum(0), (1, 0))
+    rows, cols = torch.zeros(2, capacity, dtype=torch.int32, device=device)
+    cols, values = cols.fill_(width), torch.zeros(capacity, device=device)
+    list_kernel[(n,)](pre, bias, cut, step, begins[:-1:groups].contiguous(), rows, cols, values, width, capacity, B=1024)
+    by_feature = cols.sort(stable=True)
+    every = torch.arange(width + 1, dtype=torch.int32, device=device)
+    return Entries(rows, cols, values, begins.clamp(max=capacity), by_feature.indices, torch.searchsorted(by_feature.values, every))
+
+# %% ../../nbs/sae/cards.ipynb #c9903fa7
+@jit
+def decode_kernel(begins, cols, values, weight, shares, size, d, GROUPS: tl.constexpr, B: tl.constexpr):
+    "One group's share of a block of one row's reconstruction: the decoder rows of what is kept, gathered."
+    part, dim = tl.program_id(0), tl.program_id(1) * B + tl.arange(0, B)
+    total = tl.zeros((B,), tl.float32)
+    for i in range(tl.load(begins + part), tl.load(begins + part + 1)):
+        at = tl.load(cols + i).to(tl.int64) * d + dim
+        total += tl.load(values + i) * tl.load(weight + at, dim < d, 0.0).to(tl.float32)
+    to = (part % GROUPS) * size + (part // GROUPS).to(tl.int64) * d + dim
+    tl.store(shares + to, total.to(shares.dtype.element_ty), dim < d)
+
+# %% ../../nbs/sae/cards.ipynb #587cf77b
+@jit
+def features_kernel(of_feature, order, rows, values, group, at_group, x, weight, grad_dec, grad_enc, grad_bias, size, d, D: tl.constexpr):
+    "One feature: the slope of the loss at each token where it is kept, and from that and the token its gradients, complete."
+    feature, dim = tl.program_id(0), tl.arange(0, D)
+    inside, own = dim < d, feature.to(tl.int64) * d + dim
+    w, base = tl.load(weight + own, inside, 0.0).to(tl.float32), tl.load(group + feature) * size
+    dec, enc, bias = tl.zeros((D,), tl.float32), tl.zeros((D,), tl.float32), 0.0
+    for i in range(tl.load(of_feature + feature), tl.load(of_feature + feature + 1)):
+        entry = tl.load(order + i)
+        at = tl.load(rows + entry).to(tl.int64) * d + dim
+        g = tl.load(at_group + base + at, inside, 0.0).to(tl.float32)
+        slope = tl.sum(g * w, 0)
+        dec += tl.load(values + entry) * g
+        enc += slope * tl.load(x + at, inside, 0.0).to(tl.float32)
+        bias += slope
+    tl.store(grad_dec + own, dec.to(grad_dec.dtype.element_ty), inside)
+    tl.store(grad_enc + own, enc.to(grad_enc.dtype.element_ty), inside)
+    tl.store(grad_bias + feature, bias)
+
+# %% ../../nbs/sae/cards.ipynb #239a3884
+class FusedSparseEngine(FusedEngine):
+    """A `FusedEngine` that gathers what is kept instead of multiplying what is mostly zero: for wide dictionaries."""
+    name = "fused_sparse"
+
+    def __init__(self, trainer: Any):
+        super().__init__(trainer)
+        sizes = torch.tensor(self.sae.group_sizes, device=self.sae.W_dec.device)
+        self.ends = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int()
+        self.group = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes, output_size=self.sae.width)
+
+    def gradients(self, x: Float[Tensor, "n d"], centred: Float[Tensor, "n d"], pre: Float[Tensor, "n width"],
+                  cut: Float[Tensor, " rows"]) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What `FusedEngine.gradients` finds."""
+        (n, d), sae, H_dec, groups = x.shape, self.sae, self.rounded[1], len(self.sae.group_sizes)
+        kept = entries(pre, sae.b_enc.detach(), cut, self.ends, min(n * sae.k + n * sae.k // 16 + 1024, pre.numel()))
+        shares, B = torch.empty(groups, n, d, dtype=self.dtype, device=x.device), min(1024, triton.next_power_of_2(d))
+        decode_kernel[(n * groups, -(-d // B))](kept.begins, kept.cols, kept.values, H_dec, shares, n * d, d, GROUPS=groups, B=B)
+        at_group, residual, levels = errors(x, sae.b_dec, shares, self.level_weights)
+        W_enc, W_dec, b_enc = torch.empty_like(H_dec), torch.empty_like(H_dec), torch.empty(sae.width, device=x.device)
+        features_kernel[(sae.width,)](kept.of_feature, kept.order, kept.rows, kept.values, self.group, at_group, centred, H_dec, W_dec, W_enc, b_enc,
+                                      n * d, d, D=triton.next_power_of_2(d), num_warps=8 if d > 1024 else 4)
+        smallest, fired = torch.where(kept.values > 0, kept.values, float("inf")).min(), kept.of_feature.diff() > 0
+        least = torch.where(smallest.isinf(), 0.0, smallest)
+        return self.by_name(W_enc, W_dec, b_enc, at_group), levels, residual, fired, kept.begins[-1], least

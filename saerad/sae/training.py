@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..activations.store import Store
 from ..core import Section, UserError, content_hash, has_bfloat16, prefetch, progress, write_beside
-from .cards import FusedEngine
+from .cards import FusedEngine, FusedSparseEngine
 from .kernels import product
 from .kinds import Selected, kind_of
 from .model import MatryoshkaSAE, SAEConfig
@@ -53,7 +53,7 @@ class TrainingConfig(Section):
     threshold_beta: float = Field(0.99, ge=0, lt=1)  # moving average of the smallest kept activation (ours)
     threshold_start: float = Field(0.1, ge=0, lt=1)  # share of the run after which it starts (ours)
     start_rows: int = Field(16384, ge=1)             # tokens that give scale and first bias (ours)
-    engine: Literal["auto", "reference", "dense", "sparse", "native", "fused"] = "auto"   # how a step is computed, not what
+    engine: Literal["auto", "reference", "dense", "sparse", "native", "fused", "fused_sparse"] = "auto"   # how a step is computed, not what
     precision: Literal["auto", "int8", "bfloat16", "float32"] = "auto"    # of dense products; auto: what the device has units for
     device: str = "auto"                             # cpu, cuda or cuda:N; auto: cuda where there is one
     shard: bool = False                              # with several processes: share out the dictionary, not the batch
@@ -489,7 +489,7 @@ ENGINES["dense"] = DenseEngine
 # %% ../../nbs/sae/training.ipynb #813ea7b7
 class MeasuredEngine(Engine):
     """On its first batch it becomes the fastest of those engines that can do the work; for a lone card."""
-    name, names = "measure", ("dense", "sparse", "fused")
+    name, names = "measure", ("dense", "sparse", "fused", "fused_sparse")
 
     @classmethod
     def supports(cls, kind: str) -> bool: return SparseEngine.supports(kind)
@@ -525,7 +525,7 @@ def _seconds(work: Callable, device: torch.device) -> float:
 ENGINES["measure"] = MeasuredEngine
 
 # %% ../../nbs/sae/training.ipynb #48116d02
-ENGINES |= {"native": NativeEngine, "fused": FusedEngine}
+ENGINES |= {"native": NativeEngine, "fused": FusedEngine, "fused_sparse": FusedSparseEngine}
 
 # %% ../../nbs/sae/training.ipynb #153b9512
 def _open_log(path: Path, step: int) -> Any:

@@ -15,7 +15,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from saerad.sae import cards  # noqa: E402
 
-F, H, I, B, N = "*fp32", "*bf16", "*i32", "*i8", "i32"
+F, H, I, L, B, N = "*fp32", "*bf16", "*i32", "*i64", "*i8", "i32"
 ROW = {"D": 4096, "BETA1": 0.9, "BETA2": 0.999, "EPS": 1e-8}
 KERNELS = {
     "gather_kernel": ((F, F, F, F, I, N, N, N), cards.TILE),
@@ -27,6 +27,10 @@ KERNELS = {
     "lengths_kernel": ((H, F, F, F, N), {"D": 4096, "ON_SPHERE": True}),
     "rows_kernel": ((H, F, F, F, H, F, F, F, N), ROW | {"ON_SPHERE": True, "ROUND": True}),
     "bias_kernel": ((F, F, F, F, F, F, N), {"B": 1024} | {k: ROW[k] for k in ("BETA1", "BETA2", "EPS")}),
+    "count_kernel": ((F, F, F, N, I, I, N), {"GROUPS": 5, "B": 1024}),
+    "list_kernel": ((F, F, F, N, L, I, I, F, N, N), {"B": 1024}),
+    "decode_kernel": ((L, I, F, H, H, N, N), {"GROUPS": 5, "B": 1024}),
+    "features_kernel": ((L, L, I, F, L, H, H, H, H, H, F, N, N), {"D": 4096}),
 }
 
 for name, (types, constants) in KERNELS.items():

@@ -31,9 +31,10 @@ def cards():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAERAD_TRITON", "interpret")
         interpreted = importlib.reload(module)
-        patch.setitem(training.ENGINES, "fused", interpreted.FusedEngine)
+        for engine in (interpreted.FusedEngine, interpreted.FusedSparseEngine): patch.setitem(training.ENGINES, engine.name, engine)
         yield interpreted
-    training.ENGINES["fused"] = importlib.reload(module).FusedEngine
+    again = importlib.reload(module)
+    training.ENGINES |= {"fused": again.FusedEngine, "fused_sparse": again.FusedSparseEngine}
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor: return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
@@ -85,6 +86,24 @@ def test_slopes_stay_where_something_was_kept(cards):
     assert torch.allclose(cards.mask_slopes(slope, z), expected.sum(0), atol=1e-5) and torch.equal(slope, expected)
 
 
+@pytest.mark.parametrize("capacity", [4000, 50])
+def test_entries_are_listed_by_row_and_by_feature(cards, capacity):
+    """With less space than there are entries the last ones are left out, and nothing is written elsewhere."""
+    pre, bias, sizes = numbers(20, 130), numbers(130, seed=1) / 3, [2, 0, 60, 68]
+    ends = torch.tensor([0, *torch.tensor(sizes).cumsum(0)], dtype=torch.int32, device=DEVICE)
+    kept = cards.entries(pre, bias, pre.new_tensor([0.9]), ends, capacity)
+    row, col = ((pre + bias) >= 0.9).nonzero().T[:, :capacity]
+    assert 50 < int(((pre + bias) >= 0.9).sum()) < 4000 and torch.equal(kept.rows[:len(row)].long(), row)
+    assert torch.equal(kept.cols[:len(row)].long(), col) and bool((kept.cols[len(row):] == 130).all())
+    assert torch.equal(kept.values[:len(row)], (pre + bias)[row, col])
+    for i in range(20 * 4):
+        here = (row == i // 4) & (col >= ends[i % 4]) & (col < ends[i % 4 + 1])
+        assert int(here.sum()) == int(kept.begins[i + 1] - kept.begins[i])
+    for feature in range(130):
+        mine = kept.order[kept.of_feature[feature]:kept.of_feature[feature + 1]]
+        assert torch.equal(mine, (col == feature).nonzero().squeeze(1))
+
+
 def test_places_for_the_dead(cards):
     dead = numbers(50) > 0.8
     at, taken = cards.dead_places(dead, 16)
@@ -106,7 +125,7 @@ def test_no_more_features_are_dead_than_the_bound_says(seed, every, limit):
 
 # --- steps
 
-def steps(engine: str, shape: SAEConfig, n: int, batch: int = 32, **more) -> tuple[Trainer, list[dict[str, float]]]:
+def steps(engine: str, shape: SAEConfig, n: int, batch: int = 16, **more) -> tuple[Trainer, list[dict[str, float]]]:
     cfg = TrainingConfig(engine=engine, **({"steps": 40, "batch_size": batch, "lr": 3e-3, "start_rows": 256, "precision": "float32"} | more))
     trainer, log = Trainer(initial_sae(Vectors(500), shape, cfg, 0).to(DEVICE), cfg), []
     for _, _, x in Vectors(500).batches("train", batch, 0):
@@ -118,22 +137,24 @@ def difference(one: Trainer, other: Trainer) -> float:
     return max(float((p - other.sae.get_parameter(n)).detach().abs().max()) for n, p in one.sae.named_parameters())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_steps_are_those_of_the_reference(cards, kind):
+SPARSE = ["reversed, weighted", "topk"]                 # the rest of a step is the same code
+
+@pytest.mark.parametrize(("engine", "kind"), [*(("fused", kind) for kind in KINDS), *(("fused_sparse", kind) for kind in SPARSE)])
+def test_the_steps_are_those_of_the_reference(cards, engine, kind):
     shape = KINDS[kind].model_copy(update={"expansion": 2})
-    (ours, log), (theirs, expected) = (steps(e, shape, 4, threshold_start=0.05) for e in ("fused", "reference"))
+    (ours, log), (theirs, expected) = (steps(e, shape, 3, threshold_start=0.05) for e in (engine, "reference"))
     for a, b in zip(log, expected, strict=True): assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
     assert log[-1]["threshold"] > 0 and difference(ours, theirs) < 2e-6
     assert torch.equal(ours.tokens_since_fired, theirs.tokens_since_fired)
 
 
-@pytest.mark.parametrize("aux_k", [2, 400])
-def test_the_silent_are_revived_as_the_reference_does(cards, aux_k):
+@pytest.mark.parametrize(("engine", "aux_k"), [("fused", 2), ("fused", 400), ("fused_sparse", 2)])
+def test_the_silent_are_revived_as_the_reference_does(cards, engine, aux_k):
     dead = {"dead_after": 0.02, "aux_k": aux_k, "aux_alpha": 1.0, "clip": 0.05}
-    (ours, log), (theirs, expected) = (steps(e, SAEConfig(k=1, expansion=2), 5, **dead) for e in ("fused", "reference"))
+    (ours, log), (theirs, expected) = (steps(e, SAEConfig(k=1, expansion=2), 4, **dead) for e in (engine, "reference"))
     assert max(m["aux"] for m in log) > 0 and max(m["dead"] for m in log) > 0.1
     for a, b in zip(log, expected, strict=True): assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
-    assert difference(ours, theirs) < 1e-5
+    assert difference(ours, theirs) < 1e-4         # Adam divides small gradients by themselves
 
 
 def test_in_bfloat16_it_is_the_reference_roughly_and_the_copies_are_the_weights(cards):
@@ -158,7 +179,7 @@ def test_a_checkpoint_goes_from_engine_to_engine(cards, other, tmp_path):
         (there, _), (here, _) = steps(one, shape, 3), steps(two, shape, 1)
         there.save(tmp_path / "state", "same")
         assert here.restore(tmp_path / "state", "same") and difference(here, there) == 0
-        batches = Vectors(500).batches("train", 32, 0, start=3)
+        batches = Vectors(500).batches("train", 16, 0, start=3)
         x = next(batches)[2]
         assert here.train_step(x) == pytest.approx(there.train_step(x), rel=1e-5, abs=1e-7) and difference(here, there) < 2e-6
 
@@ -170,7 +191,7 @@ def test_resumed_it_ends_with_the_same_bits(cards, precision, tmp_path):
     half.save(tmp_path / "state", "same")
     again = Trainer(initial_sae(Vectors(500), SAEConfig(k=2, expansion=2), half.cfg, 0).to(DEVICE), half.cfg)
     assert again.restore(tmp_path / "state", "same")
-    for _, (_, _, x) in zip(range(3), Vectors(500).batches("train", 32, 0, start=3), strict=False): again.train_step(x, measured=False)
+    for _, (_, _, x) in zip(range(3), Vectors(500).batches("train", 16, 0, start=3), strict=False): again.train_step(x, measured=False)
     assert again.step == whole.step and difference(again, whole) == 0 and torch.equal(again.tokens_since_fired, whole.tokens_since_fired)
     assert torch.equal(again.sae.threshold, whole.sae.threshold)
 
@@ -197,9 +218,10 @@ class NothingIsAsked(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["batch_topk", "topk"])
+@pytest.mark.parametrize("engine", ["fused", "fused_sparse"])
 @pytest.mark.parametrize("capacity", [0, 16])
-def test_a_step_asks_the_device_for_nothing(cards, kind, capacity, monkeypatch):
-    trainer, _ = steps("fused", SAEConfig(k=2, expansion=2, kind=kind), 1)
+def test_a_step_asks_the_device_for_nothing(cards, kind, engine, capacity, monkeypatch):
+    trainer, _ = steps(engine, SAEConfig(k=2, expansion=2, kind=kind), 1)
     trainer.engine.look_again()
     for name in vars(cards):                                          # the interpreter itself reads numbers; kernels ask nothing by their nature
         if name.endswith("_kernel"): monkeypatch.setattr(cards, name, NoKernel())
@@ -235,10 +257,11 @@ def test_without_triton_everything_else_is_there(environment):
 
 
 def test_the_fastest_is_measured_in_whole_steps_and_one_that_fails_is_left_out(cards, monkeypatch, tmp_path):
-    trainer, x = steps("dense", SAEConfig(k=2, expansion=2), 1)[0], Vectors(500).x[:16]
+    shape = SAEConfig(k=2, expansion=1, group_fractions=(1.0,))
+    trainer, x = steps("dense", shape, 1)[0], Vectors(500).x[:16]
     before = trainer.sae.W_dec.detach().clone()
     measure = MeasuredEngine(trainer)
-    assert measure.candidates() == ["dense", "sparse", "fused"]
+    assert measure.candidates() == ["dense", "sparse", "fused", "fused_sparse"]
     assert measure.fastest(x) in measure.candidates() and torch.equal(before, trainer.sae.W_dec)
     monkeypatch.setattr(cards.FusedEngine, "compute", lambda self, *args: 1 / 0)
     with pytest.warns(UserWarning, match="fused does not work here .ZeroDivisionError"): assert measure.seconds("fused", x) == float("inf")
@@ -246,7 +269,7 @@ def test_the_fastest_is_measured_in_whole_steps_and_one_that_fails_is_left_out(c
     trainer.engine = measure
     trainer.train_step(x)
     trainer.save(tmp_path / "state", "same")
-    again = Trainer(MatryoshkaSAE.from_config(12, SAEConfig(k=2, expansion=2)).to(DEVICE), trainer.cfg)
+    again = Trainer(MatryoshkaSAE.from_config(12, shape).to(DEVICE), trainer.cfg)
     again.engine = MeasuredEngine(again)
     assert again.restore(tmp_path / "state", "same") and again.engine.name == "sparse"                  # it stays with what was chosen
 
@@ -257,4 +280,4 @@ def test_the_kernels_compile_for_a_card(tmp_path):
     command = [sys.executable, str(Path(__file__).parent / "compile_cards.py"), "90"]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 9 and all(int(size) > 1000 for _, size in lines), done.stderr[-2000:]
+    assert len(lines) == 13 and all(int(size) > 1000 for _, size in lines), done.stderr[-2000:]
