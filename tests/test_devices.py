@@ -18,6 +18,8 @@ from saerad.sae.encoder import BatchEncoder, Encoder, FeatureEncoder, encode_row
 from saerad.sae.evaluation import dead_share, decoder_agreement, decoder_cosine, reconstruction, spliced_losses
 from saerad.sae.model import MatryoshkaSAE, SAEConfig
 from saerad.sae.training import Trainer, TrainingConfig, initial_sae
+from saerad.show.portraits import logit_lens, top_tokens, view_activations
+from saerad.steering.effects import output_scores
 from saerad.steering.interventions import (
     Batch,
     adding,
@@ -108,6 +110,17 @@ def test_losses_with_a_reconstruction_spliced_in(here, there, kind):
     arguments = sae, prompts, torch.zeros(256), ExtractionConfig(layer=LAYER), "kept"
     expected = spliced_losses(here, *arguments)
     with Pretend(): assert spliced_losses(there, *arguments) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_lenses_scores_and_views_are_the_same_there(here, there):
+    sae, prompts = of_kind("batch_topk", d=256), [here.prompt(study(2))]
+    def everything(subject):
+        views = list(view_activations(subject, sae, LAYER, prompts))
+        return [output_scores(subject, sae, [1, 4, 7]), *top_tokens(sae, logit_lens(subject), 3), *(z.toarray() for *_, z in views)]
+    expected = everything(here)
+    with Pretend(): found = everything(there)
+    assert len(found) == len(expected) > 3
+    for a, b in zip(found, expected, strict=True): assert np.allclose(a, b, atol=1e-4)
 
 
 # --- the SAE

@@ -93,7 +93,8 @@ def __call__(self: Encoder, x: Float[Tensor, "n d"]) -> Float[Tensor, "n width"]
 @torch.inference_mode()
 def on_device(self: Encoder, x: Float[Tensor, "n d"]) -> Float[Tensor, "n width"]:
     """The same, left on the SAE's device: what is counted there need not travel."""
-    if not self.searches: return self.sae.encode(x.to(self.sae.W_enc.device)).float()
+    x = x.to(self.sae.W_enc.device)
+    if not self.searches: return self.sae.encode(x).float()
     z, centred = self._cleared(len(x)), x.float() / self.sae.scale - self.sae.b_dec
     error = self.rounded.error_bound(centred)
     certain = error < self.threshold / 2
