@@ -21,7 +21,8 @@ NBS = ROOT / "nbs"
 BIN = Path(sys.executable).parent
 KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
 SKIP = re.compile(r"(?m)^#\|\s*eval:\s*false")
-QUIET = {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found", "IN_TEST": "1", "PYTHONHASHSEED": "0"}
+QUIET = {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found", "IN_TEST": "1", "PYTHONHASHSEED": "0",
+         "TRITON_INTERPRET": "1"}     # by whichever chapter Triton is imported first, the one on its kernels needs it so
 # What a stored output must not hold: it would differ on the next machine, or on the next run.
 UNSTABLE = {"an address in memory": r"\b0x[0-9a-f]{9,}", "a path of one machine": r"(?<![\w.])/(?:home|root|work|tmp|Users|var/folders)/",
             "a progress bar": r"\d+%\|.{0,12}[█▏▎▍▌▋▊▉ ]{3}", "a traceback": r"Traceback \(most recent call last\)"}

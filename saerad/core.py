@@ -153,10 +153,13 @@ def has_bfloat16(device: torch.device) -> bool:
 def join_processes() -> None:
     """Join the processes that `torchrun` started, once in a process; the group is left before the interpreter ends.
 
-    CPU tensors travel by gloo, CUDA tensors by NCCL. The ranks of an extraction may wait for one another for days.
+    CPU tensors travel by gloo, CUDA tensors by NCCL where every process has a card to itself, which NCCL insists on. The ranks of an
+    extraction may wait for one another for days.
     """
     if dist.is_initialized(): return
     import torch.distributed.nn.functional  # noqa: F401, PLC0415
-    if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=7))
+    cards = torch.cuda.device_count()
+    if cards: torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % cards)
+    alone = cards and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= cards
+    dist.init_process_group("cpu:gloo,cuda:nccl" if alone else "gloo", timeout=timedelta(days=7))
     atexit.register(dist.destroy_process_group)

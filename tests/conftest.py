@@ -1,4 +1,5 @@
 """What several tests share: a small dictionary, and a real browser (tests of pages are skipped, with the reason, where there is none)."""
+import os
 import shutil
 import sys
 import tempfile
@@ -6,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available(): os.environ["TRITON_INTERPRET"] = "1"       # before anything imports Triton, for the tests of its kernels
 
 from saerad.sae.model import MatryoshkaSAE, SAEConfig
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+from saerad import core
 from saerad.core import spearman
 
 
@@ -20,3 +21,17 @@ def test_pairs_without_a_value_are_left_out():
 
 @pytest.mark.parametrize("sides", [([], []), ([1, 2], [2, 1]), ([1, 1, 1], [1, 2, 3]), ([1, 2, 3], [4, 4, 4]), ([1, 2, math.nan], [1, 2, 3])])
 def test_few_or_constant_values_rank_nothing(sides): assert math.isnan(spearman(*sides))
+
+
+@pytest.mark.parametrize(("cards", "processes", "backend"), [(0, 2, "gloo"), (1, 1, "cpu:gloo,cuda:nccl"), (4, 4, "cpu:gloo,cuda:nccl"),
+                                                             (1, 2, "gloo")])
+def test_processes_that_share_a_card_do_not_meet_on_it(cards, processes, backend, monkeypatch):
+    """NCCL refuses two processes on one card, or waits for ever."""
+    joined = []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(core.torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(core.torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(core.dist, "init_process_group", lambda backend, timeout: joined.append(backend))
+    monkeypatch.setattr(core.atexit, "register", lambda work: None)
+    core.join_processes()
+    assert joined == [backend]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKEN_SCHEMA', 'DTYPES', 'PART', 'BLOCK', 'CHUNK_BYTES', 'SAFETENSORS_TYPES', 'NAMED', 'MEMORY', 'pack_rows',
-           'unpack_rows', 'checksum', 'StoreWriter', 'Store', 'deal_batches']
+           'unpack_rows', 'checksum', 'StoreWriter', 'Store', 'delivery_to', 'deal_batches']
 
 # %% ../../nbs/activations/store.ipynb #d813e746
 import errno
@@ -13,12 +13,13 @@ import json
 import os
 import re
 import sys
-from collections import Counter
+import threading
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import count, groupby
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,16 @@ def pack_rows(x: Float[Tensor, "n d"], dtype: str) -> dict[str, np.ndarray]:
     return _quantize(x.float())
 
 # %% ../../nbs/activations/store.ipynb #4f63deb9
-def unpack_rows(arrays: dict[str, np.ndarray]) -> Float[Tensor, "n d"]:
-    """What `pack_rows` was given, as float32: exactly for float32, to a relative 2⁻⁹ for bfloat16, to half a step for int8."""
-    bits = torch.from_numpy(arrays["activations"])
-    if bits.dtype == torch.float32: return bits
-    if bits.dtype == torch.uint16: return bits.view(torch.bfloat16).float()
-    scales = torch.from_numpy(arrays["scales"]).repeat_interleave(BLOCK, 1)[:, :bits.shape[1]]
-    return bits.float() * scales
+def unpack_rows(arrays: dict[str, np.ndarray], device: torch.device | None = None) -> Float[Tensor, "n d"]:
+    """What `pack_rows` was given, as float32: exactly for float32, to a relative 2⁻⁹ for bfloat16, to half a step for int8.
+
+    On `device`, if one is given: what travels there are the bytes as they are stored.
+    """
+    tensors = {name: torch.from_numpy(arrays[name]) for name in ("activations", "scales") if name in arrays}
+    if tensors["activations"].dtype == torch.uint16: tensors["activations"] = tensors["activations"].view(torch.bfloat16)
+    if device is not None: tensors = {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
+    rows = tensors["activations"].float()
+    return rows * tensors["scales"].repeat_interleave(BLOCK, 1)[:, :rows.shape[1]] if "scales" in tensors else rows
 
 # %% ../../nbs/activations/store.ipynb #b832203e
 @contextmanager
@@ -488,8 +492,8 @@ class Store:
         table = pq.read_table(self.folder / "tokens.parquet", read_dictionary=[f.name for f in TOKEN_SCHEMA if f.type == pa.string()])
         return table.unify_dictionaries().combine_chunks()
 
-    def read(self, rows: np.ndarray) -> Float[Tensor, "n d"]:
-        """Rows by number, in the order asked for, float32, raw residual units; `IndexError` for one not there."""
+    def read(self, rows: np.ndarray, device: torch.device | None = None) -> Float[Tensor, "n d"]:
+        """Rows by number, in the order asked for, float32, raw residual units, on `device` if one is given; `IndexError` for one not there."""
         rows = np.asarray(rows, dtype=np.int64)
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"rows outside 0..{len(self) - 1}")
@@ -499,7 +503,7 @@ class Store:
             here = np.fromiter(here, np.int64)
             places = self._places(i)[rows[here] - self._ends[i] + self.meta["shards"][i]["rows"]]
             for k, values in out.items(): values[here] = self._files[i].map(k)[places]
-        return unpack_rows(out)
+        return unpack_rows(out, device)
 
     def where(self, split: str | None = None, section: str | None = None) -> np.ndarray:
         """Numbers of the rows of a split and a section (all, where not given), ascending, as int64."""
@@ -519,9 +523,9 @@ class Store:
             at += n
         return ranges
 
-    def batches(self, split: str, batch_size: int, seed: int, start: int = 0,
-                memory: int = MEMORY) -> Iterator[tuple[int, np.ndarray, Tensor]]:
-        """Endless shuffled batches of a split from step `start` on: step, row numbers, float32 rows in raw units.
+    def batches(self, split: str, batch_size: int, seed: int, start: int = 0, memory: int = MEMORY,
+                device: torch.device | None = None) -> Iterator[tuple[int, np.ndarray, Tensor]]:
+        """Endless shuffled batches of a split from step `start` on: step, row numbers, float32 rows in raw units, on `device` if one is given.
 
         Each epoch is a uniformly random permutation of the split, which depends on `seed` and, where not all of it fits into `memory`
         (bytes that the reader may hold), on that and `batch_size`. Raises `UserError` where the split has no rows.
@@ -531,7 +535,8 @@ class Store:
             has = ", ".join(self.meta["splits"])
             raise UserError(f"The store {self.folder} has no rows of the split {split!r}; it has {has}.")
         size = self._pool_size(sum(s.rows for s in slices), batch_size, memory)
-        return deal_batches(prefetch(self._filled_pools(slices, start * batch_size, seed, split, size)), batch_size, start)
+        pools = self._filled_pools(slices, start * batch_size, seed, split, size, pinned=device is not None and device.type == "cuda")
+        return deal_batches(prefetch(pools), batch_size, start, delivery_to(device))
 
     def verify(self) -> None:
         """Read every file and compare checksums; raises `UserError` that names the first that differs."""
@@ -594,7 +599,7 @@ def _plan_pools(held: np.ndarray, size: int, place: int, seed: int, split: str) 
 
 # %% ../../nbs/activations/store.ipynb #6f232e52
 @patch
-def _fill_pool(self: Store, slices: list[_ShardSlice], pool: _PoolPlan, out: dict[str, np.ndarray], scratch: bytearray) -> None:
+def _fill_pool(self: Store, slices: list[_ShardSlice], pool: _PoolPlan, out: dict[str, np.ndarray], threads: ThreadPoolExecutor) -> None:
     "Read the rows of a pool to their places in `out`; the operating system hears of 64 shards in advance."
     ends = np.cumsum(pool.counts)
     plan = zip(slices, pool.begins.tolist(), pool.counts.tolist(), ends.tolist(), strict=True)
@@ -603,7 +608,7 @@ def _fill_pool(self: Store, slices: list[_ShardSlice], pool: _PoolPlan, out: dic
         with ExitStack() as stack:
             files = [stack.enter_context(open(self._files[w[0].shard].path, "rb", buffering=0)) for w in wanted[i:i + 64]]
             for f, (piece, begin, n, _) in zip(files, wanted[i:i + 64], strict=True): self._announce(f, piece, begin, n)
-            for f, w in zip(files, wanted[i:i + 64], strict=True): self._fetch(f, *w, out, scratch)
+            list(threads.map(lambda f, w: self._fetch(f, *w, out), files, wanted[i:i + 64]))
 
 # %% ../../nbs/activations/store.ipynb #008e1183
 @patch
@@ -615,7 +620,7 @@ def _announce(self: Store, f: Any, piece: _ShardSlice, begin: int, n: int) -> No
 
 # %% ../../nbs/activations/store.ipynb #6c603eb5
 @patch
-def _fetch(self: Store, f: Any, piece: _ShardSlice, begin: int, n: int, to: np.ndarray, out: dict[str, np.ndarray], scratch: bytearray) -> None:
+def _fetch(self: Store, f: Any, piece: _ShardSlice, begin: int, n: int, to: np.ndarray, out: dict[str, np.ndarray]) -> None:
     "Read `n` rows of a slice from `begin` on, around its end, to places `to`."
     shard, first = self._files[piece.shard], self._ends[piece.shard] - self.meta["shards"][piece.shard]["rows"]
     cut = min(n, piece.rows - begin)
@@ -623,13 +628,20 @@ def _fetch(self: Store, f: Any, piece: _ShardSlice, begin: int, n: int, to: np.n
         if not len(here): continue
         for name in out:
             if piece.places is not None: out[name][here] = shard.map(name)[piece.places[a:a + len(here)]]
-            else: _scatter(f, shard, name, a, out[name], here, scratch)
+            else: _scatter(f, shard, name, a, out[name], here)
         out["order"][here] += first
 
 # %% ../../nbs/activations/store.ipynb #beda43ba
-def _scatter(f: Any, shard: _Shard, name: str, a: int, out: np.ndarray, to: np.ndarray, scratch: bytearray) -> None:
+_of_thread = threading.local()
+
+def _scratch() -> bytearray:
+    "A megabyte for each thread, the same one every time."
+    if not hasattr(_of_thread, "scratch"): _of_thread.scratch = bytearray(CHUNK_BYTES)
+    return _of_thread.scratch
+
+def _scatter(f: Any, shard: _Shard, name: str, a: int, out: np.ndarray, to: np.ndarray) -> None:
     "Read rows of a tensor from row `a` on, and put them where `to` says."
-    begin, shape, kind = shard.tensors[name]
+    (begin, shape, kind), scratch = shard.tensors[name], _scratch()
     size = kind.itemsize * (shape[1] if len(shape) > 1 else 1)
     step = max(1, len(scratch) // size)
     f.seek(begin + a * size)
@@ -642,13 +654,14 @@ def _scatter(f: Any, shard: _Shard, name: str, a: int, out: np.ndarray, to: np.n
 # %% ../../nbs/activations/store.ipynb #d54518e7
 class _BufferPool:
     "Arrays that are used again as soon as nobody holds a view of them."
-    def __init__(self, shape: tuple[int, ...], kind: np.dtype):
-        self.shape, self.kind, self.arrays, self.alone = shape, kind, [], 0
+    def __init__(self, shape: tuple[int, ...], kind: np.dtype, pinned: bool = False):
+        self.shape, self.kind, self.pinned, self.arrays, self.alone = shape, kind, pinned, [], 0
 
     def take(self) -> np.ndarray:
         for i in range(len(self.arrays)):
             if sys.getrefcount(self.arrays[i]) == self.alone: return self.arrays[i]
-        self.arrays.append(np.empty(self.shape, self.kind))
+        if self.pinned: self.arrays.append(torch.empty(self.shape, dtype=getattr(torch, self.kind.name), pin_memory=True).numpy())
+        else: self.arrays.append(np.empty(self.shape, self.kind))
         self.alone = sys.getrefcount(self.arrays[-1])
         return self.arrays[-1]
 
@@ -661,18 +674,45 @@ def _pool_size(self: Store, rows: int, batch_size: int, memory: int) -> int:
 
 # %% ../../nbs/activations/store.ipynb #26da1449
 @patch
-def _filled_pools(self: Store, slices: list[_ShardSlice], place: int, seed: int, split: str,
-                  size: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    "Pools of `size` rows, filled, each with the place of its first row."
-    buffers, scratch = {k: _BufferPool((size, *shape), kind) for k, (shape, kind) in self._row_tensors().items()}, bytearray(CHUNK_BYTES)
-    for pool in _plan_pools(np.array([s.rows for s in slices]), size, place, seed, split):
-        out = {k: arrays.take()[:len(pool.places)] for k, arrays in buffers.items()}
-        self._fill_pool(slices, pool, out, scratch)
-        yield pool.first, out
+def _filled_pools(self: Store, slices: list[_ShardSlice], place: int, seed: int, split: str, size: int, pinned: bool = False,
+                  copying: int = 0) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    "Pools of `size` rows, filled by so many threads (0: half of the cores, at most 8), each with the place of its first row."
+    buffers = {k: _BufferPool((size, *shape), kind, pinned) for k, (shape, kind) in self._row_tensors().items()}
+    with ThreadPoolExecutor(copying or min(8, max(1, (os.cpu_count() or 1) // 2)), "rows") as threads:
+        for pool in _plan_pools(np.array([s.rows for s in slices]), size, place, seed, split):
+            out = {k: arrays.take()[:len(pool.places)] for k, arrays in buffers.items()}
+            self._fill_pool(slices, pool, out, threads)
+            yield pool.first, out
+
+# %% ../../nbs/activations/store.ipynb #e7a5af0b
+class _CardDelivery:
+    "Unpacks batches on a card, from pinned memory, on a stream of its own; holds what is still being fetched."
+    def __init__(self, device: torch.device, ahead: int = 4):
+        self.device, self.stream, self.ahead = device, torch.cuda.Stream(device), ahead
+        self.fetched: deque[tuple[torch.cuda.Event, dict[str, np.ndarray]]] = deque()
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> Float[Tensor, "n d"]:
+        while self.fetched and (self.fetched[0][0].query() or len(self.fetched) > self.ahead): self.fetched.popleft()[0].synchronize()
+        done, computing = torch.cuda.Event(), torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self.stream):
+            x = unpack_rows(batch, self.device)
+            done.record()
+        self.fetched.append((done, batch))
+        computing.wait_event(done)
+        x.record_stream(computing)         # its memory was taken on the other stream
+        return x
+
+def delivery_to(device: torch.device | None) -> Callable[[dict[str, np.ndarray]], Tensor]:
+    """What makes tensors of dealt batches, on a device or, without one, where they are."""
+    return _CardDelivery(device) if device is not None and device.type == "cuda" else partial(unpack_rows, device=device)
 
 # %% ../../nbs/activations/store.ipynb #1d7ab211
-def deal_batches(pools: Iterator[tuple[int, dict[str, np.ndarray]]], size: int, step: int) -> Iterator[tuple[int, np.ndarray, Tensor]]:
-    """Batches of `size` rows from pools in order, from `step` on; one that reaches the end of a pool takes its last rows from the next."""
+def deal_batches(pools: Iterator[tuple[int, dict[str, np.ndarray]]], size: int, step: int,
+                 deliver: Callable[[dict[str, np.ndarray]], Tensor] = unpack_rows) -> Iterator[tuple[int, np.ndarray, Tensor]]:
+    """Batches of `size` rows from pools in order, from `step` on; one that reaches the end of a pool takes its last rows from the next.
+
+    `deliver` makes a tensor of what is dealt.
+    """
     rest: list[dict[str, np.ndarray]] = []
     for first, pool in pools:
         at, n = max(step * size - first, 0), len(pool["order"])
@@ -681,5 +721,5 @@ def deal_batches(pools: Iterator[tuple[int, dict[str, np.ndarray]]], size: int, 
             rest.append({k: v[at:end] for k, v in pool.items()})
             if end > n: break
             batch = rest[0] if len(rest) == 1 else {k: np.concatenate([r[k] for r in rest]) for k in pool}
-            yield step, batch["order"], unpack_rows(batch)
+            yield step, batch["order"], deliver(batch)
             step, at, rest = step + 1, end, []

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EDGES', 'ROLES', 'HARD_ROLES', 'SCHEMA', 'ExemplarsConfig', 'Windows', 'factorize', 'context_windows', 'study_blocks',
            'draw_tickets', 'Sample', 'histogram_bins', 'FeatureStatistics', 'sides', 'spread_over_deciles', 'deciles',
-           'ChosenContexts', 'Collector', 'contexts_table', 'token_texts', 'stated_findings', 'stated_table',
-           'patch_grid', 'sae_mark', 'collect_exemplars', 'lean_tokens', 'Context', 'Example', 'FeatureContexts',
-           'Exemplars']
+           'ChosenContexts', 'Collector', 'tickets_in_order', 'DeviceCollector', 'contexts_table', 'token_texts',
+           'stated_findings', 'stated_table', 'patch_grid', 'sae_mark', 'collect_exemplars', 'lean_tokens', 'Context',
+           'Example', 'FeatureContexts', 'Exemplars']
 
 # %% ../../nbs/interpretation/exemplars.ipynb #57d2fdac
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +24,8 @@ import torch
 from pydantic import Field
 
 from ..activations.store import Store
-from ..core import Section, UserError, content_hash, progress, read_table, rng, write_beside, write_table
-from ..sae.encoder import Encoder, active_entries
+from ..core import Section, UserError, content_hash, prefetch, progress, read_table, rng, write_beside, write_table
+from ..sae.encoder import Encoder, active_entries, fastest_device, sae_on
 from ..sae.model import MatryoshkaSAE, check_width
 from ..studies.findings import Finding, read_findings
 from ..studies.record import VIEWS
@@ -237,6 +237,9 @@ class Collector:
         self.pool = [self._draw_pool(s) for s in (0, 1)]
         self.fired = [np.zeros((len(p), features), bool) for p in self.pool]
 
+    def finish(self) -> None:
+        """To be called after the last block, before anything is chosen."""
+
     def _draw_pool(self, side: int) -> np.ndarray:
         "Rows at the centre of random windows of one side, in order."
         rows = np.flatnonzero(self.side == side)
@@ -336,6 +339,85 @@ class Collector:
         peaks = np.concatenate([self.sample.of(side * self.features + feature)[1][:, self.cfg.window] for side in (0, 1)])
         return np.quantile(peaks, np.arange(1, 10) / 10).astype(np.float32).tolist() if len(peaks) else []
 
+# %% ../../nbs/interpretation/exemplars.ipynb #7bd5cbb4
+def _signed(number: int) -> int:
+    "An unsigned number of 64 bits as the signed one with the same bits."
+    return (number + 2**63) % 2**64 - 2**63
+
+def tickets_in_order(rows: torch.Tensor, features: torch.Tensor, seed: int) -> torch.Tensor:
+    """What `draw_tickets` draws, on the device of `rows`, with the highest bit turned over: int64, in the same order."""
+    def shifted(x: torch.Tensor, by: int) -> torch.Tensor: return (x >> by) & (2 ** (64 - by) - 1)
+    x = rows * _signed(0x9E3779B97F4A7C15) + features * _signed(0xD1B54A32D192ED03) + _signed(seed % 2**63 * 0x8CB92BA72F3D8DD7)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)): x = (x ^ shifted(x, shift)) * _signed(factor)
+    return x ^ shifted(x, 31) ^ _signed(2**63)
+
+# %% ../../nbs/interpretation/exemplars.ipynb #61d7c10b
+class DeviceCollector(Collector):
+    """A `Collector` that counts on the device where the activations are, and fetches only contexts that the sample may keep."""
+    def __init__(self, tokens: pa.Table, features: int, cfg: ExemplarsConfig, seed: int, device: torch.device):
+        super().__init__(tokens, features, cfg, seed)
+        self.device = device
+        counted = len(TOKEN_SECTIONS) + len(VIEWS) + 2                            # and the tokens before, in two parts
+        self.counts = torch.zeros(counted, features, dtype=torch.int64, device=device)
+        self.histogram = torch.zeros(features * len(EDGES), dtype=torch.int64, device=device)
+        self.total = torch.zeros(features, dtype=torch.float64, device=device)
+        self.max = torch.zeros(features, device=device)
+        self.fired = [torch.zeros(len(p), features, dtype=torch.bool, device=device) for p in self.pool]
+
+    def read(self, z: torch.Tensor, begin: int) -> None:
+        """Take in the activations of rows `begin` … of the store: `z` [rows, features] on the device, normalised units, 0 where silent."""
+        rows = np.arange(begin, begin + len(z))
+        fires = z > 0
+        self.statistics.tokens += len(z)
+        self.counts += (self._marks(rows) @ fires.float()).long()
+        self.total += z.sum(0, dtype=torch.float64)
+        self.max = torch.maximum(self.max, z.amax(0))
+        flat = fires.view(-1).nonzero().squeeze(1)
+        row, feature, value = flat // self.features, flat % self.features, z.view(-1)[flat]
+        bins = ((value.view(torch.int32) >> 22) - 2 * (127 - 8)).clamp(0, len(EDGES) - 1)
+        self.histogram += torch.bincount(feature * len(EDGES) + bins, minlength=len(self.histogram))
+        self._offer_from(z, rows, row, feature)
+        for pool, fired in zip(self.pool, self.fired, strict=True):
+            for p in range(*np.searchsorted(pool, (begin, begin + len(z)))):
+                low, high = self.windows.low(pool[p]) - begin, self.windows.high(pool[p]) - begin
+                fired[p] = fires[low:high + 1].any(0)
+
+    def _there(self, array: np.ndarray) -> torch.Tensor: return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+    def _marks(self, rows: np.ndarray) -> torch.Tensor:
+        "For each thing that is counted, which of the rows are it; the number of tokens before a row as two that are small."
+        place, view, before = self.place[rows], self.view[rows], rows - self.windows.start(rows)
+        marks = [place == i for i in range(len(TOKEN_SECTIONS))] + [view == i for i in range(len(VIEWS))] + [before // 256, before % 256]
+        return self._there(np.stack(marks).astype(np.float32))
+
+    def _offer_from(self, z: torch.Tensor, rows: np.ndarray, row: torch.Tensor, feature: torch.Tensor) -> None:
+        "Fetch the block's peaks that have a chance, and put them into the sample."
+        side, limit = self._there(self.side[rows].astype(np.int64)), self._there((self.sample.limit ^ np.uint64(2**63)).view(np.int64))
+        group, ticket = side[row] * self.features + feature, tickets_in_order(row + int(rows[0]), feature, self.seed)
+        may = ((group >= 0) & (ticket < limit[group.clamp(min=0)])).nonzero().squeeze(1)
+        low, high = (self._there(bound(rows) - rows[0]) for bound in (self.windows.low, self.windows.high))
+        for part in may.split(500_000):
+            values = self._windows_of(z, row[part], feature[part], low, high)
+            middle = values[:, self.cfg.window]
+            peaks = (values.amax(1) <= middle) & (values[:, :self.cfg.window].amax(1) < middle)       # the first of a plateau
+            here = [t[peaks].cpu().numpy() for t in (group[part], ticket[part], row[part], values)]
+            self.sample.add(here[0], here[1].view(np.uint64) ^ np.uint64(2**63), rows[0] + here[2], here[3])
+
+    def _windows_of(self, z: torch.Tensor, row: torch.Tensor, feature: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        "Activations of a feature in the window around a row, 0 beyond its ends."
+        around = row[:, None] + self._there(self.steps)
+        inside = (around >= low[row][:, None]) & (around <= high[row][:, None])
+        return torch.where(inside, z[around.clamp(0, len(z) - 1), feature[:, None]], 0)
+
+    def finish(self) -> None:
+        """Fetch what was counted."""
+        counts, stats = self.counts.cpu().numpy(), self.statistics
+        sections, views = len(TOKEN_SECTIONS), len(VIEWS)
+        stats.fires, stats.views = counts[:sections].T.copy(), counts[sections:sections + views].T.copy()
+        stats.offset = (256 * counts[-2] + counts[-1]).astype(float)
+        stats.total, stats.max, stats.histogram = self.total.cpu().numpy(), self.max.cpu(), self.histogram.cpu().numpy().reshape(-1, len(EDGES))
+        self.fired = [fired.cpu().numpy() for fired in self.fired]
+
 # %% ../../nbs/interpretation/exemplars.ipynb #4c8f8fa2
 SCHEMA = pa.schema([("feature", pa.int32()), ("role", pa.string()), ("study", pa.string()), ("patient", pa.string()),
                     ("split", pa.string()), ("section", pa.string()), ("view", pa.string()),
@@ -413,10 +495,13 @@ def collect_exemplars(store: Store, sae: MatryoshkaSAE, cfg: ExemplarsConfig, se
     Raises `UserError` when the store and the SAE differ in width or a patient is on both sides.
     """
     check_width(sae, store.d)
-    out, tokens = Path(out), lean_tokens(store)
-    collector, encode = Collector(tokens, sae.width, cfg, seed), Encoder(sae)
-    for begin, end in progress(list(study_blocks(tokens, cfg.block)), "exemplars: reading"):
-        collector.read(encode(store.read(np.arange(begin, end))), begin)
+    sae, out, tokens = sae_on(sae, fastest_device()), Path(out), lean_tokens(store)
+    encode, device, blocks = Encoder(sae), sae.W_enc.device, list(study_blocks(tokens, cfg.block))
+    collector = Collector(tokens, sae.width, cfg, seed) if device.type == "cpu" else DeviceCollector(tokens, sae.width, cfg, seed, device)
+    straight = device if device.type == "cuda" else None
+    read = prefetch(store.read(np.arange(begin, end), straight) for begin, end in blocks)       # the next block while one is counted
+    for begin, _ in progress(blocks, "exemplars: reading"): collector.read(encode.on_device(next(read)), begin)
+    collector.finish()
     chosen = _write(collector, out / "exemplars.parquet")
     (out / "near.parquet").unlink(missing_ok=True)  # hard negatives of other exemplars
     write_table(out / "studies.parquet", stated_table(tokens, collector.side))

@@ -35,7 +35,7 @@ from saerad.interpretation.exemplars import (
     sides,
     token_texts,
 )
-from ..sae.encoder import Encoder
+from ..sae.encoder import Encoder, fastest_device, sae_on
 from ..sae.model import MatryoshkaSAE
 from ..studies.findings import statements
 from ..subjects.subject import TOKEN_SECTIONS
@@ -85,7 +85,7 @@ def fired_in(store: Store, sae: MatryoshkaSAE, around: Windows, rows: np.ndarray
         if not len(part): continue
         lengths = high[part] - low[part] + 1
         inside = np.concatenate([np.arange(a, b + 1) for a, b in zip(low[part], high[part], strict=True)])
-        fires = (encode(store.read(inside)) > 0).numpy()
+        fires = (encode.on_device(store.read(inside)) > 0).cpu().numpy()
         parts.append(np.logical_or.reduceat(fires, np.r_[0, np.cumsum(lengths)[:-1]]))
     return np.concatenate(parts)
 
@@ -222,7 +222,7 @@ def round_robin(windows: Mapping[str, np.ndarray], count: int, draw: np.random.G
 def add_hard_negatives(store: Store, sae: MatryoshkaSAE, cfg: ExemplarsConfig, seed: int, out: Path | str) -> None:
     """Write `near.parquet` beside the exemplars in `out`: hard negatives of every feature that has enough contexts, from the same patients' sides."""
     if not (cfg.explain_hard or cfg.score_hard): return
-    tokens, made = lean_tokens(store), Exemplars(out)
+    sae, tokens, made = sae_on(sae, fastest_device()), lean_tokens(store), Exemplars(out)
     around, side = context_windows(tokens, cfg.window), sides(tokens, cfg)
     pools = [Pool(store, sae, tokens, around, side, which, cfg, seed) for which in (0, 1)]
     neighbours, habit_of = nearest_features(sae, cfg.neighbours)[0], habits(pools[0].mentions, pools[0].fired[:len(pools[0].mentions)])

@@ -30,7 +30,7 @@ from ..activations.extraction import ExtractionConfig, extract, kept_tokens
 from ..activations.norms import norm_limit
 from ..activations.store import Store
 from ..core import Section, UserError, progress, torch_rng, write_json, write_table
-from .encoder import Encoder, encode_rows
+from .encoder import Encoder, encode_rows, fastest_device, sae_on
 from .model import MatryoshkaSAE, SAEConfig, check_width
 from .training import TrainingConfig, train_sae
 from ..studies.findings import PHANTOM_KINDS, Reading
@@ -104,9 +104,9 @@ def reconstruction(store: Store, sae: MatryoshkaSAE, rows: Int[np.ndarray, " n"]
 @torch.no_grad()
 def dead_share(store: Store, sae: MatryoshkaSAE, batch: int = 8192) -> float:
     """Share of features that no token of the store turns on."""
-    encode, alive = Encoder(sae), torch.zeros(sae.width, dtype=torch.bool)
+    encode, alive = Encoder(sae), torch.zeros(sae.width, dtype=torch.bool, device=sae.W_enc.device)
     for begin in progress(range(0, len(store), batch), "looking for dead features"):
-        alive |= (encode(store.read(np.arange(begin, min(begin + batch, len(store))))) > 0).any(0)
+        alive |= (encode.on_device(store.read(np.arange(begin, min(begin + batch, len(store))))) > 0).any(0)
     return float((~alive).float().mean())
 
 # %% ../../nbs/sae/evaluation.ipynb #d2dc13fb
@@ -161,7 +161,7 @@ def spliced_losses(subject: Subject, sae: MatryoshkaSAE, prompts: Sequence[Promp
     clean = read_batch(subject, prompts, cfg.layer)
     where = spliced_positions(prompts, cfg, splice, clean.stream.shape[1]).to(clean.stream.device)
     old = clean.stream[where]
-    fills = {"spliced": sae(old.float().cpu()), "zero": torch.zeros_like(old), "mean": mean.expand_as(old)}
+    fills = {"spliced": sae_on(sae, old.device)(old.float()), "zero": torch.zeros_like(old), "mean": mean.expand_as(old)}
     passes = {}
     for name, fill in fills.items():
         stream = clean.stream.clone()
@@ -445,7 +445,7 @@ def evaluate(store: Store, sae: MatryoshkaSAE, subject: Subject, source: Source,
     `fvu`, `l0` and `silent` are of `rows` test tokens, `dead` is of the whole store; losses are nats per report token. Raises `UserError` when there
     is no test patient.
     """
-    rows, stored = store.where("test"), store.study_rows()     # what the model could not read is not in the store
+    sae, rows, stored = sae_on(sae, fastest_device()), store.where("test"), store.study_rows()     # the store lacks what the model could not read
     studies = [s for s in source.split("test") if "findings" in s.sections and s.study in stored]
     if not len(rows) or not studies:
         raise UserError(f"{source.spec} has no test patients with findings in the store; raise studies.test_patients.")

@@ -50,7 +50,7 @@ def batch_topk(pre: Float[Tensor, "n width"], k: int, ranks: Ranks = Ranks(), to
     With several processes, `tokens` are those of the joined batch, and the selection is that of the joined matrix.
     """
     want = k * (tokens or len(pre))
-    if ranks.size > 1 or pre.is_cuda: cut = ranks.kth_largest(pre, want)
+    if ranks.size > 1 or pre.device.type != "cpu": cut = ranks.kth_largest(pre, want)
     else: cut = max(kth_largest(pre, min(want, pre.numel())), 0.0)
     return selected(pre, (pre >= cut) & (pre > 0), ranks)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'TrainingConfig', 'Loss', 'reference_loss', 'aux_loss', 'geometric_median', 'initial_sae', 'Engine',
-           'ReferenceEngine', 'choose_engine', 'StepResult', 'Trainer', 'coded_rows', 'nested_errors', 'sparse_loss',
-           'dense_loss', 'aux_gradients', 'SparseEngine', 'DenseEngine', 'MeasuredEngine', 'Log', 'Job',
+           'ReferenceEngine', 'choose_engine', 'obstacle', 'StepResult', 'Trainer', 'coded_rows', 'nested_errors',
+           'sparse_loss', 'dense_loss', 'aux_gradients', 'SparseEngine', 'DenseEngine', 'MeasuredEngine', 'Log', 'Job',
            'memory_needed', 'memory_free', 'check_memory', 'pick_device', 'train_sae', 'train_saes']
 
 # %% ../../nbs/sae/training.ipynb #9c46a425
@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
@@ -30,6 +31,7 @@ from torch import Tensor
 from ..activations.norms import norm_limit, ordinary_rows
 from ..activations.store import Store
 from ..core import Section, UserError, content_hash, has_bfloat16, prefetch, progress, write_beside
+from .cards import FusedEngine, FusedSparseEngine
 from .kernels import product
 from .kinds import Selected, kind_of
 from .model import MatryoshkaSAE, SAEConfig
@@ -53,7 +55,7 @@ class TrainingConfig(Section):
     threshold_start: float = Field(0.1, ge=0, lt=1)  # share of the run after which it starts (ours)
     start_rows: int = Field(16384, ge=1)             # tokens that give scale and first bias (ours)
     max_norm: float | None = Field(10.0, gt=1)       # longer than so many times the median: an attention sink, left out; None: nothing is (ours)
-    engine: Literal["auto", "reference", "dense", "sparse", "native"] = "auto"   # how a step is computed, not what
+    engine: Literal["auto", "reference", "dense", "sparse", "native", "fused", "fused_sparse"] = "auto"   # how, not what
     precision: Literal["auto", "int8", "bfloat16", "float32"] = "auto"    # of dense products; auto: what the device has units for
     device: str = "auto"                             # cpu, cuda or cuda:N; auto: cuda where there is one
     shard: bool = False                              # with several processes: share out the dictionary, not the batch
@@ -227,23 +229,26 @@ def choose_engine(cfg: TrainingConfig, sae: MatryoshkaSAE, ranks: Ranks = Ranks(
 
     Raises `UserError` when the engine that is asked for cannot do this.
     """
-    def obstacle(name: str) -> str:
-        if why := ENGINES[name].refuses(sae, ranks): return why
-        return "" if ENGINES[name].supports(sae.kind) else f"does not do the kind {sae.kind}"
     if cfg.engine != "auto":
-        if why := obstacle(cfg.engine): raise UserError(f"training.engine {cfg.engine} {why}; use auto.")
+        if why := obstacle(cfg.engine, sae, ranks): raise UserError(f"training.engine {cfg.engine} {why}; use auto.")
         return ENGINES[cfg.engine]
     if sae.W_dec.device.type != "cpu": names = ["measure"]
     else: names = ["native", "sparse"] if sae.d * sae.width >= 2**15 else ["sparse"]      # a toy is not worth a thread
-    return ENGINES[next((name for name in names if not obstacle(name)), "dense")]
+    return ENGINES[next((name for name in names if not obstacle(name, sae, ranks)), "dense")]
+
+def obstacle(name: str, sae: MatryoshkaSAE, ranks: Ranks = Ranks()) -> str:
+    """Why an engine cannot train this SAE here, to stand after its name; empty where it can."""
+    if why := ENGINES[name].refuses(sae, ranks): return why
+    return "" if ENGINES[name].supports(sae.kind) else f"does not do the kind {sae.kind}"
 
 # %% ../../nbs/sae/training.ipynb #8b970c63
 @dataclass
 class StepResult:
-    """What a step leaves to be counted and logged."""
-    selected: Selected
+    """What a step leaves to be logged; from some engines as numbers that still stand on the device."""
     levels: Float[Tensor, " levels"]      # each level's squared error, as in `Loss`
-    aux: float                            # the value of AuxK; 0 where nothing is dead
+    aux: float | Tensor                   # the value of AuxK; 0 where nothing is dead
+    kept: int | Tensor                    # activations that were selected
+    dead: int | Tensor                    # features that were dead
 
 # %% ../../nbs/sae/training.ipynb #94478c27
 class Trainer:
@@ -255,7 +260,7 @@ class Trainer:
         device = sae.W_dec.device
         self.use_bf16 = cfg.precision in ("int8", "bfloat16") or (cfg.precision == "auto" and has_bfloat16(device))
         self.tokens_since_fired = torch.zeros(sae.width, dtype=torch.int64, device=device)
-        self.engine = choose_engine(cfg, sae, ranks)(self)
+        self.engine, self.chosen_engine = choose_engine(cfg, sae, ranks)(self), ""       # chosen: which one was the fastest, where that was measured
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=1.0, betas=cfg.betas, fused=True)
         for p in sae.parameters():
             moments = {key: self.engine.new_moment(p) for key in ("exp_avg", "exp_avg_sq")}
@@ -288,14 +293,31 @@ class Trainer:
         value, rows = aux_gradients(self.sae, x, residual, dead, self.aux_k, self.ranks, tokens, fast)
         return value, {name: self.cfg.aux_alpha * gradient for name, gradient in rows.items()}
 
-    def train_step(self, x: Float[Tensor, "n d"]) -> dict[str, float]:
-        """One step on raw residual vectors (with several processes: of this one's part); returns the step's metrics."""
+    def train_step(self, x: Float[Tensor, "n d"], measured: bool = True) -> dict[str, float]:
+        """One step on raw residual vectors (with several processes: of this one's part); returns the step's metrics.
+
+        Not `measured` it returns nothing, and need not wait for a card to finish.
+        """
+        if self.engine.name == "measure": self.use_engine(self.engine.fastest(x))
         x, ranks = self.normalised(x), self.ranks
         tokens = len(x) * (1 if ranks.shard else ranks.size)
+        result = self.counted_step(x, tokens)
+        return self.metrics(x, result, tokens) if measured else {}
+
+    def counted_step(self, x: Float[Tensor, "n d"], tokens: int) -> StepResult:
+        """One step on a normalised batch, and everything that it changes."""
+        if getattr(self.engine, "counts", False):
+            result = StepResult(*self.engine.whole_step(x))
+            self.step += 1
+            return result
         dead = (self.tokens_since_fired > self.cfg.dead_after * self.cfg.steps * self.cfg.batch_size).nonzero().squeeze(1)
-        result = StepResult(*self.engine.step(x, dead, tokens))
-        self.update_counters(result.selected, tokens)
-        return self.metrics(x, result, len(dead), tokens)
+        selected, levels, aux = self.engine.step(x, dead, tokens)
+        self.update_counters(selected, tokens)
+        return StepResult(levels, aux, len(selected.value), len(dead))
+
+    def use_engine(self, name: str) -> None:
+        """Go on with the engine of that name, which lays out moments as parameters are."""
+        self.engine, self.chosen_engine = ENGINES[name](self), name
 
     @torch.no_grad()
     def update_counters(self, selected: Selected, tokens: int) -> None:
@@ -311,14 +333,14 @@ class Trainer:
         self.step += 1
 
     @torch.no_grad()
-    def metrics(self, x: Float[Tensor, "n d"], result: StepResult, dead: int, tokens: int) -> dict[str, float]:
+    def metrics(self, x: Float[Tensor, "n d"], result: StepResult, tokens: int) -> dict[str, float]:
         """One line of the log, about the step that was just taken."""
         sae, ranks, levels = self.sae, self.ranks, result.levels
         sums = ranks.over_tokens(torch.cat([x.sum(0), x.norm().square()[None]]).double())
         variance = float(sums[-1] - sums[:-1].square().sum() / tokens) / tokens
         weights = torch.tensor(sae.level_weights, dtype=levels.dtype, device=levels.device)
-        active, gone = ranks.everywhere(torch.tensor([len(result.selected.value)])), ranks.over_features(torch.tensor([dead]))
-        return {"step": self.step, "loss": float(levels @ weights), "fvu": float(levels[-1]) / variance, "aux": result.aux,
+        active, gone = ranks.everywhere(torch.tensor([int(result.kept)])), ranks.over_features(torch.tensor([int(result.dead)]))
+        return {"step": self.step, "loss": float(levels @ weights), "fvu": float(levels[-1]) / variance, "aux": float(result.aux),
                 "dead": int(gone) / self.width, "l0": int(active) / tokens, "threshold": float(sae.threshold)}
 
     def save(self, path: Path, fingerprint: str) -> None:
@@ -327,7 +349,8 @@ class Trainer:
         for n, p in self.sae.named_parameters():
             tensors |= {f"adam.{n}.{key}": self.engine.to_rows(n, t).cpu().contiguous() for key, t in self.optimizer.state[p].items()}
         if self.sae.max_norm is not None: tensors["max_norm"] = torch.tensor(self.sae.max_norm, dtype=torch.float64)
-        meta = {"run": json.dumps({"step": self.step, "fingerprint": fingerprint})}      # one key: their order is random
+        run = {"step": self.step, "fingerprint": fingerprint} | ({"engine": self.chosen_engine} if self.chosen_engine else {})
+        meta = {"run": json.dumps(run)}                          # one key: their order is random
         with write_beside(path) as part: st.save_file(tensors, part, meta)
 
     @torch.no_grad()
@@ -342,6 +365,7 @@ class Trainer:
         self.tokens_since_fired.copy_(tensors["silent"])
         self.sae.max_norm = float(tensors["max_norm"]) if "max_norm" in tensors else None
         self.step = meta["step"]
+        if self.engine.name == "measure" and meta.get("engine") in self.engine.candidates(): self.use_engine(meta["engine"])
         for n, p in self.sae.named_parameters():
             for key, t in self.optimizer.state[p].items(): self.engine.from_rows(n, tensors[f"adam.{n}.{key}"], out=t)
         return True
@@ -470,33 +494,44 @@ ENGINES["dense"] = DenseEngine
 
 # %% ../../nbs/sae/training.ipynb #813ea7b7
 class MeasuredEngine(Engine):
-    """On its first batch it becomes the faster one of `sparse` and `dense`; for a lone card."""
-    name = "measure"
+    """On its first batch it becomes the fastest of those engines that can do the work; for a lone card."""
+    name, names = "measure", ("dense", "sparse", "fused", "fused_sparse")
+
     @classmethod
     def supports(cls, kind: str) -> bool: return SparseEngine.supports(kind)
     @classmethod
     def refuses(cls, sae: MatryoshkaSAE, ranks: Ranks) -> str: return "" if ranks.size == 1 else "works in one process"
 
-    def faster(self, x: Float[Tensor, "n d"], repeats: int = 3) -> str:
-        """The name of the faster engine on this device, measured on normalised `x`."""
-        selected, seconds = self.trainer.select(x, len(x)), {}
-        for engine in (SparseEngine(self.trainer), DenseEngine(self.trainer)):
-            for repeat in range(repeats + 1):
-                if x.is_cuda: torch.cuda.synchronize()
-                began = time.perf_counter()
-                engine.loss(x, selected, len(x))
-                if x.is_cuda: torch.cuda.synchronize()
-                if repeat: seconds[engine.name] = min(seconds.get(engine.name, float("inf")), time.perf_counter() - began)
+    def candidates(self) -> list[str]:
+        """Names of the engines that can do the work."""
+        return [name for name in self.names if name in ENGINES and not obstacle(name, self.sae, self.ranks)]
+
+    def seconds(self, name: str, x: Float[Tensor, "n d"], repeats: int = 3) -> float:
+        """How long a step on raw vectors takes an engine, on a copy of the SAE; infinite, with a warning, where it fails."""
+        try:
+            trial = Trainer(deepcopy(self.sae), self.cfg.model_copy(update={"engine": name}))
+            return min([_seconds(lambda: trial.train_step(x, measured=False), x.device) for _ in range(repeats + 4)][4:])
+        except Exception as e:  # compilers and drivers have errors of their own, and another engine can do the work
+            warnings.warn(f"the engine {name} does not work here ({type(e).__name__}: {' '.join(str(e).split())[:200]}).", stacklevel=2)
+            return float("inf")
+
+    def fastest(self, x: Float[Tensor, "n d"]) -> str:
+        """The name of the fastest engine on this device, measured on raw vectors."""
+        seconds = {name: self.seconds(name, x) for name in self.candidates()}
         return min(seconds, key=seconds.get)
 
-    def step(self, x: Float[Tensor, "n d"], dead: Int[Tensor, " dead"], tokens: int) -> tuple[Selected, Tensor, float]:
-        self.trainer.engine = ENGINES[self.faster(x)](self.trainer)
-        return self.trainer.engine.step(x, dead, tokens)
+def _seconds(work: Callable, device: torch.device) -> float:
+    "How long something takes, on whatever device it works."
+    if device.type == "cuda": torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda": torch.cuda.synchronize(device)
+    return time.perf_counter() - began
 
 ENGINES["measure"] = MeasuredEngine
 
 # %% ../../nbs/sae/training.ipynb #48116d02
-ENGINES["native"] = NativeEngine
+ENGINES |= {"native": NativeEngine, "fused": FusedEngine, "fused_sparse": FusedSparseEngine}
 
 # %% ../../nbs/sae/training.ipynb #153b9512
 def _open_log(path: Path, step: int) -> Any:
@@ -613,9 +648,11 @@ class _Training:
         return False
 
     def step_and_log(self, x: Tensor, log: Log) -> None:
-        metrics, cfg, step = self.trainer.train_step(x), self.job.training, self.trainer.step
+        cfg, step = self.job.training, self.trainer.step + 1
         last = step == cfg.steps
-        if last or step % cfg.log_every == 0: log.write(metrics)
+        logged = last or step % cfg.log_every == 0
+        metrics = self.trainer.train_step(x, measured=logged)
+        if logged: log.write(metrics)
         if last or step % cfg.checkpoint_every == 0:
             self.ranks.save_checkpoint(self.folder, step, lambda path: self.trainer.save(path, self.fingerprint))
 
@@ -632,10 +669,15 @@ def _loop(runs: Sequence[_Training], seed: int) -> None:
     ranks, size = runs[0].ranks, runs[0].job.training.batch_size
     stores = {id(run.job.store): run.job.store for run in runs}
     with ExitStack() as stack:
-        streams = {key: prefetch(ranks.reader(store).batches("train", size, seed, start=first)) for key, store in stores.items()}
+        streams = {key: prefetch(_stream(ranks.reader(store), size, seed, first, ranks.device)) for key, store in stores.items()}
         readers = {key: stack.enter_context(closing(stream)) for key, stream in streams.items()}
         logs = [stack.enter_context(Log(run.job.out, run.trainer.step, muted=not ranks.is_first)) for run in runs]
         for step in progress(range(first, steps), "training the SAE" if len(runs) == 1 else f"training {len(runs)} SAEs"):
             batches = {key: next(reader)[2] for key, reader in readers.items()}
             for run, log in zip(runs, logs, strict=True):
                 if step == run.trainer.step < run.job.training.steps: run.step_and_log(batches[id(run.job.store)], log)
+
+def _stream(reader: Any, size: int, seed: int, first: int, device: torch.device) -> Any:
+    "Batches from step `first` on; from a store straight to a card, if that is where they go."
+    straight = {"device": device} if isinstance(reader, Store) and device.type == "cuda" else {}
+    return reader.batches("train", size, seed, start=first, **straight)

@@ -272,7 +272,8 @@ class Subject:
     @cached_property
     def lm(self) -> TransformersModel:
         """The model as nnsight sees it: trace it with a batch from `collate`."""
-        with quiet(): return TransformersModel(self.model, tokenizer=self.tokenizer, task="text-generation")
+        stay = {} if getattr(self.model, "hf_device_map", None) else {"device": self.device}      # a pipeline moves a model to the first card
+        with quiet(): return TransformersModel(self.model, tokenizer=self.tokenizer, task="text-generation", **stay)
 
     @property
     def device(self) -> torch.device:

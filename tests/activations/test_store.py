@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pretend_device import Pretend
 from safetensors import safe_open
 from xxhash import xxh3_128
 
-from saerad.activations.store import TOKEN_SCHEMA, Store, StoreWriter
+from saerad.activations.store import TOKEN_SCHEMA, Store, StoreWriter, unpack_rows
 from saerad.core import UserError, rng
 
 D, STUDIES = 8, 30
@@ -136,6 +137,29 @@ def test_batches_are_permutations_and_resume_anywhere(whole: Path) -> None:
     assert not np.array_equal(next(store.batches("train", size, seed=4))[1], steps[0][1])
     assert len(next(store.batches("test", 5 * len(store), seed=0))[1]) == 5 * len(store)
     with pytest.raises(UserError, match="validation"): store.batches("validation", 8, seed=0)
+
+
+@pytest.mark.parametrize("copying", [1, 5])
+def test_pools_are_the_same_however_many_threads_fill_them(whole: Path, copying: int) -> None:
+    store = Store.open(whole)
+    def pools(threads: int) -> list[dict[str, np.ndarray]]:
+        filled = store._filled_pools(store._shard_slices("train"), 0, 3, "train", 37, copying=threads)
+        return [{name: values.copy() for name, values in next(filled)[1].items()} for _ in range(12)]
+    for one, other in zip(pools(copying), pools(0), strict=True):
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+        assert torch.equal(unpack_rows(one), store.read(one["order"]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_rows_are_unpacked_where_they_go(dtype: str, tmp_path: Path) -> None:
+    write(tmp_path, dtype=dtype)
+    store = Store.open(tmp_path)
+    expected = [next(store.batches("train", 32, 1, start=i)) for i in range(3)]
+    with Pretend() as device:
+        stream = store.batches("train", 32, 1, device=device)
+        for step, rows, x in expected:
+            at, order, there = next(stream)
+            assert at == step and np.array_equal(order, rows) and there.device == device and torch.equal(there.cpu(), x)
 
 
 def test_neighbours_are_not_related(tmp_path: Path) -> None:

@@ -287,9 +287,10 @@ def test_a_stream_too_uneven_for_integers_is_searched_in_bfloat16_and_just_as_ex
         assert torch.allclose(value, expected.value, rtol=1e-5)
 
 
-def test_the_faster_engine_is_measured():
-    trainer = Trainer(MatryoshkaSAE.from_config(96, SAEConfig(k=9)), TrainingConfig(engine="dense", batch_size=256))
-    assert MeasuredEngine(trainer).faster(torch.randn(64, 96)) in ("sparse", "dense")
+def test_the_fastest_engine_is_measured():
+    trainer = Trainer(MatryoshkaSAE.from_config(96, SAEConfig(k=9)), TrainingConfig(engine="dense", batch_size=64))
+    measure = MeasuredEngine(trainer)
+    assert measure.candidates() == ["dense", "sparse"] and measure.fastest(torch.randn(64, 96)) in measure.candidates()
 
 
 def test_threads_do_not_change_a_bit():
@@ -442,7 +443,8 @@ from saerad.sae.model import SAEConfig
 from saerad.sae.training import train_sae
 train_sae(Vectors(slow=0.002), SAEConfig(k=3), SETTINGS, 0, sys.argv[1])
 """
-SETTINGS = TrainingConfig(steps=200, batch_size=128, lr=3e-3, dead_after=0.05, start_rows=512, checkpoint_every=20, log_every=7)
+# Equal bytes are promised on a processor: a card may add up in another order, and measures which engine it uses.
+SETTINGS = TrainingConfig(steps=200, batch_size=128, lr=3e-3, dead_after=0.05, start_rows=512, checkpoint_every=20, log_every=7, device="cpu")
 
 
 def test_killed_and_resumed_ends_with_the_same_bytes(tmp_path):

@@ -201,9 +201,9 @@ def test_equal_to_a_forward_hook_at_every_kind_of_position(subject, prompt, posi
            "clamp": clamping(sae, [1, 5], [9.0, -4.0], positions),
            "scale": scaling(sae, [0, 3], [-8.0, 9.0], positions),
            "scale topk": scaling(of_kind("topk", d=256), [0, 3, 5], [-8.0, 9.0, 9.0], positions)}[kind]
-    where = prompt_mask(prompt.section, [how])[..., None]
+    where = prompt_mask(prompt.section, [how])[..., None].to(subject.device)
     later = 1.0 if positions in ("all", "generated") else 0.0
-    def change(stream, first): return Batch([how]).change(stream) * (where if first else later)
+    def change(stream, first): return Batch([how], subject.device).change(stream) * (where if first else later)
     expected = hooked(subject, prompt, 4, change, 8)
     got = write_steered(subject, prompt, [adding(torch.zeros(1, 256)), how, how], 4, 8, perplexity=False)
     assert [padded(list(w.ids), expected, subject.tokenizer.pad_token_id) for w in got[1:]] == [expected] * 2
@@ -211,7 +211,7 @@ def test_equal_to_a_forward_hook_at_every_kind_of_position(subject, prompt, posi
 
 def test_a_field_is_added_to_the_prompt_token_by_token_and_to_its_row_alone(subject, prompt):
     field = torch.randn(len(prompt), 256, generator=torch.Generator().manual_seed(4)) * 2
-    expected = hooked(subject, prompt, 4, lambda stream, first: field if first else 0.0 * stream, 8)
+    expected = hooked(subject, prompt, 4, lambda stream, first: field.to(stream) if first else 0.0 * stream, 8)
     rows = [adding(torch.zeros(1, 256)), adding_per_token(field), adding(field[:1])]
     plain, placed, pushed = write_steered(subject, prompt, rows, 4, 8, perplexity=False)
     pad = subject.tokenizer.pad_token_id
@@ -277,8 +277,9 @@ def test_perplexity_is_that_of_a_plain_pass(real):
     reports = [[5, 9, 11, 2], [7], [30, 31, 32, 33, 34, 35, 36]]
     for ids, got in zip(reports, perplexities(real, prompt, reports, rows=2), strict=True):
         inputs = real.collate([prompt])
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([ids])], 1)
-        inputs |= {"attention_mask": torch.ones_like(inputs["input_ids"]), "position_ids": torch.arange(inputs["input_ids"].shape[1])[None]}
-        with torch.no_grad(): logp = real.model(**inputs).logits[0, -len(ids) - 1:-1].log_softmax(-1)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([ids], device=real.device)], 1)
+        every = torch.ones_like(inputs["input_ids"])
+        inputs |= {"attention_mask": every, "position_ids": every.cumsum(1) - 1}
+        with torch.no_grad(): logp = real.model(**inputs).logits[0, -len(ids) - 1:-1].log_softmax(-1).cpu()
         assert got == pytest.approx(float((-logp.gather(1, torch.tensor(ids)[:, None]).mean()).exp()), rel=1e-3)
     assert len(buffered_cache(real, 5).layers) == real.n_layers
