@@ -85,14 +85,15 @@ def beginnings(stage: str) -> set[str]:
             elif isinstance(node, ast.Attribute) and node.attr in _functions(RUN_MODULE): todo.append((RUN_MODULE, node.attr))
     return found
 
-# %% ../../nbs/run/code.ipynb #3178e0bd
+# %% ../../nbs/run/code.ipynb #ed8f5df9
 @cache
 def assets_of(module: str) -> tuple[str, ...]:
     """Files and folders of `saerad/assets` that a module names, as "assets/NAME"."""
     texts = {node.value for node in ast.walk(syntax(module)) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     if not any(text.split("/")[0] == "assets" for text in texts): return ()
-    known = {path.name for path in (PACKAGE / "assets").iterdir()} - {"mini"}
-    return tuple(sorted({f"assets/{name}" for text in texts if (name := text.removeprefix("assets/").split("/")[0]) in known}))
+    named = {text.removeprefix("assets/").strip("/") for text in texts} - {"", "assets"}
+    there = {name.split("/")[0] for name in named if (PACKAGE / "assets" / name).exists()}
+    return tuple(f"assets/{name}" for name in sorted(there & {path.name for path in (PACKAGE / "assets").iterdir()} - {"mini"}))
 
 # %% ../../nbs/run/code.ipynb #c019f535
 @cache

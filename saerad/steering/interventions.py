@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Positions', 'Intervention', 'adding', 'clamping', 'scaling', 'adding_per_token', 'Batch', 'prompt_mask',
-           'written_mask', 'BufferedLayer', 'buffered_cache', 'WrittenReport', 'sentence_ends', 'perplexities',
-           'write_steered']
+           'written_mask', 'BufferedLayer', 'buffered_cache', 'decoder_layer', 'replaced', 'WrittenReport',
+           'sentence_ends', 'perplexities', 'write_steered']
 
 # %% ../../nbs/steering/interventions.ipynb #dfc9d5d3
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicLayer
@@ -24,7 +25,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ..core import UserError
 from ..sae.encoder import BatchEncoder, FeatureEncoder
 from ..sae.model import MatryoshkaSAE
-from ..subjects.subject import Prompt, Subject
+from ..subjects.subject import Prompt, Subject, layers_path
 
 # %% ../../nbs/steering/interventions.ipynb #40a2089f
 Positions = Literal["all", "prompt", "image", "generated"]
@@ -153,34 +154,42 @@ def buffered_cache(subject: Subject, capacity: int) -> Cache:
     """An empty cache for a subject model, with buffers for sequences of `capacity` tokens."""
     return Cache(layers=[BufferedLayer(capacity) for _ in range(subject.n_layers)])
 
+# %% ../../nbs/steering/interventions.ipynb #6841f6cc
+def decoder_layer(subject: Subject, layer: int) -> nn.Module:
+    """The network's decoder layer, counted from 0; raises `UserError` for one that does not exist."""
+    if not 0 <= layer < subject.n_layers:
+        raise UserError(f"layer {layer} does not exist: {subject.name} has {subject.n_layers} layers, 0 to {subject.n_layers - 1}.")
+    return subject.model.get_submodule(layers_path(subject.model))[layer]
+
+@contextmanager
+def replaced(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the block, a module gives what `change` makes of its output."""
+    handle = module.register_forward_hook(lambda _, inputs, output: change(output))
+    try: yield
+    finally: handle.remove()
+
 # %% ../../nbs/steering/interventions.ipynb #e73174a2
 @torch.no_grad()
-def _read_prompt(subject: Subject, prompt: Prompt, layer: int, batch: Batch, capacity: int) -> tuple[Tensor, Cache]:
+def _read_prompt(subject: Subject, prompt: Prompt, layer: nn.Module, batch: Batch, capacity: int) -> tuple[Tensor, Cache]:
     "The prompt through the model, changed for every row at the output of `layer`: logits of the first token, and the cache."
-    cache, hook, rows = buffered_cache(subject, capacity), subject.layer(layer), len(batch.rows)
+    cache, rows, per_token = buffered_cache(subject, capacity), len(batch.rows), batch.per_token()
     where = prompt_mask(prompt.section, batch.rows).to(subject.device)[..., None]
-    inputs = subject.collate([prompt]) | {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-    per_token = batch.per_token()
-    per_token = torch.zeros((), device=subject.device) if per_token is None else per_token
-    with subject.lm.trace(inputs):
-        stream = hook.output.expand(rows, -1, -1)
-        hook.output = stream + (batch.change(stream) * where + per_token).to(stream.dtype)
-        logits = subject.lm.output.logits.save()
+    def change(stream: Tensor) -> Tensor:
+        every = stream.expand(rows, -1, -1)
+        return every + (batch.change(every) * where + (0 if per_token is None else per_token)).to(stream.dtype)
+    with replaced(layer, change):
+        out = subject.model(**subject.collate([prompt]), past_key_values=cache, use_cache=True, logits_to_keep=1)
     for kept in cache.layers:
         if len(kept.keys) < rows: kept.batch_repeat_interleave(rows)
-    return logits[:, -1], cache
+    return out.logits[:, -1], cache
 
 # %% ../../nbs/steering/interventions.ipynb #c714989f
 @torch.no_grad()
-def _read_token(subject: Subject, ids: Tensor, cache: Cache, layer: int, batch: Batch, changed: Tensor) -> Tensor:
+def _read_token(subject: Subject, ids: Tensor, cache: Cache, layer: nn.Module, batch: Batch, changed: Tensor) -> Tensor:
     "One token for every row, changed where `changed`: logits of the next."
-    hook, where = subject.layer(layer), changed.to(subject.device)[:, None, None]
-    inputs = {"input_ids": ids[:, None], "past_key_values": cache, "use_cache": True}
-    with subject.lm.trace(inputs):
-        stream = hook.output
-        hook.output = stream + (batch.change(stream) * where).to(stream.dtype)
-        logits = subject.lm.output.logits.save()
-    return logits[:, -1]
+    where = changed.to(subject.device)[:, None, None]
+    with replaced(layer, lambda stream: stream + (batch.change(stream) * where).to(stream.dtype)):
+        return subject.model(input_ids=ids[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
 
 # %% ../../nbs/steering/interventions.ipynb #58885ed5
 @dataclass(frozen=True)
@@ -210,7 +219,8 @@ def _write_reports(subject: Subject, prompt: Prompt, rows: Sequence[Intervention
     batch, ends, reports = Batch(rows, subject.device), set(_report_ends(subject)), [[] for _ in rows]
     stops = sentence_ends(subject) if any(r.from_sentence for r in rows) else None
     at, finished = list(range(len(rows))), np.zeros(len(rows), np.int64)      # rows of the batch, among all rows
-    logits, cache = _read_prompt(subject, prompt, layer, batch, len(prompt) + max_tokens)
+    at_layer = decoder_layer(subject, layer)
+    logits, cache = _read_prompt(subject, prompt, at_layer, batch, len(prompt) + max_tokens)
     for number in range(max_tokens):
         ids = logits.argmax(-1)
         for row, token in zip(at, ids.tolist(), strict=True):
@@ -222,7 +232,7 @@ def _write_reports(subject: Subject, prompt: Prompt, rows: Sequence[Intervention
             for kept in cache.layers: kept.batch_select_indices(chosen)
             batch, ids, at, finished = batch.select(keep), ids[chosen], [at[i] for i in keep], finished[keep]
         if stops is not None: finished = finished + stops[ids.cpu().numpy()]
-        logits = _read_token(subject, ids, cache, layer, batch, written_mask(finished, batch.rows))
+        logits = _read_token(subject, ids, cache, at_layer, batch, written_mask(finished, batch.rows))
     return reports
 
 # %% ../../nbs/steering/interventions.ipynb #39c35241
