@@ -244,7 +244,8 @@ def bench_table(result: dict[str, Any]) -> str:
         return "-" if value is None else f"{value:.4g}"
     head = f"{result['name']}: {result['shape']}; {result['machine']}"
     rows = [("", "ours", "theirs", "ratio"), *((key, *(number(s, key) for s in ("ours", "peers", "ratios"))) for key in result["ratios"])]
-    return "\n".join([head, *(f"{a:<22}{b:>14}{c:>14}{d:>14}" for a, b, c, d in rows), f"peak memory {result['peak_memory']} GB"])
+    lines = [f"{a:<22}{b:>14}{c:>14}{d:>14}" for a, b, c, d in rows] if result["ratios"] else [result["table"]]     # its own, where it has no peers
+    return "\n".join([head, *lines, f"peak memory {result['peak_memory']} GB"])
 
 # %% ../../nbs/run/cli.ipynb #0d79d3f0
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -241,7 +241,9 @@ class Subject:
     @cached_property
     def lm(self) -> TransformersModel:
         """The model as nnsight sees it: trace it with a batch from `collate`."""
-        with quiet(): return TransformersModel(self.model, tokenizer=self.tokenizer, task="text-generation")
+        with quiet(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*has a submodule named")      # older DINOv2; nothing here reads inside of it
+            return TransformersModel(self.model, tokenizer=self.tokenizer, task="text-generation")
 
     @property
     def device(self) -> torch.device:
