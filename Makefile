@@ -2,6 +2,7 @@
 # make test   everything that must hold before a change lands      make check   its core, in two minutes
 # make lab    the book in JupyterLab          make book   execute the book again and render it into _site/
 # make bench  every benchmark                 make results   execute the notebooks of findings in nbs/results/
+# make bench-card   one table of everything on one GPU         make test-floor, make test-newest   at both ends of the versions allowed
 SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +16,7 @@ CORE := tests/test_core.py tests/test_house.py tests/studies/test_grammar.py tes
 export PYTHONHASHSEED = 0
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: run test check lab book readme export bench bench-env results clean
+.PHONY: run test test-floor test-newest check lab book readme export bench bench-card bench-env results clean
 .DEFAULT_GOAL := run
 
 $(VENV)/.installed: setup.py settings.ini constraints.txt
@@ -35,6 +36,17 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q --durations=10 tests > $$log 2>&1 & tests=$$!; \
 	$(BIN)/python .ci/notebooks.py test; book=$$?; \
 	wait $$tests; code=$$?; cat $$log; rm -f $$log; exit $$((book | code))
+
+# A short pass of every stage with the lowest and the newest torch, transformers and nnsight that settings.ini allows, in an environment of its own.
+SHORT := tests/subjects/test_subject.py tests/steering/test_interventions.py tests/run/test_rehearsal.py \
+  tests/run/test_stages.py::test_a_run_leaves_what_the_plan_says
+test-floor test-newest: test-%:
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python .ci/versions.py $* > .venv-$*/requirements.txt
+	.venv-$*/bin/python .ci/versions.py others > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install --quiet --upgrade -r .venv-$*/requirements.txt -c .venv-$*/constraints.txt -e . pytest pytest-timeout hypothesis
+	.venv-$*/bin/python -c 'from saerad.run.stages import versions; print(versions())'
+	.venv-$*/bin/python -m pytest -q -p no:cacheprovider $(SHORT)
 
 check: export  ## before a commit: everything generated is written again, then the fast core of the tests
 	$(BIN)/ruff check .
@@ -58,7 +70,11 @@ results: $(VENV)/.installed
 	SAERAD_FULL=1 $(BIN)/python .ci/notebooks.py execute nbs/results
 
 bench: $(VENV)/.installed
-	@for name in $$($(BIN)/saerad bench --list); do $(BIN)/saerad bench $$name || exit 1; done
+	@for name in $$($(BIN)/saerad bench --list | grep -vx card); do $(BIN)/saerad bench $$name || exit 1; done
+
+# Runs with whatever Python has torch for the card, ours or the machine's own; CARD is for instance CARD="--wheels DIR".
+bench-card:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/card.py --json benchmarks/card.json $(CARD)
 
 # The peers ask for other versions of torch and of each other: they get an environment of their own and no say in it.
 bench-env: $(VENV)/.installed

@@ -1,7 +1,7 @@
 """Which versions of torch, transformers and nnsight to install for a check at an end of what settings.ini allows.
 
-    python .ci/versions.py lowest     torch==2.11 transformers==5.0 …: each at its floor
-    python .ci/versions.py newest     torch>=2.11 transformers>=5.0,<6 …: whatever the index has by now
+    python .ci/versions.py floor      each at its floor, for instance torch==2.11
+    python .ci/versions.py newest     the whole range, from which pip takes the newest that the index has by now
     python .ci/versions.py others     constraints.txt without what these three decide, to go with either
 """
 import re
@@ -22,7 +22,7 @@ def requirements() -> dict[str, str]:
     return {name: r for r in ini["DEFAULT"]["requirements"].split() if (name := re.split("[<>=!~]", r)[0]) in TESTED}
 
 
-def lowest(requirement: str) -> str:
+def floor(requirement: str) -> str:
     """The floor of a range as a pin: "transformers>=5.0,<6" gives "transformers==5.0"."""
     return re.sub(",.*", "", requirement).replace(">=", "==")
 
@@ -35,4 +35,4 @@ def others() -> list[str]:
 
 if __name__ == "__main__":
     ranges = requirements().values()
-    print({"lowest": " ".join(map(lowest, ranges)), "newest": " ".join(ranges), "others": "\n".join(others())}[sys.argv[1]])
+    print("\n".join({"floor": map(floor, ranges), "newest": ranges, "others": others()}[sys.argv[1]]))

@@ -219,6 +219,7 @@ def mini_train_command(source: Annotated[str, typer.Argument(help="a source of s
 @app.command("bench")
 def bench_command(name: Annotated[str | None, typer.Argument(help="which one")] = None,
           quick: Annotated[bool, typer.Option("--quick", help="smaller, within 50 seconds")] = False,
+          device: Annotated[str | None, typer.Option("--device", help="cpu or cuda, for a benchmark that knows both")] = None,
           as_json: Annotated[bool, typer.Option("--json", help="one JSON object on the last line")] = False,
           names: Annotated[bool, typer.Option("--list", help="name all benchmarks")] = False) -> None:
     """Measure one part of saerad beside its peers."""
@@ -230,8 +231,9 @@ def bench_command(name: Annotated[str | None, typer.Argument(help="which one")] 
         return
     if name not in known: raise UserError(f"{name} is not a benchmark; the benchmarks are {', '.join(known)}.")
     python = folder.parent / ".venv-bench/bin/python"
-    command = [python if python.exists() else sys.executable, folder / f"{name}.py", *(["--quick"] if quick else [])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    options = [*(["--quick"] if quick else []), *(["--device", device] if device else [])]
+    done = subprocess.run([python if python.exists() else sys.executable, folder / f"{name}.py", *options], stdout=subprocess.PIPE, text=True)
+    if done.returncode == 2: raise UserError(f"the benchmark {name} does not run here with {' '.join(options) or 'these settings'}; it has said why above.")
     if done.returncode: raise RuntimeError(f"the benchmark {name} ended with exit code {done.returncode}")
     result = json.loads(done.stdout.splitlines()[-1])
     print(bench_table(result) + ("\n" + json.dumps(result) if as_json else ""))

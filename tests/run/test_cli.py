@@ -221,6 +221,8 @@ def test_bench_names_its_benchmarks(saerad):
     assert code == 0 and {"extraction", "store", "sae", "exemplars", "interpretation", "steering", "atlas"} <= set(out.split())
     code, _, err = saerad("bench", "nothing")
     assert code == 2 and "extraction" in err
+    code, _, err = saerad("bench", "store", "--device", "cuda")
+    assert code == 2 and "--device cuda" in err
 
 
 def test_user_errors_are_not_faults():
