@@ -1,8 +1,8 @@
 """Everything that a card should make fast, measured on one card in at most eight minutes, as one table: `make bench-card`.
 
-It needs no network and no environment of ours: it runs with any Python that has torch for the card. It says at once which packages are missing, and
-takes wheels of them from a folder (`--wheels`). Peers are measured where they are installed. With `--device cpu` everything is done at tiny shapes, to
-see that the script works. `--json FILE` keeps the result, with date and card; the chapter on the command line shows `benchmarks/card.json`.
+It needs no network and no environment of ours: it runs with any Python that has torch for the card. It says at once which packages are missing and
+takes wheels of them from a folder (`--wheels`). Peers are measured where they are installed. With `--device cpu` all is done at tiny shapes, to see
+that the script works. `--json FILE` keeps the result, with date and card; the chapter on the command line shows `benchmarks/card.json`.
 """
 import argparse
 import importlib.util
@@ -168,19 +168,19 @@ def steering(device: str, folder: Path) -> list[Row]:
     import maira2 as bench
     import torch
 
-    from saerad.steering.interventions import Batch, _read_prompt, _read_token, adding, decoder_layer
+    from saerad.steering.interventions import Batch, _read_prompt, _read_token, adding, decoder_layer, sharing
     shape = bench.FULL if device != "cpu" else bench.Shape(2, 1, image_size=56, vision=(32, 1, 2), text=(64, 4, 2, 96), vocabulary=2000, images=1)
     subject = bench.subject_of(shape, device, torch.bfloat16 if device != "cpu" else torch.float32)
     prompt, layer, rows = bench.prompt_of(shape, 0), decoder_layer(subject, shape.layer), []
     for n in (1, 64):
         batch, capacity = Batch([adding(torch.randn(1, subject.d_model)) for _ in range(n)], subject.device), len(prompt) + 80
-        logits, cache = _read_prompt(subject, prompt, layer, batch, capacity)
+        logits, cache = _read_prompt(subject, prompt, shape.layer, batch, capacity)
         ids, changed = logits.argmax(-1), torch.ones(n, dtype=torch.bool)
         def bare(ids: Any = ids, cache: Any = cache) -> Any:
             with torch.no_grad(): return subject.model(input_ids=ids[:, None], past_key_values=cache, use_cache=True).logits
         def steered(ids: Any = ids, cache: Any = cache, batch: Any = batch, changed: Any = changed) -> Any:
             return _read_token(subject, ids, cache, layer, batch, changed)
-        alone, took = clock(bare, device, 15), clock(steered, device, 15)
+        with sharing(subject): alone, took = clock(bare, device, 15), clock(steered, device, 15)
         rows += [(f"steering, {n} rows, prompt of {len(prompt)}: a step", took * 1e3, "ms"), (f"the bare model, {n} rows", alone * 1e3, "ms"),
                  (f"steering, {n} rows", n / took, "tokens/s")]
         del cache, logits

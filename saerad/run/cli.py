@@ -233,7 +233,7 @@ def bench_command(name: Annotated[str | None, typer.Argument(help="which one")] 
     python = folder.parent / ".venv-bench/bin/python"
     options = [*(["--quick"] if quick else []), *(["--device", device] if device else [])]
     done = subprocess.run([python if python.exists() else sys.executable, folder / f"{name}.py", *options], stdout=subprocess.PIPE, text=True)
-    if done.returncode == 2: raise UserError(f"the benchmark {name} does not run here with {' '.join(options) or 'these settings'}; it has said why above.")
+    if done.returncode == 2: raise UserError(f"the benchmark {name} does not run here with {' '.join(options) or 'its defaults'}; see above why.")
     if done.returncode: raise RuntimeError(f"the benchmark {name} ended with exit code {done.returncode}")
     result = json.loads(done.stdout.splitlines()[-1])
     print(bench_table(result) + ("\n" + json.dumps(result) if as_json else ""))

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import BitImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from saerad.core import UserError, rng
 from saerad.studies.record import Study, View
@@ -28,8 +28,6 @@ from saerad.subjects.subject import (
     random_mini,
     train_tokenizer,
 )
-
-BitImageProcessorPil = getattr(transformers, "BitImageProcessorPil", transformers.BitImageProcessor)   # so named since 5.3
 
 DATA = Path(os.environ.get("SAERAD_DATA", Path(__file__).parents[3] / "shared" / "data"))
 WORDS = ["Findings:", "Indication:", "Technique:", "Comparison:", "Prior report:", "Frontal:", "N/A", "fever", "oedème", "≥ 2 cm", "no", "No", "the",
