@@ -264,7 +264,7 @@ def kept_despite(inputs: Inputs) -> dict[str, Any]:
 
 # %% ../../nbs/run/stages.ipynb #3b6f2000
 def news(run: Run, wanted: Mapping[str, Inputs]) -> list[str]:
-    """One line for every stage among `wanted` that has to be done again though it, or the stage before it, was there."""
+    """One line for every stage among `wanted` that has left something and has to be done again for a reason of its own."""
     lines = []
     for name, now in wanted.items():
         entry = run.manifest["stages"].get(name)
