@@ -3,6 +3,7 @@
 # make lab    the book in JupyterLab          make book   execute the book again and render it into _site/
 # make peers  our readers beside the peers' own classes
 # make bench  every benchmark                 make results   execute the notebooks of findings in nbs/results/
+# make bench-card   one table of everything on one GPU         make test-floor, make test-newest   at both ends of the versions allowed
 SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +16,7 @@ CORE := tests/test_core.py tests/test_house.py tests/studies/test_grammar.py tes
 export PYTHONHASHSEED = 0
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: run test check lab book readme export bench bench-env peers results clean
+.PHONY: run test test-floor test-newest check lab book readme export bench bench-card bench-env peers results clean
 .DEFAULT_GOAL := run
 
 $(VENV)/.installed: setup.py settings.ini constraints.txt
@@ -32,6 +33,17 @@ test: $(VENV)/.installed
 	$(BIN)/python .ci/notebooks.py check
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python .ci/notebooks.py test --with-tests
+
+# A short pass of every stage with the lowest and the newest torch, transformers and nnsight that settings.ini allows, in an environment of its own.
+SHORT := tests/subjects/test_subject.py tests/steering/test_interventions.py tests/run/test_rehearsal.py \
+  tests/run/test_stages.py::test_a_run_leaves_what_the_plan_says
+test-floor test-newest: test-%:
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python .ci/versions.py $* > .venv-$*/requirements.txt
+	.venv-$*/bin/python .ci/versions.py others > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install --quiet --upgrade -r .venv-$*/requirements.txt -c .venv-$*/constraints.txt -e . pytest pytest-timeout hypothesis
+	.venv-$*/bin/python -c 'from saerad.run.stages import versions; print(versions())'
+	.venv-$*/bin/python -m pytest -q -p no:cacheprovider $(SHORT)
 
 check: export  ## before a commit: everything generated is written again, then the fast core of the tests
 	$(BIN)/ruff check .
@@ -55,7 +67,11 @@ results: $(VENV)/.installed
 	SAERAD_FULL=1 $(BIN)/python .ci/notebooks.py execute nbs/results
 
 bench: $(VENV)/.installed
-	@for name in $$($(BIN)/saerad bench --list); do $(BIN)/saerad bench $$name || exit 1; done
+	@for name in $$($(BIN)/saerad bench --list | grep -vx card); do $(BIN)/saerad bench $$name || exit 1; done
+
+# Runs with whatever Python has torch for the card, ours or the machine's own; CARD is for instance CARD="--wheels DIR".
+bench-card:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/card.py --json benchmarks/card.json $(CARD)
 
 # The peers ask for other versions of torch and of each other: they get an environment of their own and no say in it.
 bench-env: $(VENV)/.installed

@@ -1,5 +1,6 @@
 """What the benchmarks share: the machine, the clock, and the one JSON object that each prints on its last line."""
 import argparse
+import inspect
 import json
 import os
 import platform
@@ -41,11 +42,12 @@ def alternate(rounds: int, **works: Callable[[], Any]) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def report(name: str, measure: Callable[[bool], tuple[str, dict, dict, dict]]) -> None:
-    """Parse `--quick`, measure and print; `measure` gives the shape, our numbers, the peers' numbers and the ratios."""
+def report(name: str, measure: Callable[..., tuple[str, dict, dict, dict]]) -> None:
+    """Parse `--quick` and, for a `measure` that takes one, `--device`; measure and print shape, our numbers, the peers' numbers and the ratios."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
-    shape, ours, peers, ratios = measure(parser.parse_args().quick)
+    if "device" in inspect.signature(measure).parameters: parser.add_argument("--device", default="cpu")
+    shape, ours, peers, ratios = measure(**vars(parser.parse_args()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     print(json.dumps({"name": name, "shape": shape, "machine": machine(), "ours": ours, "peers": peers, "ratios": ratios,
                       "peak_memory": round(peak, 2)}))

@@ -17,7 +17,7 @@ from scipy import stats
 from ..activations.extraction import hookpoints, single_layer
 from ..core import UserError, content_hash, read_json, write_json
 from ..run.config import Config, changed
-from ..run.stages import STAGES, do_stage, is_finished, locked, model_hash, plan, run_config, write_config
+from ..run.stages import STAGES, do_stage, inputs_of, is_finished, locked, model_hash, run_config, write_config
 from ..run.summary import summarise
 from ..show.run_folder import Run
 
@@ -46,11 +46,11 @@ def run_variants(config: Config, settings: Mapping[str, Sequence[str]], out: Pat
     todo = list(STAGES)[list(STAGES).index("train"):list(STAGES).index(last) + 1]
     with locked(base.folder):
         for name, variant in variants.items():
-            keys = plan(variant.config, base.source.hash(), model_hash(config))
+            wanted = inputs_of(variant.config, base.source.hash(), model_hash(config))
             write_config(variant)
             for stage in todo:
-                if is_finished(variant, STAGES[stage], keys[stage]): continue
-                do_stage(variant, STAGES[stage], keys, False, lambda line, name=name: say(f"{name}: {line}"))
+                if is_finished(variant, STAGES[stage], wanted[stage].key): continue
+                do_stage(variant, STAGES[stage], wanted, False, lambda line, name=name: say(f"{name}: {line}"))
             write_json(variant / "summary.json", summarise(variant, list(STAGES)))
     return variants
 

@@ -23,8 +23,8 @@ from ..studies.record import SPLITS, Source
 from ..subjects.subject import find_checkpoint
 
 # %% ../../nbs/run/checks.ipynb #e6a2ec3c
-def check(run: Run) -> None:
-    """Raise `UserError` for whatever would stop the run later; writes nothing."""
+def check(run: Run, beside: bool = False) -> None:
+    """Raise `UserError` for whatever would stop the run later; writes nothing. `beside`: older activations stay until the new ones are there."""
     check_studies(run.source)
     d, layers = model_shape(run.config)
     sae = run.config.sae
@@ -35,7 +35,7 @@ def check(run: Run) -> None:
                                                   f"(expansion {sae.expansion} times width {d}); choose a smaller k.")
     if run.config.training.online and run.config.extraction.reports == "generated":
         raise UserError("training.online is true and extraction.reports is generated, which only a store can give; change one of them.")
-    check_disk(run, d)
+    check_disk(run, d, beside)
     check_endpoint(run)
 
 # %% ../../nbs/run/checks.ipynb #e8e0fda1
@@ -74,15 +74,16 @@ def model_shape(config: Config) -> tuple[int, int]:
     return width, layers
 
 # %% ../../nbs/run/checks.ipynb #da65779d
-def check_disk(run: Run, d: int) -> None:
-    """Raise `UserError` when the disk has no space for the store, judged from the length of the texts."""
+def check_disk(run: Run, d: int, beside: bool = False) -> None:
+    """Raise `UserError` when the disk has no space for the store, judged from the length of the texts; `beside`: for another one."""
     characters = sum(len(text) for study in stored_studies(run.source, run.config.extraction) for text in study.sections.values())
     needed = characters / 4 * d * {"int8": 1, "bfloat16": 2, "float32": 4}[run.config.extraction.dtype] * len(hookpoints(run.config.extraction))
     place = next(p for p in (run.folder.absolute(), *run.folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
-    if (run / "activations/store.json").exists() or needed < free: return
-    raise UserError(f"the store needs about {needed / 1e9:.1f} GB, but {place} has {free / 1e9:.1f} GB free; "
-                    "free some, or choose another folder with --out.")
+    if ((run / "activations/store.json").exists() and not beside) or needed < free: return
+    mend = f"remove {run / 'activations'} if nobody needs it, or keep it with --keep extract if only code has changed," if beside else "free some,"
+    raise UserError(f"the store needs about {needed / 1e9:.1f} GB, but {place} has {free / 1e9:.1f} GB free"
+                    f"{', and the older one stays until then' if beside else ''}; {mend} or choose another folder with --out.")
 
 # %% ../../nbs/run/checks.ipynb #4db868a0
 def check_endpoint(run: Run) -> None:

@@ -94,7 +94,7 @@ OLD_PARTS = {".attention.attention.query.": ".attention.q_proj.", ".attention.at
 
 # %% ../../nbs/subjects/maira2.ipynb #14905ba9
 def new_name(name: str) -> str:
-    """A stored weight's name in the network of transformers 5; a name that is in that layout already stays as it is."""
+    """A stored weight's name in the network of the newest transformers; a name that is in that layout already stays as it is."""
     for old, new in OLD_PARTS.items(): name = name.replace(old, new)
     return next((new + name.removeprefix(old) for old, new in OLD_PREFIXES.items() if name.startswith(old)), name)
 
@@ -130,7 +130,7 @@ def _copy_tensor(place: Tensor, value: Tensor, name: str) -> None:
 # %% ../../nbs/subjects/maira2.ipynb #9a2bd5db
 def load_strictly(model: nn.Module, folder: Path) -> None:
     """Fill `model` from a checkpoint in either layout; raises `UserError` that names a missing, surplus or misshapen tensor."""
-    wanted, names = model.state_dict(keep_vars=True), set()
+    wanted, names = {new_name(name): place for name, place in model.state_dict(keep_vars=True).items()}, set()
     for shard in shards_of(folder):
         with _opened(shard) as file: names |= {new_name(name) for name in file.keys()}
     _compare(set(wanted), names, set(getattr(model, "all_tied_weights_keys", {})), folder)

@@ -14,6 +14,7 @@ from saerad.interpretation.endpoint import Ledger, all_answered
 from saerad.interpretation.interpret import InterpretationConfig, protocol_of
 from saerad.run import stages as running
 from saerad.run.cli import explain_exception, main, print_error
+from saerad.run.code import PACKAGE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = ["studies.train_patients=6", "studies.validation_patients=2", "studies.test_patients=2"]
@@ -67,6 +68,8 @@ def test_check_does_nothing(saerad, tmp_path):
     (["interpretation.descriptions=nowhere/theirs.csv"], ["nowhere/theirs.csv", "interpretation.descriptions"]),
     (["interpretation.budget=1"], ["interpretation.budget", "price_in"]),
     (["--from", "nothing"], ["nothing", "extract"]),
+    (["--keep", "nothing"], ["--keep nothing", "extract"]),
+    (["--keep", "extract"], ["--keep extract", "not been done"]),
 ])
 @pytest.mark.parametrize("check", [False, True])
 def test_bad_input_is_told_before_anything_is_written(saerad, tmp_path, monkeypatch, arguments, words, check):
@@ -218,7 +221,7 @@ def test_a_checkpoint_with_a_missing_tensor(saerad, tmp_path):
 
     from safetensors.torch import load_file, save_file
     folder = tmp_path / "mini"
-    shutil.copytree(running.PACKAGE / "assets/mini", folder)
+    shutil.copytree(PACKAGE / "assets/mini", folder)
     tensors = load_file(folder / "model.safetensors")
     gone = sorted(k for k in tensors if "layers.3" in k)[0]
     del tensors[gone]
@@ -279,6 +282,8 @@ def test_bench_names_its_benchmarks(saerad):
     assert code == 0 and {"extraction", "store", "sae", "exemplars", "interpretation", "steering", "atlas"} <= set(out.split())
     code, _, err = saerad("bench", "nothing")
     assert code == 2 and "extraction" in err
+    code, _, err = saerad("bench", "store", "--device", "cuda")
+    assert code == 2 and "--device cuda" in err
 
 
 def test_user_errors_are_not_faults():

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,11 +138,17 @@ def test_a_trained_subject_is_a_stage_of_its_own():
     assert not set(longer.values()) & set(plan(config, "studies", "").values())
 
 
+def with_code(monkeypatch, part, digest="edited"):
+    """As if a part of saerad were another one: every stage in which it works sees other code."""
+    true = running.code_of
+    monkeypatch.setattr(running, "code_of", lambda stage: {**true(stage), part: digest} if part in true(stage) else true(stage))
+
+
 def test_the_code_counts(monkeypatch):
     base = plan(Config(), "studies", "model")
-    monkeypatch.setattr(running, "code_version", lambda modules: "edited" if "steering/steer" in modules else running.content_hash(list(modules)))
+    with_code(monkeypatch, "steering.steer")
     edited = plan(Config(), "studies", "model")
-    assert edited["steer"] != base["steer"]
+    assert [name for name in base if base[name] != edited[name]] == ["steer", "figures", "atlas"]
 
 
 # ---------------------------------------------------------------- a run
@@ -258,6 +265,104 @@ def test_a_folder_that_held_another_run_changes_nothing(done, config, tmp_path):
     assert summaries[0] | {"seconds": 0} == summaries[1] | {"seconds": 0}  # of the stages that were not done again nothing is left over
     assert (again / "sae/evaluation.json").read_bytes() == (fresh / "sae/evaluation.json").read_bytes()
     assert not (again / "interpretations/interpretations.parquet").exists()
+
+
+def done_again(config, out, last="atlas", **how):
+    """The stages that a run did, and everything else that it said."""
+    lines = []
+    run_config(config, out, last=last, say=lines.append, **how)
+    return [line.split()[0] for line in lines if line.endswith(" s")], [line for line in lines if "finished before" not in line and line[-2:] != " s"]
+
+
+@pytest.fixture
+def copied(done, tmp_path):
+    """A finished run in a folder of its own."""
+    shutil.copytree(done[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def bytes_of(out): return {name: (out / name).read_bytes() for name in SAME}
+
+
+def test_other_code_is_told_and_a_stage_can_be_kept(copied, config, monkeypatch):
+    """Where only code has changed the run says which; with --keep the stage and all behind it stay, until the code changes again."""
+    before = bytes_of(copied)
+    with_code(monkeypatch, "activations.store")
+    users = [stage for stage in plan(config, "", "") if "activations.store" in running.code_of(stage)]
+    line = next(line for line in running.news(Run(copied, config), running.wanted_inputs(Run(copied, config))))
+    assert line.startswith("extract") and "(activations.store)" in line and "--keep extract" in line
+    assert done_again(config, copied, keep=users) == ([], [])
+    kept = json.loads((copied / "manifest.json").read_text(encoding="utf-8"))["stages"]["extract"]["kept"]
+    assert kept["despite"] == ["activations.store"] and kept["code"]["activations.store"] == "edited"
+    assert done_again(config, copied) == ([], []) and bytes_of(copied) == before      # what was decided holds
+    with_code(monkeypatch, "activations.store", "edited again")
+    assert "extract" in running.news(Run(copied, config), running.wanted_inputs(Run(copied, config)))[0]
+
+
+def test_a_stage_whose_settings_changed_too_is_not_kept(copied, config, monkeypatch):
+    with_code(monkeypatch, "activations.store")
+    for setting in ("extraction.rows_per_shard=256", "seed=3"):
+        with pytest.raises(UserError, match="--keep extract keeps nothing: its settings"):
+            run_config(changed(config, [setting]), copied, keep=["extract"])
+    with pytest.raises(UserError, match="--keep steer keeps nothing: its settings, or the stages that"): run_config(config, copied, keep=["steer"])
+    with pytest.raises(UserError, match="leave one of them away"): run_config(config, copied, first="train", keep=["train"])
+    with pytest.raises(UserError, match="--keep steer is not a stage of this command"): run_config(config, copied, last="train", keep=["steer"])
+
+
+def test_nothing_finished_is_removed_before_its_successor_stands(copied, config, monkeypatch):
+    """A stage that fails leaves the old result set aside; the old code finds it again, and --keep does too."""
+    before, other = bytes_of(copied), changed(config, ["sae.k=5"])
+    def broken(run): raise OSError("the power went")
+    with monkeypatch.context() as m:
+        m.setitem(running.STAGES, "train", replace(running.STAGES["train"], do=broken))
+        with pytest.raises(OSError, match="power"): run_config(other, copied)
+        assert not (copied / "sae/sae.safetensors").exists() and not (copied / "report.html").exists()
+        assert next(copied.glob(".before/train-*/sae/sae.safetensors")).read_bytes() == before["sae/sae.safetensors"]
+    assert done_again(config, copied)[0] == [] and bytes_of(copied) == before      # the settings of before: everything is put back
+    with monkeypatch.context() as m:
+        with_code(m, "sae.training")
+        m.setitem(running.STAGES, "train", replace(running.STAGES["train"], do=broken))
+        with pytest.raises(OSError, match="power"): run_config(config, copied)
+        users = [stage for stage in plan(config, "", "") if "sae.training" in running.code_of(stage)]
+        assert done_again(config, copied, keep=users)[0] == [] and bytes_of(copied) == before
+        assert not (copied / ".before").exists()
+
+
+def test_what_has_a_successor_goes(copied, config):
+    again, said = done_again(changed(config, ["portraits.tokens=3"]), copied, last="portray")
+    assert again == ["portray"] and [p.name[:5] for p in copied.glob(".before/*")] == ["atlas"]       # the atlas has none yet
+    assert len(said) == 1 and said[0].startswith("portray") and "settings" in said[0]
+    assert done_again(config, copied, last="portray")[0] == ["portray"]
+    assert done_again(config, copied) == ([], []) and not (copied / ".before").exists()
+
+
+def test_what_was_forced_is_not_put_back(copied, config):
+    """Who does training again does not want the evaluation of before, although its key is the same."""
+    assert done_again(config, copied, last="train", first="train")[0] == ["train"]
+    assert not (copied / "sae/evaluation.json").exists() and list(copied.glob(".before/evaluate-*/entry.json"))
+    assert "evaluate" in done_again(config, copied, last="evaluate")[0]
+
+
+def test_a_ledger_that_has_grown_is_not_put_back(copied, config):
+    stage, key = running.STAGES["steer"], plan_of(config, copied)["steer"]
+    (copied / "steering/ledger.sqlite").write_bytes(b"answers")
+    run = Run(copied, config)
+    run.manifest["stages"]["steer"]["files"] = running.files_of(run, stage)
+    running.set_aside(run, stage)
+    (copied / "steering/ledger.sqlite").write_bytes(b"answers and more")
+    running.put_back(run, stage, key)
+    assert (copied / "steering/ledger.sqlite").read_bytes() == b"answers and more" and is_finished(Run(copied, config), stage, key)
+
+
+def plan_of(config, out): return plan(config, Run(out, config).source.hash(), running.model_hash(config))
+
+
+def test_room_for_two_stores_is_asked_for(copied, config, monkeypatch):
+    free = sum(f.stat().st_size for f in (copied / "activations").iterdir()) // 100
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": free})())
+    run_config(config, copied, last="extract")
+    with pytest.raises(UserError, match="the older one stays until then.*--keep extract"): run_config(config, copied, last="extract", first="extract")
+    assert (copied / "activations/store.json").exists()
 
 
 def test_training_without_a_store_of_its_rows(config, tmp_path):

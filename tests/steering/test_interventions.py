@@ -13,14 +13,18 @@ from saerad.sae.model import MatryoshkaSAE
 from saerad.steering.interventions import (
     Batch,
     BufferedLayer,
+    SharedPromptLayer,
     adding,
     adding_per_token,
+    attend_shared,
     buffered_cache,
+    can_share,
     clamping,
     perplexities,
     prompt_mask,
     scaling,
     sentence_ends,
+    sharing,
     write_steered,
     written_mask,
 )
@@ -283,3 +287,45 @@ def test_perplexity_is_that_of_a_plain_pass(real):
         with torch.no_grad(): logp = real.model(**inputs).logits[0, -len(ids) - 1:-1].log_softmax(-1).cpu()
         assert got == pytest.approx(float((-logp.gather(1, torch.tensor(ids)[:, None]).mean()).exp()), rel=1e-3)
     assert len(buffered_cache(real, 5).layers) == real.n_layers
+
+
+# ---------------------------------------------------------------- a prompt that rows share
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5), st.sampled_from([(1, 1), (2, 1), (2, 3)]), st.integers(1, 7), st.integers(1, 4), st.integers(0, 1000))
+def test_attention_to_a_shared_prompt_is_torchs_attention_to_a_repeated_one(rows, heads, prompt, own, seed):
+    """Also where several heads share keys (grouped-query attention)."""
+    groups, each = heads
+    draw = torch.Generator().manual_seed(seed)
+    shared = [torch.randn(1, groups, prompt, 8, generator=draw) for _ in range(2)]
+    written = [torch.randn(rows, groups, own, 8, generator=draw) for _ in range(2)]
+    asked = torch.randn(rows, groups * each, 1, 8, generator=draw)
+    whole = [torch.cat([s.expand(rows, -1, -1, -1), w], 2).repeat_interleave(each, 1) for s, w in zip(shared, written, strict=True)]
+    written[0].prompt = tuple(shared)
+    for scale in (None, 0.3):
+        found, _ = attend_shared(None, asked, *written, None, scaling=scale)
+        assert torch.allclose(found, torch.nn.functional.scaled_dot_product_attention(asked, *whole, scale=scale).transpose(1, 2), atol=1e-5)
+
+
+def test_layers_up_to_the_changed_one_hold_the_prompt_once(subject, prompt, monkeypatch):
+    """And the reports are those of rows with a prompt of their own, with rows that leave and rows that are there from a sentence on."""
+    made = []
+    def watched(*args):
+        made.append(buffered_cache(*args))
+        return made[-1]
+    monkeypatch.setattr("saerad.steering.interventions.buffered_cache", watched)
+    rows = [adding(torch.randn(1, 256, generator=torch.Generator().manual_seed(i)) * i, from_sentence=i % 2) for i in range(6)]
+    shared = write_steered(subject, prompt, rows, 2, 30, perplexity=False)
+    assert [type(layer) is SharedPromptLayer for layer in made[0].layers] == [True] * 3 + [False] * (subject.n_layers - 3)
+    assert len(made[0].layers[0].prompt[0]) == 1 and made[0].get_seq_length() > len(prompt)
+    assert made[0].layers[0]._buffers[0].shape[-2] == 30        # no room for a prompt in every row
+    assert not subject.model.config.get_text_config()._attn_implementation.startswith("saerad")
+    monkeypatch.setattr("saerad.steering.interventions.can_share", lambda subject: False)
+    assert [w.ids for w in write_steered(subject, prompt, rows, 2, 30, perplexity=False)] == [w.ids for w in shared]
+
+
+def test_only_what_is_known_to_be_right_is_shared(subject):
+    assert can_share(subject)
+    other = random_mini(0)
+    other.model.set_attn_implementation("eager")
+    assert not can_share(other)
+    with sharing(other): assert other.model.config.get_text_config()._attn_implementation == "eager"
