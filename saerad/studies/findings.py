@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['PHANTOM_KINDS', 'KINDS', 'SIDES', 'ZONES', 'SEVERITIES', 'CHANGES', 'CERTAINTIES', 'NAMES', 'NOT_MEANT',
-           'CLAUSE_STARTS', 'ADVICE', 'CUES', 'ATTRIBUTES', 'ATTRIBUTE_WORDS', 'ENDOTRACHEAL_ZONES', 'NORMAL_SUBJECTS',
-           'NORMAL_WORDS', 'OUTSIDE', 'CHEXPERT', 'CERTAINTY_COLOURS', 'Finding', 'Reading', 'phrases', 'mentions',
-           'sentences', 'certainty_of', 'attributes_of', 'denied_by_normality', 'Statement', 'statements',
-           'read_findings', 'chexpert', 'describe_finding', 'marked_findings']
+           'CLAUSE_STARTS', 'ADVICE', 'NOT_NOW', 'CUES', 'ATTRIBUTES', 'ATTRIBUTE_WORDS', 'ENDOTRACHEAL_ZONES',
+           'NOT_A_SIZE', 'NORMAL_SUBJECTS', 'NORMAL_WORDS', 'OUTSIDE', 'CHEXPERT', 'CERTAINTY_COLOURS', 'Finding',
+           'Reading', 'phrases', 'mentions', 'sentences', 'certainty_of', 'attributes_of', 'denied_by_normality',
+           'Statement', 'statements', 'read_findings', 'chexpert', 'describe_finding', 'marked_findings']
 
 # %% ../../nbs/studies/findings.ipynb #9f6e7551
 import html
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -55,43 +56,45 @@ class Reading:
 
 # %% ../../nbs/studies/findings.ipynb #b2d69a8b
 NAMES: dict[str, tuple[str, ...]] = {
-    "effusion": (r"(?:pleural )?effusions?", r"pleural (?:fluid|collections?)", r"hydrothorax"),
-    "pneumothorax": (r"(?:hydro)?pneumothora(?:x|ces)",),
+    "effusion": (r"(?:pleural )?effusions?", r"pleural (?:fluid|collections?)", r"hydrothorax",
+                 r"fluid (?:at|in|within|along) (?:the )?(?:\w+ )?(?:pleural space|pleural cavity|costophrenic (?:angle|sulcus))"),
+    "pneumothorax": (r"(?:hydro)?pneumothora(?:x|ces)", r"ptx"),
     "consolidation": (r"consolidat(?:ions?|ive)(?: changes?| opacit(?:y|ies))?", r"consolidated"),
-    "atelectasis": (r"atelecta(?:sis|ses|tic)(?: changes?| opacit(?:y|ies))?", r"(?:\w+ )?collapse",
+    "atelectasis": (r"atelecta(?:sis|ses|tic)(?: changes?| opacit(?:y|ies))?", r"(?:lobe |lobar |lung )?collapsed?",
                     r"volume loss"),
     "cardiomegaly": (r"cardiomegaly", r"cardiac enlargement",
                      r"enlarge(?:d|ment of)(?: the)? (?:heart|cardiac|cardio\w+)(?: silhouette| size)?",
-                     r"(?:heart|cardiac|cardio\w+al)(?! and)(?:[ -](?!normal|no|not|without)\w+){0,6} enlarged"),
+                     r"(?:heart|cardiac|cardio\w+al)(?! and)(?:[ -](?:not normal|(?!normal)[\w']+)){0,7} enlarged",
+                     r"heart(?: size)?: (?:\w+ )?enlarged"),
     "oedema": (r"(?:pulmonary |interstitial |alveolar )?o?edema",
-               r"(?:pulmonary |vascular |venous )+congestion"),
+               r"(?:pulmonary |vascular |venous )+congestion", r"(?:congestive )?(?:heart|cardiac) failure", r"chf"),
     "nodule": (r"(?:pulmonary |lung )?nod(?:ules?|ular(?:ity| densit(?:y|ies)| opacit(?:y|ies)))",
                r"(?:pulmonary |lung )?mass(?:es)?", r"metasta\w+"),
-    "fracture": (r"fractur(?:es?|ed)",)}
+    "fracture": (r"fractur(?:es?|ed)(?! (?:\w+ )?(?:wires?|leads?|catheter))", r"broken(?: \w+)? ribs?")}
 
 # %% ../../nbs/studies/findings.ipynb #15979ab7
 NAMES |= {
-    "opacity": (r"opaci(?:ty|ties|fication\w*)", r"infiltrat(?:es?|ions?)", r"air ?-?space disease",
+    "opacity": (r"opaci(?:ty|ties|fication\w*)", r"(?:pneumonic )?infiltrat(?:es?|ions?)", r"air ?-?space disease",
                 r"(?:pulmonary|lung|air ?-?space|basilar|patchy|focal|streaky|hazy) densit(?:y|ies)"),
     "pneumonia": (r"(?:broncho)?pneumonia", r"pneumonitis", r"(?:acute |pulmonary )infection",
                   r"infectious process"),
     "enlarged_mediastinum": (r"(?:widen(?:ed|ing)|enlarged?)(?: of)?(?: the)?(?: superior| upper)? mediastin(?:um|al)",
-                             r"mediastin(?:um|al)(?: \w+){0,3}? (?:widen(?:ed|ing)|enlarged)"),
+                             r"mediastin(?:um|al)(?: [\w']+){0,4}? (?:widen(?:ed|ing)|enlarged)"),
     "pleural_other": (r"pleural (?:thickening|scarring|plaques?|calcifications?|densit(?:y|ies))",
                       r"blunting(?: \w+){0,4}? (?:costophrenic|angle|sulcus)\w*(?: angles?)?",
-                      r"(?:costophrenic|cp)(?: \w+){1,4}? blunt(?:ed|ing)"),
-    "hernia": (r"(?:hiatal|hiatus|diaphragmatic) hernias?",)}
+                      r"(?:costophrenic|cp)(?: [\w']+){1,4}? blunt(?:ed|ing)"),
+    "hernia": (r"(?:(?:hiatal|hiatus|diaphragmatic|paraesophageal) )?hernias?",)}
 
 # %% ../../nbs/studies/findings.ipynb #7424d8dd
 NAMES |= {
-    "endotracheal_tube": (r"endotracheal tube", r"et tube", r"\bett"),
-    "enteric_tube": (r"(?:naso|oro)?gastric tube", r"(?:enteric|feeding|ng|og|dobbhoff|nasoenteric) tube",
+    "endotracheal_tube": (r"endotracheal tube", r"et tube", r"\bett", r"(?:in|ex)tubat(?:ed|ion)"),
+    "enteric_tube": (r"(?:naso|oro)?gastric tube", r"(?:enteric|feeding|ng|og|dobb?hoff|nasoenteric) tube",
                      r"\bngt"),
     "central_line": (r"central (?:venous )?(?:line|catheter)s?",
-                     r"(?:\w+ )?(?:jugular|subclavian|ij)(?: \w+){0,2}? (?:catheter|line)s?",
+                     r"(?:\w+ )?(?:jugular|subclavian|ij)(?: \w+){0,2}? (?:catheters?|lines?|cvl|cvc)",
                      r"(?:power|chest|infusion)[ -]?port(?: catheter)?", r"port-?a-?cath\w*", r"(?:medi|power)port",
                      r"(?:dialysis|swan-?\s?ganz|indwelling|venous) catheter",
-                     r"(?:chest |infusion )?ports?(?! of)", r"cvc"),
+                     r"(?:chest |infusion )?ports?(?! of)", r"cvc", r"cvl"),
     "picc": (r"picc(?: line)?s?", r"peripherally inserted central (?:venous )?(?:catheter|line)"),
     "chest_tube": (r"chest tubes?", r"thoracostomy tubes?", r"pleural (?:drain|catheter)s?",
                    r"pigtail catheter")}
@@ -106,12 +109,16 @@ NAMES |= {
                        r"(?:medical|monitoring|neurostimulator|stimulator) devices?",
                        r"(?:aortic|mitral|valve|valvular) (?:prosthes[ie]s|replacement)",
                        r"prosthetic (?:heart |aortic |mitral )?valves?", r"balloon pump", r"stimulator",
-                       r"shunt (?:tubing|catheter)", r"(?:tubes?|lines?) and (?:lines?|tubes?)")}
+                       r"shunt (?:tubing|catheter)", r"(?:tubes?|lines?) (?:and|or) (?:lines?|tubes?)")}
 
 # %% ../../nbs/studies/findings.ipynb #6c560ea1
-NOT_MEANT = (r"pericardial effusions?", r"joint effusions?", r"nipple shadows?",
-             r"soft tissue (?:edema|masses|mass|opacit\w+)", r"(?:abdominal|breast) (?:mass|masses)",
-             r"ports? of", r"vertebral (?:compression )?deformit\w+")
+NOT_MEANT = (r"consolidated (?:report|summary)", r"(?:inguinal|umbilical|ventral|abdominal) hernias?",
+             r"(?:pericardial|(?:\w+ )?joint|knee) effusions?", r"nipple shadows?", r"ports? of", r"port[ -]?wine(?: stains?)?",
+             r"(?:soft tissue|leg|ankle|peripheral|laryngeal|cerebral|subcutaneous|facial) (?:o?edema|opacit\w+)",
+             r"(?:soft tissue|abdominal|pelvic|breast|thyroid|renal|adrenal|hepatic|liver|bone|muscle|body) (?:mass(?:es)?|nodules?)",
+             r"mass effect", r"(?:respiratory|renal) failure", r"(?:circulatory|cardiovascular) collapse",
+             r"vertebra\w* (?:body |bodies )?(?:compression )?(?:deformit\w+|collapsed?)",
+             r"collapse of (?:an? |the )?(?:\w+ )?(?:vertebra\w*|stomach)")
 
 # %% ../../nbs/studies/findings.ipynb #85c16ce3
 def phrases(alternatives: Iterable[str]) -> re.Pattern:
@@ -140,21 +147,55 @@ def mentions(text: str) -> list[tuple[int, int, str]]:
     """(start, end, kind) of every name of a finding in `text`, whatever is said about it."""
     return [m for m in _longest(_NAMES, text) if m[2]]
 
+# %% ../../nbs/studies/findings.ipynb #a17flat1
+_OPEN_ENDS = r"(?:,|\b(?:and|or|nor|of|the|an?|no|with|without|for|in|to|at|from|is|are|left|right))"
+_BREAK = re.compile(rf"(?P<open>{_OPEN_ENDS})?[^\S\n]*(?P<lines>\n\s*)(?P<small>[a-z])?|\s\s+", re.I)
+_LAST_START = re.compile(r"(?:^|[.;:!?\n])[^\w\n]*(\w)(?=[^.;:!?\n]*$)")
+
+# %% ../../nbs/studies/findings.ipynb #a17flat2
+def _goes_on(text: str, m: re.Match) -> bool:
+    "Whether a sentence of `text` goes on after the line break `m`."
+    if m["lines"].count("\n") > 1: return False
+    if m["open"]: return True
+    begun = _LAST_START.search(text, max(text.rfind("\n\n", 0, m.start()), 0), m.start())
+    return bool(m["small"] and m["small"].islower() and begun and not begun[1].islower())
+
+# %% ../../nbs/studies/findings.ipynb #a17flat3
+def _unwrapped(text: str) -> tuple[str, list[tuple[int, int]]]:
+    "`text` with one space for every run of blanks and every broken line, and (place, characters left out before it)."
+    parts, left_out, done, length = [], [(0, 0)], 0, 0
+    for m in _BREAK.finditer(text):
+        start, end = (m.start("lines"), m.end("lines")) if m["lines"] else m.span()
+        while start > done and text[start - 1] in " \t": start -= 1
+        parts += [text[done:start], "\n" if m["lines"] and not _goes_on(text, m) else " "]
+        done, length = end, length + start - done + 1
+        left_out.append((length, end - length))
+    return "".join([*parts, text[done:]]), left_out
+
+# %% ../../nbs/studies/findings.ipynb #a17sent2
+_DOT_INSIDE = r"\.(?=\d)|(?<![a-zA-Z]{2})\.(?=[a-zA-Z])|(?<=\b[vV]s)\.|(?<=\b[dD]r)\.|(?<=\bapprox)\."
+_ASKED = r"\?(?= *(?:none|no|nil|absent|negative)\b)|(?<!\w)\?"
+_SENTENCE = re.compile(rf"(?:[^.;!?\n]|{_DOT_INSIDE}|{_ASKED})+\??")
+
 # %% ../../nbs/studies/findings.ipynb #a8cbc7d8
-CLAUSE_STARTS = (r"but", r"however", r"although", r"though", r"while", r"whereas", r"which",
-                 r"except(?: for)?", r"(?:aside|apart) from", r"other than", r"otherwise",
+CLAUSE_STARTS = (r"but", r"however", r"although", r"though", r"while", r"whereas", r"which", r"yet(?! to)", r"despite",
+                 r"except(?: for)?", r"(?:aside|apart) from", r"other than", r"otherwise", r"after", r"following",
                  r"(?<!if )there (?:is|are|was|were|has|have|may|remains?|continues?)",
-                 r"(?<!consistent )(?<!compatible )(?<!associated )(?<!along )with",
-                 r"(?<=,) ?(?:small|mild|minimal|trace|tiny|stable|unchanged|persistent|slight)",
-                 r"(?<=, )(?:a|an|the)", r"(?<=and )(?:a|an|the|is|are|stable|unchanged|has|have)",
-                 r"status post")
+                 r"(?<!consistent )(?<!compatible )(?<!associated )(?<!along )with(?! or without)",
+                 r"(?<=, )(?:a|an|the)", r"(?<=and )(?:a|an|the)",
+                 r"status post", r"s/p")
 
 # %% ../../nbs/studies/findings.ipynb #09dbc647
-ADVICE = (r"if", r"recommend\w*", r"correlat\w+", r"consider(?:ation|ed)?", r"please", r"suggest follow",
+ADVICE = (r"if", r"recommend\w*", r"correlat\w+", r"consider", r"(?<!a )consideration", r"please", r"suggest follow",
           r"(?:further|for) evaluat\w+", r"could obscure", r"limited")
-_SENTENCE = re.compile(r"(?:[^.;!?\n]|[.](?=\S))+")
-_CLAUSE = phrases(CLAUSE_STARTS + ADVICE)
-_ADVICE = re.compile(rf"\s*(?:{'|'.join(ADVICE)})\b", re.I)
+NOT_NOW = (r"(?:evaluat\w+|assess\w*|look(?:ing)?|follow-?up|screen\w*|treat(?:ed|ment)|work-?up) (?:for|of)", r"r/o",
+           r"(?<!to )(?<!not )(?<!cannot )(?<!can't )(?<!completely )(?<!entirely )rule out", r"(?:h/o|hx)",
+           r"(?:past )?(?:medical )?history", r"clinical (?:concern|suspicion|question)", r"denies", r"in the past")
+_HEADING = re.compile(r"[\W\d]*(?:indication|history|clinical [\w ]+|reason for [\w ]+|comparison|technique|exam\w*|procedure)s?:", re.I)
+
+# %% ../../nbs/studies/findings.ipynb #a17cl1
+_CLAUSE = phrases(CLAUSE_STARTS + ADVICE + NOT_NOW)
+_ADVICE = re.compile(rf"\s*(?:{'|'.join(ADVICE + NOT_NOW)})\b", re.I)
 
 # %% ../../nbs/studies/findings.ipynb #8c2a3b47
 def _pieces(pattern: re.Pattern, text: str) -> list[tuple[int, int]]:
@@ -165,45 +206,65 @@ def _pieces(pattern: re.Pattern, text: str) -> list[tuple[int, int]]:
 # %% ../../nbs/studies/findings.ipynb #678a89f4
 def sentences(text: str) -> list[str]:
     """The sentences of a report that hold a word; the number of a list item is not a sentence."""
-    return [s.strip() for s in _SENTENCE.findall(text) if re.search(r"[^\W\d_]{2}", s)]
+    return [s.strip(" ?") for s in _SENTENCE.findall(_unwrapped(text)[0]) if re.search(r"[^\W\d_]{2}", s)]
+
+# %% ../../nbs/studies/findings.ipynb #a17co2
+_AND = re.compile(r",(?: and\b)?(?! (?:or|nor)\b)|\band\b(?!/)", re.I)
+_AFRESH = re.compile(r"(?:also )?(?:(no|not|without|w/o|nil|neither|possibl[ey]|probabl[ey]|likely)|small|mild|minimal|trace|tiny|moderate|large|stable|unchanged|"
+                     r"persistent|slight|increas(?:ed|ing)|decreas(?:ed|ing)|resolved|improv(?:ed|ing))\b", re.I)
+_OR = re.compile(r"\b(?:or|nor)\b", re.I)
+
+# %% ../../nbs/studies/findings.ipynb #a17co3
+_THERE = r"(?: (?:now|also|again|clearly|definitely))*(?: been)? (?:seen|identified|present|noted|visuali[sz]ed|evident|demonstrated|apparent|appreciated|detected|found)"
+_VERB = re.compile(r"\b(?:is|are|was|were|has|have|had|remains?|appears?|persists?|shows?|may|might|can(?:not)?|could|should|measures?)\b|n't\b", re.I)
+_SAYS_MORE = re.compile(rf"(?:{_VERB.pattern})(?!(?: not)?{_THERE}\b)", re.I)
+
+# %% ../../nbs/studies/findings.ipynb #a17cue0
+_NO_CHANGE = r"(?:no|without)(?: \w+){0,2}? (?:increase|decrease|progression|worsening|improvement|resolution|clearing|removal)(?= in| of|\W*$)"
+_NOT_CHANGED = (r"(?:not|never|yet to|fail(?:s|ed)? to|\w+n't)(?: (?:yet|been|be|significantly|much|to))*"
+                r" (?:resolved?|clear(?:ed)?|removed|(?:in|de)creased?|improved?|larger|smaller|worse(?:n(?:ed)?)?|progress(?:ed)?|enlarged since|changed?)")
 
 # %% ../../nbs/studies/findings.ipynb #5bef11c7
 CUES: dict[str, tuple[str, ...]] = {
-    "doubts_after": (r"may", r"might", r"could", r"possibl[ey]", r"probabl[ey]", r"likely",
-                     r"question(?:able|ed)?(?: of)?", r"suspicious", r"suspected", r"suggest\w*",
-                     r"concern\w*",
-                     r"(?:cannot|can ?not|not|difficult to|to) (?:completely |entirely |fully )?(?:exclude|rule out)",
-                     r"differential", r"perhaps", r"presumed", r"equivocal", r"versus", r"vs"),
-    "doubts_before": (r"(?:cannot|can ?not|not) (?:be )?(?:completely |entirely |fully )?(?:excluded?|ruled out)",
-                      r"(?:is|are) (?:possible|suspected|questioned|likely)", r"versus", r"vs", r"possible")}
+    "doubts_after": (r"may", r"might", r"could", r"possibl[ey]", r"probabl[ey]", r"potential(?:ly)?", r"likely",
+                     r"question(?:able|ed)?(?: of)?", r"query", r"suspicious", r"suspected", r"suggest\w*", r"worrisome",
+                     r"concern\w*", r"favou?r(?:s|ed|ing)?", r"to (?:exclude|rule out)",
+                     r"differential", r"perhaps", r"presum(?:ed|abl[ey])", r"equivocal", r"versus", r"vs"),
+    "doubts_before": (r"(?:is|are|was|were) (?:possible|suspected|questioned|questionable|likely|probable)", r"in the differential",
+                      r"(?:should|could|may|might|can) (?:also )?be considered", r"is a (?:consideration|possibility)",
+                      r"versus", r"vs", r"possible", r"may be present"),
+    "doubts_around": (r"(?:cannot|can ?not|can't|not) (?:be )?(?:\w+ly )?(?:excluded?|ruled? out)", r"less likely", r"with or without",
+                      r"(?:difficult|hard|impossible) to (?:exclude|rule out)")}
 
 # %% ../../nbs/studies/findings.ipynb #fb8c211a
 CUES |= {
-    "denies_after": (r"no", r"not", r"without", r"free of", r"clear of", r"negative for", r"absen(?:ce of|t)",
-                     r"rather than", r"nor", r"neither", r"none", r"ruled? out", r"lack of",
-                     r"resolution of", r"no longer"),
-    "denies_before": (r"(?:is|are|was|were|has|have) not(?: been)?(?: \w+)? (?:seen|identified|present|visuali[sz]ed|evident)",
-                      r"(?:is|are|was|were|has|have) not(?: been)?(?: \w+)? (?:demonstrated|noted|apparent|appreciated)",
-                      r"(?:is|are) absent", r"(?:excluded|ruled out)"),
+    "denies_after": (r"no", r"not", r"\w+n't", r"nil", r"without", r"w/o", r"free of", r"clear of", r"negative for", r"absen(?:ce of|t)",
+                     r"rather than", r"nor", r"neither", r"none", r"nothing", r"ruled? out", r"lack of", r"fail(?:s|ed)? to",
+                     r"no longer", r"unlikely"),
+    "denies_before": (rf"(?:is|are|was|were|has|have|does|do) not(?: \w+ly)?{_THERE}", rf"(?:is|are|was|were|has|have)n't{_THERE}",
+                      r"(?:is|are) absent", r"(?:excluded|ruled out)", r"(?:un|not )likely"),
     "denies_nothing": (r"no(?:t)?(?: \w+){0,2}? (?:change[ds]?|different)(?: in| of)?",
-                       r"without(?: \w+){0,2}? change", r"no (?:increase|decrease|progression)(?: in| of)?",
-                       r"not (?:only|well|optimally|fully)",
-                       r"no(?: known)? (?:prior|comparison|previous)\w*")}
+                       r"without(?: \w+){0,2}? change", _NO_CHANGE, _NOT_CHANGED,
+                       r"not (?:only|well|optimally|fully|normal)", r"not seen (?:previously|before|on (?:the )?prior)",
+                       r"(?:without|no) doubt", r"no(?: known)? (?:prior|comparison|previous)\w*")}
 _CUES = _compiled(CUES)
 
-# %% ../../nbs/studies/findings.ipynb #880fd4c7
-def certainty_of(before: str, after: str) -> str:
-    """One of `CERTAINTIES` for a mention, from the words of its clause before and after it.
+# %% ../../nbs/studies/findings.ipynb #a17cue2
+_NO_VALUE = re.compile(r"(?:[:=?(]|\s[-–—])\s*(?:none|nil|absent|negative|no(?!\s+\w)|not (?:seen|present|identified|evident|visuali[sz]ed))\b", re.I)
+_ASKED_BEFORE, _ASKED_AFTER = re.compile(r"\?"), re.compile(r"^[^\w?]*\?\s*$|: *(?:possible|probable|likely|questionable)\b", re.I)
 
-    Doubt in the form of a denial ("cannot be excluded") is doubt; any other denial is stronger than doubt. After NegEx
-    (Chapman et al. 2001). English only.
+# %% ../../nbs/studies/findings.ipynb #880fd4c7
+def certainty_of(before: str, after: str, inside: str = "") -> str:
+    """One of `CERTAINTIES` for a mention, from the words of its clause before, after and `inside` it.
+
+    Doubt in the form of a denial ("cannot be excluded") is doubt; any other denial is stronger than doubt. After NegEx and
+    ConText (Chapman et al. 2001, Harkema et al. 2009). English only.
     """
-    hit = {cue: pattern.findall(after if cue.endswith("before") else before) for cue, pattern in _CUES.items()}
-    doubts = hit["doubts_after"] + hit["doubts_before"]
-    if any(re.search("exclude|rule", doubt, re.I) for doubt in doubts): return "uncertain"
-    cleared = _CUES["denies_nothing"].sub(" ", before)
-    if _CUES["denies_after"].search(cleared) or hit["denies_before"]: return "absent"
-    return "uncertain" if doubts else "present"
+    ahead, behind = (_CUES["denies_nothing"].sub(" ", words) for words in (f"{before} {inside}".strip(), after))
+    if _CUES["doubts_around"].search(ahead) or _CUES["doubts_around"].search(behind): return "uncertain"
+    if _CUES["denies_after"].search(ahead) or _CUES["denies_before"].search(behind) or _NO_VALUE.search(behind): return "absent"
+    doubt = _CUES["doubts_after"].search(ahead) or _CUES["doubts_before"].search(behind)
+    return "uncertain" if doubt or _ASKED_BEFORE.search(before) or _ASKED_AFTER.search(behind) else "present"
 
 # %% ../../nbs/studies/findings.ipynb #de9278e1
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -216,13 +277,14 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 
 # %% ../../nbs/studies/findings.ipynb #2375f8ce
 ATTRIBUTE_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
-    "side": {"left": (r"left(?:-sided)?",), "right": (r"right(?:-sided)?",),
-             "bilateral": (r"bilateral\w*", r"both(?= (?:lungs?|sides?|bases|apices|lower|upper))",
-                           r"bibas\w+", r"biapical", r"bihilar")},
-    "zone": {"upper": (r"upper(?! limits?)", r"apical", r"apex", r"apices", r"biapical"),
-             "middle": (r"mid(?:dle)?", r"mid-?(?:lung|zone)s?", r"peri-?hilar", r"lingula\w*"),
-             "lower": (r"lower", r"(?:bi)?bas[ai]l\w*", r"bas(?:e|es|ilar|al)", r"retrocardiac",
-                       r"infrahilar")}}
+    "side": {"left": (r"left(?:-sided)?", r"lt", r"l(?![/'])", r"l[ul]l"), "right": (r"right(?:-sided)?", r"rt", r"r(?![/'])", r"r[uml]l"),
+             "bilateral": (r"bilat(?:eral\w*)?", r"b/l", r"both(?= (?:lungs?|sides?|bases|apices|lower|upper))",
+                           r"bi-?bas\w+", r"bi-?apical", r"bihilar", r"(?:left|right) and (?:left|right)",
+                           r"(?:left|right|[lr]) (?:(?:greater|more|larger|worse) than|>) (?:the )?(?:left|right|[lr])")},
+    "zone": {"upper": (r"upper(?! limits?)", r"apical", r"apex", r"apices", r"bi-?apical", r"[rl]ul"),
+             "middle": (r"mid(?:dle)?", r"mid-?(?:lung|zone)s?", r"peri-?hilar", r"lingula\w*", r"rml"),
+             "lower": (r"lower", r"(?:bi-?)?bas[ai]l\w*", r"bas(?:e|es|ilar|al)", r"retrocardiac",
+                       r"infrahilar", r"[rl]ll")}}
 ENDOTRACHEAL_ZONES = {"upper": (r"(?:too )?high", r"above the (?:clavicles?|thoracic inlet)"),
                       "lower": (r"(?:too )?low", r"(?:right )?main(?: ?-?stem)? bronchus", r"at the carina")}
 
@@ -231,25 +293,33 @@ ATTRIBUTE_WORDS |= {
     "severity": {"small": (r"small(?:-sized)?", r"mild(?:ly)?", r"minimal(?:ly)?", r"trace", r"tiny",
                            r"slight(?:ly)?", r"minor", r"subtle", r"borderline"),
                  "moderate": (r"moderate(?:ly)?(?:-sized)?",),
-                 "large": (r"large", r"severe(?:ly)?", r"marked(?:ly)?", r"massive(?:ly)?", r"extensive",
+                 "large": (r"large", r"severe(?:ly)?", r"marked(?:ly)?", r"massive(?:ly)?", r"extensive", r"siz(?:e)?able",
                            r"gross(?:ly)?")}}
+NOT_A_SIZE = (r"(?:slight|mild|minimal|moderate|marked|small|minor)(?:ly)? (?:interval )?(?:increas|decreas|improv|worsen|progress|chang|clear|larg|small|more|less)\w*",)
 
 # %% ../../nbs/studies/findings.ipynb #244cc419
+_PARTLY = r"(?:almost|near(?:ly)?|largely|mostly|partial(?:ly)?|incomplete(?:ly)?|(?:not|\w+n't) (?:yet )?(?:completely|fully|entirely))(?:[ -](?:complete(?:ly)?|total|interval))*"
 ATTRIBUTE_WORDS |= {
-    "change": {"new": (r"new(?:ly)?", r"interval (?:development|placement|appearance)",
-                       r"not (?:previously )?(?:seen|present) (?:previously|before|on the prior)"),
-               "resolved": (r"resol(?:ved|ution)", r"no longer", r"(?:has|have) (?:completely )?cleared",
-                            r"remov(?:ed|al of)"),
-               "larger": (r"increas(?:ed|ing)", r"worsen(?:ed|ing)", r"larger", r"progress(?:ed|ion|ive)",
-                          r"enlarging", r"more (?:prominent|extensive|conspicuous)", r"has grown"),
-               "smaller": (r"decreas(?:ed|ing)", r"improv(?:ed|ing|ement)", r"smaller",
-                           r"less (?:prominent|extensive|conspicuous)", r"reduced", r"diminish(?:ed|ing)"),
+    "change": {"new": (r"new(?:ly)?", r"interval (?:development|placement|appearance|insertion)", r"(?:has|have) (?:developed|appeared)",
+                       r"not (?:previously )?(?:seen|present) (?:previously|before|on (?:the )?prior)",
+                       r"(?:has|have|was|were) (?:been )?(?:placed|inserted)", r"placement(?! (?:is|are|in|of))", r"placed(?=\W*$)"),
+               "resolved": (r"resol(?:ved|ution)", r"no longer", r"(?:(?:has|have) (?:completely )?)?cleared",
+                            r"remov(?:ed|al(?: of)?)", r"(?:interval|complete) clearing", r"no residual", r"(?:ha[sd]|have|is|are) (?:now )?gone",
+                            r"(?:dis)appear(?:ed|ance of)(?<=disappeared)", r"disappearance", r"vanished", r"extubat\w+",
+                            r"(?:withdrawn|pulled|taken out|discontinued)(?!(?: back)?(?: by)?(?: about| approximately)? \d)", r"(?:is|are|now) out(?! of)"),
+               "larger": (r"increas(?:e[ds]?|ing)", r"worse(?:n(?:ed|ing))?", r"larger", r"bigger", r"progress(?:ed|ion|ive)",
+                          r"enlarging", r"(?:has|have) enlarged", r"more (?:prominent|extensive|conspicuous)", r"has grown"),
+               "smaller": (r"decreas(?:e[ds]?|ing)", r"improv(?:e[ds]?|ing|ement)", r"smaller",
+                           r"less(?: (?:prominent|extensive|conspicuous))?(?! likely)", r"reduced", r"diminish(?:ed|ing)", r"resolving",
+                           rf"{_PARTLY} (?:resol(?:ved?|ution)|clear(?:ed|ing))"),
                "unchanged": (r"unchanged", r"stable", r"persist(?:s|ent|ing)?", r"again", r"similar",
                              r"redemonstrat\w+", r"as before", r"remains?",
-                             r"no(?:t)?(?: \w+){0,2}? change[ds]?", r"not (?:increased|decreased)")}}
+                             r"no(?:t)?(?: \w+){0,2}? change[ds]?", r"\w+n't changed",
+                             _NO_CHANGE, _NOT_CHANGED)}}
 
 # %% ../../nbs/studies/findings.ipynb #dfa5a922
 _ATTRIBUTES = {a: _compiled(words) for a, words in ATTRIBUTE_WORDS.items()}
+_ATTRIBUTES["severity"][""] = phrases(NOT_A_SIZE)
 _ENDOTRACHEAL = _compiled(ENDOTRACHEAL_ZONES)
 
 def _nearest_value(words: Mapping[str, re.Pattern], before: str, inside: str, after: str) -> str:
@@ -257,7 +327,8 @@ def _nearest_value(words: Mapping[str, re.Pattern], before: str, inside: str, af
     distances = [(0, value) for _, _, value in _longest(words, inside)]
     distances += [(1 + len(before) - end, value) for _, end, value in _longest(words, before)]
     distances += [(1 + start, value) for start, _, value in _longest(words, after)]
-    return "bilateral" if "bilateral" in {v for _, v in distances} else min(distances, default=(0, ""))[1]
+    values = {v for _, v in distances if v}
+    return "bilateral" if "bilateral" in values else min((d for d in distances if d[1]), default=(0, ""))[1]
 
 # %% ../../nbs/studies/findings.ipynb #d8bdd3d6
 def attributes_of(kind: str, before: str, after: str, inside: str = "") -> dict[str, str]:
@@ -274,7 +345,8 @@ NORMAL_SUBJECTS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("consolidation", "opacity"): (r"lungs?(?: fields?)?", r"lung parenchyma", r"air ?-?spaces?"),
     ("effusion",): (r"pleural (?:spaces?|surfaces?)", r"costophrenic (?:angles?|sulci)"),
     ("oedema",): (r"(?:pulmonary )?vascular\w*", r"pulmonary vessels")}
-NORMAL_WORDS = (r"normal", r"unremarkable", r"clear", r"not (?:\w+ )?enlarged", r"within (?:normal )?limits")
+NORMAL_WORDS = (r"normal", r"unremarkable", r"clear", r"(?:has|have) cleared", r"sharp", r"preserved", r"(?:not|\w+n't) (?:\w+ )?enlarged",
+                r"within (?:normal )?limits")
 
 # %% ../../nbs/studies/findings.ipynb #0ada3a70
 _NORMAL_SUBJECTS = _compiled(NORMAL_SUBJECTS)
@@ -294,6 +366,43 @@ class Statement:
     end: int
     sentence: int
 
+# %% ../../nbs/studies/findings.ipynb #a17co6
+_SUBJECT = phrases(p for names in NORMAL_SUBJECTS.values() for p in names)
+_CAST = phrases(CUES["denies_after"] + CUES["doubts_after"] + NOT_NOW)
+
+def _own_clauses(clause: str, named: list[tuple[int, int, str]]) -> list[int]:
+    "Where a comma or an \"and\" of a clause begins a clause of its own."
+    joints = [m for m in _AND.finditer(clause) if not any(a < m.start() < b for a, b, _ in named)]
+    cuts, last = [], 0
+    for i, joint in enumerate(joints):
+        stop = joints[i + 1].start() if i + 1 < len(joints) else len(clause)
+        left, right = clause[last:joint.start()], clause[joint.end():stop]
+        afresh = _AFRESH.match(right.lstrip())
+        names = any(joint.end() <= a < stop for a, _, _ in named)
+        begins = afresh and (afresh[1] or names and not _OR.search(clause, joint.end()))
+        if not begins and (names or _SUBJECT.search(right)):
+            begins = (_SAYS_MORE.search(right) and _CAST.search(left)) or (_VERB.search(right) and _VERB.search(left))
+        if begins:
+            cuts.append(joint.end())
+            last = joint.end()
+    return cuts
+
+# %% ../../nbs/studies/findings.ipynb #a17co9
+_LEAD_IN = re.compile(r"\W*\w+(?: \w+)?, ?")
+
+def _clauses(sentence: str, named: list[tuple[int, int, str]]) -> list[tuple[int, int]]:
+    "Spans of the clauses of a sentence."
+    def inside(place: int) -> bool: return any(a < place < b for a, b, _ in named)
+    def about(a: int, b: int) -> list[tuple[int, int, str]]: return [(s - a, e - a, k) for s, e, k in named if a <= s < b]
+    cuts = {0, *(m.start() for m in _CLAUSE.finditer(sentence) if not inside(m.start()))}
+    ends = sorted(cuts | {len(sentence)})
+    for a, b in zip(ends, ends[1:], strict=False): cuts |= {a + c for c in _own_clauses(sentence[a:b], about(a, b))}
+    ends = sorted(cuts | {len(sentence)})
+    if len(ends) > 2 and not about(0, ends[1]) and _LEAD_IN.fullmatch(sentence[:ends[1]]): del ends[1]
+    cuts = {a for a, b in zip(ends, ends[1:], strict=False) if not a or about(a, b) or not sentence.startswith("which", a)}
+    ends = sorted(cuts | {len(sentence)})
+    return [(a, b) for a, b in zip(ends, ends[1:], strict=False) if sentence[a:b].strip()]
+
 # %% ../../nbs/studies/findings.ipynb #b2732be3
 _PARTING = re.compile(r",|/|\band\b|\bor\b|\bwith\b|\bwithout\b", re.I)
 
@@ -306,6 +415,34 @@ def _own_words(clause: str, named: list[tuple[int, int, str]], i: int) -> tuple[
     stop = _PARTING.search(clause, end, right) if right < len(clause) else None
     return cut.end() if cut else left, stop.start() if stop else right
 
+# %% ../../nbs/studies/findings.ipynb #a17st1
+_ONCE = phrases((r"previously (?:seen|noted|described|identified|demonstrated)",))
+_OR_AFTER = re.compile(r"\W*(?:(?:and/)?or|vs\.?|versus)\b(?! (?:the )?(?:prior|previous))", re.I)
+_OR_BEFORE = re.compile(r"(?:\b(?:(?:and/)?or|vs\.?|versus) )(?:[\w-]+ ){0,3}$", re.I)
+_NO_NOUN = phrases((r"new", r"one", r"two", r"three", r"more", r"left", r"right", r"small", r"mild", r"moderate", r"large", r"\d+"))
+
+def _alternative(before: str, after: str) -> bool:
+    "Whether a mention is one of two or more that are joined by \"or\"."
+    m = _OR_BEFORE.search(before)
+    return bool(_OR_AFTER.match(after)) or bool(m and before[:m.start()].strip() and not _NO_NOUN.search(before[:m.start()].split()[-1]))
+
+# %% ../../nbs/studies/findings.ipynb #a17sh2
+_JOINED = re.compile(r"(?:,? and|,)(?: (?!with\b|without\b)[\w-]+){0,4} ", re.I)
+_OF_ALL = re.compile(r"\b(?:are|have|were|remain|both|all)\b", re.I)
+_DEVICES = frozenset((*PHANTOM_KINDS[PHANTOM_KINDS.index("endotracheal_tube"):], "support_device"))
+
+def _shared_change(clause: str, named: list[tuple[int, int, str]], i: int) -> str:
+    "The change that is said of a whole list in which mention `i` stands; '' where there is none."
+    def alike(j: int) -> bool: return (named[j][2] in _DEVICES) == (named[i][2] in _DEVICES)
+    def joined(j: int) -> bool: return bool(_JOINED.fullmatch(clause[named[j][1]:named[j + 1][0]]))
+    first, last = i, i
+    while first and joined(first - 1) and alike(first - 1): first -= 1
+    while last + 1 < len(named) and joined(last) and alike(last + 1): last += 1
+    if first == last: return ""
+    before, after = clause[:named[first][0]], clause[named[last][1]:]
+    if _OF_ALL.search(after): return _nearest_value(_ATTRIBUTES["change"], "", "", after)
+    return _nearest_value(_ATTRIBUTES["change"], before, "", "") if i > first and not _VERB.search(before) else ""
+
 # %% ../../nbs/studies/findings.ipynb #9f959d66
 def _clause_statements(clause: str) -> list[tuple[Finding, int, int]]:
     "Findings of one clause and their place in it."
@@ -316,20 +453,28 @@ def _clause_statements(clause: str) -> list[tuple[Finding, int, int]]:
     for i, (start, end, kind) in enumerate(named):
         begin, finish = _own_words(clause, named, i)
         about = attributes_of(kind, clause[begin:start], clause[end:finish], clause[start:end])
-        certainty = certainty_of(clause[:start], clause[end:])
+        if not about["change"]: about["change"] = _shared_change(clause, named, i)
+        certainty = certainty_of(clause[:start], clause[end:], clause[start:end])
+        if certainty == "absent" and _ONCE.search(clause[:start]): about["change"] = "resolved"
         if about["change"] == "resolved": certainty = "present"
+        if certainty == "present" and _alternative(clause[:start], clause[end:]): certainty = "uncertain"
         if certainty == "absent": about = dict.fromkeys(about, "")
-        statements_here.append((Finding(kind, **about, certainty=certainty), start, end))
+        label = re.match(r"\W*[:=]", clause[end:]) and kind in {m[2] for m in named[i + 1:]}
+        if not label: statements_here.append((Finding(kind, **about, certainty=certainty), start, end))
     return statements_here
 
 # %% ../../nbs/studies/findings.ipynb #dc3f8102
 def statements(text: str) -> list[Statement]:
     """Every statement of a finding in `text`, in order of place."""
     stated = []
-    for number, sentence in enumerate(_SENTENCE.finditer(text)):
-        for a, b in _pieces(_CLAUSE, sentence.group()):
-            at, clause = sentence.start() + a, _clause_statements(sentence.group()[a:b])
-            stated += [Statement(f, at + start, at + end, number) for f, start, end in clause]
+    flat, left_out = _unwrapped(text)
+    def place(p: int) -> int: return p + left_out[bisect_right(left_out, (p, len(text))) - 1][1]
+    for number, sentence in enumerate(_SENTENCE.finditer(flat)):
+        words = sentence.group()
+        if _HEADING.match(words): continue
+        for a, b in _clauses(words, mentions(words)):
+            at, clause = sentence.start() + a, _clause_statements(words[a:b])
+            stated += [Statement(f, place(at + start), place(at + end - 1) + 1, number) for f, start, end in clause]
     return sorted(stated, key=lambda s: (s.start, s.end, s.finding))
 
 # %% ../../nbs/studies/findings.ipynb #d6209f05
@@ -358,7 +503,7 @@ def read_findings(text: str) -> Reading:
     """
     stated = statements(text)
     understood = {s.sentence for s in stated}
-    silent = "\n".join(m.group() for i, m in enumerate(_SENTENCE.finditer(text)) if i not in understood)
+    silent = "\n".join(m.group() for i, m in enumerate(_SENTENCE.finditer(_unwrapped(text)[0])) if i not in understood)
     unread = [s for s in sentences(silent) if not _OUTSIDE.search(s)]
     return Reading(tuple(dict.fromkeys(s.finding for s in stated)), tuple(unread))
 
