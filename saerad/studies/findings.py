@@ -15,6 +15,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 # %% ../../nbs/studies/findings.ipynb #09666fab
 PHANTOM_KINDS = ("effusion", "pneumothorax", "consolidation", "atelectasis", "cardiomegaly", "oedema",
@@ -58,19 +59,23 @@ class Reading:
 NAMES: dict[str, tuple[str, ...]] = {
     "effusion": (r"(?:pleural )?effusions?", r"pleural (?:fluid|collections?)", r"hydrothorax",
                  r"fluid (?:at|in|within|along) (?:the )?(?:\w+ )?(?:pleural space|pleural cavity|costophrenic (?:angle|sulcus))"),
-    "pneumothorax": (r"(?:hydro)?pneumothora(?:x|ces)", r"ptx"),
+    "pneumothorax": (r"(?:hydro)?pneumothora(?:x|ces)", r"ptx", r"pleural air(?: collections?)?"),
     "consolidation": (r"consolidat(?:ions?|ive)(?: changes?| opacit(?:y|ies))?", r"consolidated"),
     "atelectasis": (r"atelecta(?:sis|ses|tic)(?: changes?| opacit(?:y|ies))?", r"(?:lobe |lobar |lung )?collapsed?",
                     r"volume loss"),
     "cardiomegaly": (r"cardiomegaly", r"cardiac enlargement",
                      r"enlarge(?:d|ment of)(?: the)? (?:heart|cardiac|cardio\w+)(?: silhouette| size)?",
-                     r"(?:heart|cardiac|cardio\w+al)(?! and)(?:[ -](?:not normal|(?!normal)[\w']+)){0,7} enlarged",
-                     r"heart(?: size)?: (?:\w+ )?enlarged"),
+                     r"(?:heart|cardiac|cardio\w+al)(?! and)(?:[ -](?:not normal|(?!normal)\w+)){0,7} enlarged",
+                     r"heart(?: size)?: (?:\w+ )?enlarged", r"borderline (?:in )?(?:heart|cardiac)(?: silhouette)?(?: size)?",
+                     r"heart(?: size)? (?:is|remains|appears)(?: \w+){0,2}? (?:large|borderline)(?! normal)(?: in size)?"),
     "oedema": (r"(?:pulmonary |interstitial |alveolar )?o?edema",
-               r"(?:pulmonary |vascular |venous )+congestion", r"(?:congestive )?(?:heart|cardiac) failure", r"chf"),
+               r"(?:pulmonary |vascular |venous )+congestion", r"(?:congestive )?(?:heart|cardiac) failure", r"chf", r"(?:pulmonary )?venous hypertension",
+               r"(?:vascular|vessel) (?:prominence|engorgement|congestion)", r"(?:vascula\w+|vessels)(?: \w+){0,3}? (?:prominent|engorged|congested)",
+               r"(?:prominent|prominence of|engorged|increased)(?: the)?(?: central| lung| pulmonary){0,2} (?:vascula\w+|vessels)", r"cephali[sz]ation",
+               r"congestion"),
     "nodule": (r"(?:pulmonary |lung )?nod(?:ules?|ular(?:ity| densit(?:y|ies)| opacit(?:y|ies)))",
                r"(?:pulmonary |lung )?mass(?:es)?", r"metasta\w+"),
-    "fracture": (r"fractur(?:es?|ed)(?! (?:\w+ )?(?:wires?|leads?|catheter))", r"broken(?: \w+)? ribs?")}
+    "fracture": (r"(?<!catheter )(?<!lead )(?<!wire )(?<!screw )fractur(?:es?|ed)(?! (?:\w+ )?(?:wires?|leads?|catheter|screws?))", r"broken(?: \w+)? ribs?")}
 
 # %% ../../nbs/studies/findings.ipynb #15979ab7
 NAMES |= {
@@ -79,10 +84,10 @@ NAMES |= {
     "pneumonia": (r"(?:broncho)?pneumonia", r"pneumonitis", r"(?:acute |pulmonary )infection",
                   r"infectious process"),
     "enlarged_mediastinum": (r"(?:widen(?:ed|ing)|enlarged?)(?: of)?(?: the)?(?: superior| upper)? mediastin(?:um|al)",
-                             r"mediastin(?:um|al)(?: [\w']+){0,4}? (?:widen(?:ed|ing)|enlarged)"),
+                             r"mediastin(?:um|al)(?: \w+){0,4}? (?:widen(?:ed|ing)|enlarged)"),
     "pleural_other": (r"pleural (?:thickening|scarring|plaques?|calcifications?|densit(?:y|ies))",
                       r"blunting(?: \w+){0,4}? (?:costophrenic|angle|sulcus)\w*(?: angles?)?",
-                      r"(?:costophrenic|cp)(?: [\w']+){1,4}? blunt(?:ed|ing)"),
+                      r"(?:costophrenic|cp)(?: \w+){1,4}? blunt(?:ed|ing)"),
     "hernia": (r"(?:(?:hiatal|hiatus|diaphragmatic|paraesophageal) )?hernias?",)}
 
 # %% ../../nbs/studies/findings.ipynb #7424d8dd
@@ -116,6 +121,7 @@ NOT_MEANT = (r"consolidated (?:report|summary)", r"(?:inguinal|umbilical|ventral
              r"(?:pericardial|(?:\w+ )?joint|knee) effusions?", r"nipple shadows?", r"ports? of", r"port[ -]?wine(?: stains?)?",
              r"(?:soft tissue|leg|ankle|peripheral|laryngeal|cerebral|subcutaneous|facial) (?:o?edema|opacit\w+)",
              r"(?:soft tissue|abdominal|pelvic|breast|thyroid|renal|adrenal|hepatic|liver|bone|muscle|body) (?:mass(?:es)?|nodules?)",
+             r"fractur(?:e of|ed)(?: the)?(?: \w+)? (?:catheter|leads?|screws?)",
              r"mass effect", r"(?:respiratory|renal) failure", r"(?:circulatory|cardiovascular) collapse",
              r"vertebra\w* (?:body |bodies )?(?:compression )?(?:deformit\w+|collapsed?)",
              r"collapse of (?:an? |the )?(?:\w+ )?(?:vertebra\w*|stomach)")
@@ -149,7 +155,7 @@ def mentions(text: str) -> list[tuple[int, int, str]]:
 
 # %% ../../nbs/studies/findings.ipynb #a17flat1
 _OPEN_ENDS = r"(?:,|\b(?:and|or|nor|of|the|an?|no|with|without|for|in|to|at|from|is|are|left|right))"
-_BREAK = re.compile(rf"(?P<open>{_OPEN_ENDS})?[^\S\n]*(?P<lines>\n\s*)(?P<small>[a-z])?|\s\s+", re.I)
+_BREAK = re.compile(rf"(?P<open>{_OPEN_ENDS})?[^\S\n]*(?P<lines>\n\s*)(?P<small>[a-z])?|\s\s+|(?P<short>(?:(?<=\bcan)|(?<!\bca)n)['’]t)\b", re.I)
 _LAST_START = re.compile(r"(?:^|[.;:!?\n])[^\w\n]*(\w)(?=[^.;:!?\n]*$)")
 
 # %% ../../nbs/studies/findings.ipynb #a17flat2
@@ -162,15 +168,19 @@ def _goes_on(text: str, m: re.Match) -> bool:
 
 # %% ../../nbs/studies/findings.ipynb #a17flat3
 def _unwrapped(text: str) -> tuple[str, list[tuple[int, int]]]:
-    "`text` with one space for every run of blanks and every broken line, and (place, characters left out before it)."
-    parts, left_out, done, length = [], [(0, 0)], 0, 0
+    "`text` with one space for every run of blanks and every broken line and \"not\" for \"n't\", and (place, how much further it stands in `text`)."
+    parts, further, done, length = [], [(0, 0)], 0, 0
     for m in _BREAK.finditer(text):
-        start, end = (m.start("lines"), m.end("lines")) if m["lines"] else m.span()
-        while start > done and text[start - 1] in " \t": start -= 1
-        parts += [text[done:start], "\n" if m["lines"] and not _goes_on(text, m) else " "]
-        done, length = end, length + start - done + 1
-        left_out.append((length, end - length))
-    return "".join([*parts, text[done:]]), left_out
+        start, end, new = m.start(), m.end(), " "
+        if m["lines"]:
+            start, end = m.span("lines")
+            while start > done and text[start - 1] in " \t": start -= 1
+            if not _goes_on(text, m): new = "\n"
+        elif m["short"]: new = "not" if m["short"] == "'t" else " not"
+        parts += [text[done:start], new]
+        done, length = end, length + start - done + len(new)
+        further.append((length, end - length))
+    return "".join([*parts, text[done:]]), further
 
 # %% ../../nbs/studies/findings.ipynb #a17sent2
 _DOT_INSIDE = r"\.(?=\d)|(?<![a-zA-Z]{2})\.(?=[a-zA-Z])|(?<=\b[vV]s)\.|(?<=\b[dD]r)\.|(?<=\bapprox)\."
@@ -189,7 +199,7 @@ CLAUSE_STARTS = (r"but", r"however", r"although", r"though", r"while", r"whereas
 ADVICE = (r"if", r"recommend\w*", r"correlat\w+", r"consider", r"(?<!a )consideration", r"please", r"suggest follow",
           r"(?:further|for) evaluat\w+", r"could obscure", r"limited")
 NOT_NOW = (r"(?:evaluat\w+|assess\w*|look(?:ing)?|follow-?up|screen\w*|treat(?:ed|ment)|work-?up) (?:for|of)", r"r/o",
-           r"(?<!to )(?<!not )(?<!cannot )(?<!can't )(?<!completely )(?<!entirely )rule out", r"(?:h/o|hx)",
+           r"(?<!to )(?<!not )(?<!cannot )(?<!completely )(?<!entirely )rule out", r"(?:h/o|hx)",
            r"(?:past )?(?:medical )?history", r"clinical (?:concern|suspicion|question)", r"denies", r"in the past")
 _HEADING = re.compile(r"[\W\d]*(?:indication|history|clinical [\w ]+|reason for [\w ]+|comparison|technique|exam\w*|procedure)s?:", re.I)
 
@@ -216,33 +226,34 @@ _OR = re.compile(r"\b(?:or|nor)\b", re.I)
 
 # %% ../../nbs/studies/findings.ipynb #a17co3
 _THERE = r"(?: (?:now|also|again|clearly|definitely))*(?: been)? (?:seen|identified|present|noted|visuali[sz]ed|evident|demonstrated|apparent|appreciated|detected|found)"
-_VERB = re.compile(r"\b(?:is|are|was|were|has|have|had|remains?|appears?|persists?|shows?|may|might|can(?:not)?|could|should|measures?)\b|n't\b", re.I)
+_VERB = re.compile(r"\b(?:is|are|was|were|has|have|had|remains?|appears?|persists?|shows?|may|might|can(?:not)?|could|should|measures?)\b", re.I)
 _SAYS_MORE = re.compile(rf"(?:{_VERB.pattern})(?!(?: not)?{_THERE}\b)", re.I)
 
 # %% ../../nbs/studies/findings.ipynb #a17cue0
 _NO_CHANGE = r"(?:no|without)(?: \w+){0,2}? (?:increase|decrease|progression|worsening|improvement|resolution|clearing|removal)(?= in| of|\W*$)"
-_NOT_CHANGED = (r"(?:not|never|yet to|fail(?:s|ed)? to|\w+n't)(?: (?:yet|been|be|significantly|much|to))*"
+_NOT_CHANGED = (r"(?:not|never|yet to|fail(?:s|ed)? to)(?: (?:yet|been|be|significantly|much|to))*"
                 r" (?:resolved?|clear(?:ed)?|removed|(?:in|de)creased?|improved?|larger|smaller|worse(?:n(?:ed)?)?|progress(?:ed)?|enlarged since|changed?)")
 
 # %% ../../nbs/studies/findings.ipynb #5bef11c7
 CUES: dict[str, tuple[str, ...]] = {
-    "doubts_after": (r"may", r"might", r"could", r"possibl[ey]", r"probabl[ey]", r"potential(?:ly)?", r"likely",
-                     r"question(?:able|ed)?(?: of)?", r"query", r"suspicious", r"suspected", r"suggest\w*", r"worrisome",
-                     r"concern\w*", r"favou?r(?:s|ed|ing)?", r"to (?:exclude|rule out)",
-                     r"differential", r"perhaps", r"presum(?:ed|abl[ey])", r"equivocal", r"versus", r"vs"),
-    "doubts_before": (r"(?:is|are|was|were) (?:possible|suspected|questioned|questionable|likely|probable)", r"in the differential",
-                      r"(?:should|could|may|might|can) (?:also )?be considered", r"is a (?:consideration|possibility)",
-                      r"versus", r"vs", r"possible", r"may be present"),
-    "doubts_around": (r"(?:cannot|can ?not|can't|not) (?:be )?(?:\w+ly )?(?:excluded?|ruled? out)", r"less likely", r"with or without",
-                      r"(?:difficult|hard|impossible) to (?:exclude|rule out)")}
+    "favours_after": (r"probabl[ey]", r"likely", r"most suggest\w*", r"favou?r(?:s|ed|ing)?", r"presum(?:ed|abl[ey])", r"versus", r"vs"),
+    "favours_before": (r"(?:is|are|was|were) (?:likely|probable|favou?red)", r"versus", r"vs"),
+    "doubts_after": (r"may", r"might", r"could", r"possibl[ey]", r"potential(?:ly)?", r"question(?:able|ed)?(?: of)?", r"query", r"suspicious",
+                     r"suspected", r"(?<!most )suggest\w*", r"worrisome", r"concern\w*", r"to (?:exclude|rule out)", r"differential", r"perhaps",
+                     r"conceivabl[ey]", r"equivocal"),
+    "doubts_before": (r"(?:is|are|was|were) (?:possible|suspected|questioned|questionable)", r"in the differential",
+                      r"(?:should|could|may|might|can) (?:also )?be considered", r"is (?:a|another) (?:consideration|possibility)",
+                      r"suspected", r"possible", r"may be present"),
+    "doubts_around": (r"(?:cannot|can ?not|not) (?:be )?(?:\w+ly )?(?:excluded?|ruled? out)", r"less likely", r"with or without", r"clinical setting",
+                      r"(?:difficult|hard|impossible) to (?:\w+ly )?(?:exclude|rule out)")}
 
 # %% ../../nbs/studies/findings.ipynb #fb8c211a
 CUES |= {
-    "denies_after": (r"no", r"not", r"\w+n't", r"nil", r"without", r"w/o", r"free of", r"clear of", r"negative for", r"absen(?:ce of|t)",
+    "denies_after": (r"no", r"not", r"nil", r"without", r"w/o", r"free of", r"clear of", r"negative for", r"absen(?:ce of|t)",
                      r"rather than", r"nor", r"neither", r"none", r"nothing", r"ruled? out", r"lack of", r"fail(?:s|ed)? to",
                      r"no longer", r"unlikely"),
-    "denies_before": (rf"(?:is|are|was|were|has|have|does|do) not(?: \w+ly)?{_THERE}", rf"(?:is|are|was|were|has|have)n't{_THERE}",
-                      r"(?:is|are) absent", r"(?:excluded|ruled out)", r"(?:un|not )likely"),
+    "denies_before": (rf"(?:is|are|was|were|has|have|does|do) not(?: \w+ly)?{_THERE}", r"(?:is|are) absent", r"(?:excluded|ruled out)", r"(?:un|not )likely",
+                      r"(?:with)?in (?:the )?(?:normal limits|limits of normal)"),
     "denies_nothing": (r"no(?:t)?(?: \w+){0,2}? (?:change[ds]?|different)(?: in| of)?",
                        r"without(?: \w+){0,2}? change", _NO_CHANGE, _NOT_CHANGED,
                        r"not (?:only|well|optimally|fully|normal)", r"not seen (?:previously|before|on (?:the )?prior)",
@@ -251,20 +262,27 @@ _CUES = _compiled(CUES)
 
 # %% ../../nbs/studies/findings.ipynb #a17cue2
 _NO_VALUE = re.compile(r"(?:[:=?(]|\s[-–—])\s*(?:none|nil|absent|negative|no(?!\s+\w)|not (?:seen|present|identified|evident|visuali[sz]ed))\b", re.I)
-_ASKED_BEFORE, _ASKED_AFTER = re.compile(r"\?"), re.compile(r"^[^\w?]*\?\s*$|: *(?:possible|probable|likely|questionable)\b", re.I)
+_ASKED_AFTER = re.compile(r"^[^\w?]*\?\s*$|: *(?:possible|probable|likely|questionable)\b", re.I)
 
 # %% ../../nbs/studies/findings.ipynb #880fd4c7
+def _standing(before: str, after: str, inside: str) -> str:
+    "How a mention stands in its clause: one of `CERTAINTIES`, or \"favoured\" for what is held to be probable."
+    ahead, behind = (_CUES["denies_nothing"].sub(" ", words) for words in (f"{before} {inside}".strip(), after))
+    if _CUES["doubts_around"].search(ahead) or _CUES["doubts_around"].search(behind): return "uncertain"
+    if _CUES["denies_after"].search(ahead) or _CUES["denies_before"].search(behind) or _NO_VALUE.search(behind): return "absent"
+    if _CUES["doubts_after"].search(ahead) or _CUES["doubts_before"].search(behind): return "uncertain"
+    if "?" in before or _ASKED_AFTER.search(behind): return "uncertain"
+    return "favoured" if _CUES["favours_after"].search(ahead) or _CUES["favours_before"].search(behind) else "present"
+
+# %% ../../nbs/studies/findings.ipynb #a17cert
 def certainty_of(before: str, after: str, inside: str = "") -> str:
     """One of `CERTAINTIES` for a mention, from the words of its clause before, after and `inside` it.
 
     Doubt in the form of a denial ("cannot be excluded") is doubt; any other denial is stronger than doubt. After NegEx and
     ConText (Chapman et al. 2001, Harkema et al. 2009). English only.
     """
-    ahead, behind = (_CUES["denies_nothing"].sub(" ", words) for words in (f"{before} {inside}".strip(), after))
-    if _CUES["doubts_around"].search(ahead) or _CUES["doubts_around"].search(behind): return "uncertain"
-    if _CUES["denies_after"].search(ahead) or _CUES["denies_before"].search(behind) or _NO_VALUE.search(behind): return "absent"
-    doubt = _CUES["doubts_after"].search(ahead) or _CUES["doubts_before"].search(behind)
-    return "uncertain" if doubt or _ASKED_BEFORE.search(before) or _ASKED_AFTER.search(behind) else "present"
+    standing = _standing(before, after, inside)
+    return "uncertain" if standing == "favoured" else standing
 
 # %% ../../nbs/studies/findings.ipynb #de9278e1
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -298,7 +316,7 @@ ATTRIBUTE_WORDS |= {
 NOT_A_SIZE = (r"(?:slight|mild|minimal|moderate|marked|small|minor)(?:ly)? (?:interval )?(?:increas|decreas|improv|worsen|progress|chang|clear|larg|small|more|less)\w*",)
 
 # %% ../../nbs/studies/findings.ipynb #244cc419
-_PARTLY = r"(?:almost|near(?:ly)?|largely|mostly|partial(?:ly)?|incomplete(?:ly)?|(?:not|\w+n't) (?:yet )?(?:completely|fully|entirely))(?:[ -](?:complete(?:ly)?|total|interval))*"
+_PARTLY = r"(?:almost|near(?:ly)?|largely|mostly|partial(?:ly)?|incomplete(?:ly)?|not (?:yet )?(?:completely|fully|entirely))(?:[ -](?:complete(?:ly)?|total|interval))*"
 ATTRIBUTE_WORDS |= {
     "change": {"new": (r"new(?:ly)?", r"interval (?:development|placement|appearance|insertion)", r"(?:has|have) (?:developed|appeared)",
                        r"not (?:previously )?(?:seen|present) (?:previously|before|on (?:the )?prior)",
@@ -314,7 +332,7 @@ ATTRIBUTE_WORDS |= {
                            rf"{_PARTLY} (?:resol(?:ved?|ution)|clear(?:ed|ing))"),
                "unchanged": (r"unchanged", r"stable", r"persist(?:s|ent|ing)?", r"again", r"similar",
                              r"redemonstrat\w+", r"as before", r"remains?",
-                             r"no(?:t)?(?: \w+){0,2}? change[ds]?", r"\w+n't changed",
+                             r"no(?:t)?(?: \w+){0,2}? change[ds]?",
                              _NO_CHANGE, _NOT_CHANGED)}}
 
 # %% ../../nbs/studies/findings.ipynb #dfa5a922
@@ -322,21 +340,18 @@ _ATTRIBUTES = {a: _compiled(words) for a, words in ATTRIBUTE_WORDS.items()}
 _ATTRIBUTES["severity"][""] = phrases(NOT_A_SIZE)
 _ENDOTRACHEAL = _compiled(ENDOTRACHEAL_ZONES)
 
-def _nearest_value(words: Mapping[str, re.Pattern], before: str, inside: str, after: str) -> str:
-    "The value whose word stands nearest to a mention `inside` a text; '' where there is none."
-    distances = [(0, value) for _, _, value in _longest(words, inside)]
-    distances += [(1 + len(before) - end, value) for _, end, value in _longest(words, before)]
-    distances += [(1 + start, value) for start, _, value in _longest(words, after)]
-    values = {v for _, v in distances if v}
-    return "bilateral" if "bilateral" in values else min((d for d in distances if d[1]), default=(0, ""))[1]
+def _nearest_value(words: Mapping[str, re.Pattern], text: str, start: int, end: int) -> str:
+    "The value whose word stands nearest to the mention from `start` to `end` of a text; '' where there is none."
+    distances = [(max(a - end + 1, start - b + 1, 0), value) for a, b, value in _longest(words, text) if value]
+    return "bilateral" if any(v == "bilateral" for _, v in distances) else min(distances, default=(0, ""))[1]
 
 # %% ../../nbs/studies/findings.ipynb #d8bdd3d6
-def attributes_of(kind: str, before: str, after: str, inside: str = "") -> dict[str, str]:
-    """Side, zone, severity and change of one mention, from the words before, after and `inside` it; '' if not said."""
+def attributes_of(kind: str, words: str, start: int, end: int) -> dict[str, str]:
+    """Side, zone, severity and change of the mention from `start` to `end` of the words that belong to it; '' if not said."""
     own = dict.fromkeys(("side", "zone", "severity"), "")
-    for a in ATTRIBUTES[kind]: own[a] = _nearest_value(_ATTRIBUTES[a], before, inside, after)
-    if kind == "endotracheal_tube": own["zone"] = _nearest_value(_ENDOTRACHEAL, before, inside, after)
-    return {**own, "change": _nearest_value(_ATTRIBUTES["change"], before, inside, after)}
+    for a in ATTRIBUTES[kind]: own[a] = _nearest_value(_ATTRIBUTES[a], words, start, end)
+    if kind == "endotracheal_tube": own["zone"] = _nearest_value(_ENDOTRACHEAL, words, start, end)
+    return {**own, "change": _nearest_value(_ATTRIBUTES["change"], words, start, end)}
 
 # %% ../../nbs/studies/findings.ipynb #ddafdaed
 NORMAL_SUBJECTS: dict[tuple[str, ...], tuple[str, ...]] = {
@@ -345,7 +360,7 @@ NORMAL_SUBJECTS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("consolidation", "opacity"): (r"lungs?(?: fields?)?", r"lung parenchyma", r"air ?-?spaces?"),
     ("effusion",): (r"pleural (?:spaces?|surfaces?)", r"costophrenic (?:angles?|sulci)"),
     ("oedema",): (r"(?:pulmonary )?vascular\w*", r"pulmonary vessels")}
-NORMAL_WORDS = (r"normal", r"unremarkable", r"clear", r"(?:has|have) cleared", r"sharp", r"preserved", r"(?:not|\w+n't) (?:\w+ )?enlarged",
+NORMAL_WORDS = (r"normal", r"unremarkable", r"clear", r"(?:has|have) cleared", r"sharp", r"preserved", r"not (?:\w+ )?enlarged",
                 r"within (?:normal )?limits")
 
 # %% ../../nbs/studies/findings.ipynb #0ada3a70
@@ -365,10 +380,12 @@ class Statement:
     start: int
     end: int
     sentence: int
+    favoured: bool = False    # uncertain, but held to be probable, or one of two
 
 # %% ../../nbs/studies/findings.ipynb #a17co6
 _SUBJECT = phrases(p for names in NORMAL_SUBJECTS.values() for p in names)
-_CAST = phrases(CUES["denies_after"] + CUES["doubts_after"] + NOT_NOW)
+_DOUBT = phrases(CUES["doubts_after"] + CUES["favours_after"])
+_CAST = phrases(CUES["denies_after"] + CUES["doubts_after"] + CUES["favours_after"] + NOT_NOW)
 
 def _own_clauses(clause: str, named: list[tuple[int, int, str]]) -> list[int]:
     "Where a comma or an \"and\" of a clause begins a clause of its own."
@@ -379,7 +396,7 @@ def _own_clauses(clause: str, named: list[tuple[int, int, str]]) -> list[int]:
         left, right = clause[last:joint.start()], clause[joint.end():stop]
         afresh = _AFRESH.match(right.lstrip())
         names = any(joint.end() <= a < stop for a, _, _ in named)
-        begins = afresh and (afresh[1] or names and not _OR.search(clause, joint.end()))
+        begins = afresh and (afresh[1] or names and not _OR.search(clause, joint.end()) and not _DOUBT.search(left))
         if not begins and (names or _SUBJECT.search(right)):
             begins = (_SAYS_MORE.search(right) and _CAST.search(left)) or (_VERB.search(right) and _VERB.search(left))
         if begins:
@@ -419,6 +436,7 @@ def _own_words(clause: str, named: list[tuple[int, int, str]], i: int) -> tuple[
 _ONCE = phrases((r"previously (?:seen|noted|described|identified|demonstrated)",))
 _OR_AFTER = re.compile(r"\W*(?:(?:and/)?or|vs\.?|versus)\b(?! (?:the )?(?:prior|previous))", re.I)
 _OR_BEFORE = re.compile(r"(?:\b(?:(?:and/)?or|vs\.?|versus) )(?:[\w-]+ ){0,3}$", re.I)
+_LABEL = re.compile(r"\W*[:=]")
 _NO_NOUN = phrases((r"new", r"one", r"two", r"three", r"more", r"left", r"right", r"small", r"mild", r"moderate", r"large", r"\d+"))
 
 def _alternative(before: str, after: str) -> bool:
@@ -440,42 +458,51 @@ def _shared_change(clause: str, named: list[tuple[int, int, str]], i: int) -> st
     while last + 1 < len(named) and joined(last) and alike(last + 1): last += 1
     if first == last: return ""
     before, after = clause[:named[first][0]], clause[named[last][1]:]
-    if _OF_ALL.search(after): return _nearest_value(_ATTRIBUTES["change"], "", "", after)
-    return _nearest_value(_ATTRIBUTES["change"], before, "", "") if i > first and not _VERB.search(before) else ""
+    if _OF_ALL.search(after): return _nearest_value(_ATTRIBUTES["change"], after, 0, 0)
+    return _nearest_value(_ATTRIBUTES["change"], before, len(before), len(before)) if i > first and not _VERB.search(before) else ""
 
 # %% ../../nbs/studies/findings.ipynb #9f959d66
-def _clause_statements(clause: str) -> list[tuple[Finding, int, int]]:
-    "Findings of one clause and their place in it."
+def _clause_statements(clause: str, named: list[tuple[int, int, str]]) -> list[tuple[Finding, int, int, bool]]:
+    "Findings of one clause, their place in it, and whether they are favoured."
     if _ADVICE.match(clause): return []
-    named = mentions(clause)
     denied = [k for k in denied_by_normality(clause) if k not in {m[2] for m in named}]
-    statements_here = [(Finding(k, certainty="absent"), 0, len(clause)) for k in denied]
+    statements_here = [(Finding(k, certainty="absent"), 0, len(clause), False) for k in denied]
     for i, (start, end, kind) in enumerate(named):
+        if _LABEL.match(clause, end) and kind in {m[2] for m in named[i + 1:]}: continue
         begin, finish = _own_words(clause, named, i)
-        about = attributes_of(kind, clause[begin:start], clause[end:finish], clause[start:end])
+        about = attributes_of(kind, clause[begin:finish], start - begin, end - begin)
         if not about["change"]: about["change"] = _shared_change(clause, named, i)
-        certainty = certainty_of(clause[:start], clause[end:], clause[start:end])
-        if certainty == "absent" and _ONCE.search(clause[:start]): about["change"] = "resolved"
-        if about["change"] == "resolved": certainty = "present"
-        if certainty == "present" and _alternative(clause[:start], clause[end:]): certainty = "uncertain"
-        if certainty == "absent": about = dict.fromkeys(about, "")
-        label = re.match(r"\W*[:=]", clause[end:]) and kind in {m[2] for m in named[i + 1:]}
-        if not label: statements_here.append((Finding(kind, **about, certainty=certainty), start, end))
+        standing = _standing(clause[:start], clause[end:], clause[start:end])
+        if standing == "absent" and _ONCE.search(clause, 0, start): about["change"] = "resolved"
+        if about["change"] == "resolved": standing = "present"
+        if standing == "present" and _alternative(clause[:start], clause[end:]): standing = "favoured"
+        if standing == "absent": about = dict.fromkeys(about, "")
+        finding = Finding(kind, **about, certainty="uncertain" if standing == "favoured" else standing)
+        statements_here.append((finding, start, end, standing == "favoured"))
     return statements_here
 
 # %% ../../nbs/studies/findings.ipynb #dc3f8102
+@lru_cache(2 ** 14)
+def _sentence_statements(sentence: str) -> tuple[tuple[Finding, int, int, bool], ...]:
+    "What `_clause_statements` gives for all clauses of a sentence; reports repeat their sentences, so the answers are kept."
+    if _HEADING.match(sentence): return ()
+    named, stated = mentions(sentence), []
+    for a, b in _clauses(sentence, named):
+        here = [(s - a, e - a, k) for s, e, k in named if a <= s < b]
+        stated += [(f, a + start, a + end, favoured) for f, start, end, favoured in _clause_statements(sentence[a:b], here)]
+    return tuple(stated)
+
+# %% ../../nbs/studies/findings.ipynb #a17stm
+def _statements(flat: str, further: list[tuple[int, int]]) -> list[Statement]:
+    "`statements` of an unwrapped text."
+    def place(p: int) -> int: return p + further[bisect_right(further, p, key=lambda entry: entry[0]) - 1][1]
+    stated = [Statement(f, place(m.start() + start), place(m.start() + end - 1) + 1, number, favoured)
+              for number, m in enumerate(_SENTENCE.finditer(flat)) for f, start, end, favoured in _sentence_statements(m.group())]
+    return sorted(stated, key=lambda s: (s.start, s.end, s.finding))
+
 def statements(text: str) -> list[Statement]:
     """Every statement of a finding in `text`, in order of place."""
-    stated = []
-    flat, left_out = _unwrapped(text)
-    def place(p: int) -> int: return p + left_out[bisect_right(left_out, (p, len(text))) - 1][1]
-    for number, sentence in enumerate(_SENTENCE.finditer(flat)):
-        words = sentence.group()
-        if _HEADING.match(words): continue
-        for a, b in _clauses(words, mentions(words)):
-            at, clause = sentence.start() + a, _clause_statements(words[a:b])
-            stated += [Statement(f, place(at + start), place(at + end - 1) + 1, number) for f, start, end in clause]
-    return sorted(stated, key=lambda s: (s.start, s.end, s.finding))
+    return _statements(*_unwrapped(text))
 
 # %% ../../nbs/studies/findings.ipynb #d6209f05
 OUTSIDE = (r"spin(?:e|al)", r"vertebra\w*", r"thoracic", r"degenerative", r"bon(?:y|es?)", r"osseous",
@@ -501,9 +528,10 @@ def read_findings(text: str) -> Reading:
 
     English only: a text in another language gives few statements or none, some of them wrong. Never raises; what it cannot read is in `unread`.
     """
-    stated = statements(text)
+    flat, further = _unwrapped(text)
+    stated = _statements(flat, further)
     understood = {s.sentence for s in stated}
-    silent = "\n".join(m.group() for i, m in enumerate(_SENTENCE.finditer(_unwrapped(text)[0])) if i not in understood)
+    silent = "\n".join(m.group() for i, m in enumerate(_SENTENCE.finditer(flat)) if i not in understood)
     unread = [s for s in sentences(silent) if not _OUTSIDE.search(s)]
     return Reading(tuple(dict.fromkeys(s.finding for s in stated)), tuple(unread))
 
