@@ -230,21 +230,22 @@ _VERB = re.compile(r"\b(?:is|are|was|were|has|have|had|remains?|appears?|persist
 _SAYS_MORE = re.compile(rf"(?:{_VERB.pattern})(?!(?: not)?{_THERE}\b)", re.I)
 
 # %% ../../nbs/studies/findings.ipynb #a17cue0
+_VERSUS = r"(?:versus|vs\.?)(?! (?:the )?(?:prior|previous))"
 _NO_CHANGE = r"(?:no|without)(?: \w+){0,2}? (?:increase|decrease|progression|worsening|improvement|resolution|clearing|removal)(?= in| of|\W*$)"
 _NOT_CHANGED = (r"(?:not|never|yet to|fail(?:s|ed)? to)(?: (?:yet|been|be|significantly|much|to))*"
                 r" (?:resolved?|clear(?:ed)?|removed|(?:in|de)creased?|improved?|larger|smaller|worse(?:n(?:ed)?)?|progress(?:ed)?|enlarged since|changed?)")
 
 # %% ../../nbs/studies/findings.ipynb #5bef11c7
 CUES: dict[str, tuple[str, ...]] = {
-    "favours_after": (r"probabl[ey]", r"likely", r"most suggest\w*", r"favou?r(?:s|ed|ing)?", r"presum(?:ed|abl[ey])", r"versus", r"vs"),
-    "favours_before": (r"(?:is|are|was|were) (?:likely|probable|favou?red)", r"versus", r"vs"),
+    "favours_after": (r"probabl[ey]", r"likely", r"most suggest\w*", r"favou?r(?:s|ed|ing)?", r"presum(?:ed|abl[ey])", _VERSUS),
+    "favours_before": (r"(?:is|are|was|were) (?:likely|probable|favou?red)(?! to)", _VERSUS),
     "doubts_after": (r"may", r"might", r"could", r"possibl[ey]", r"potential(?:ly)?", r"question(?:able|ed)?(?: of)?", r"query", r"suspicious",
-                     r"suspected", r"(?<!most )suggest\w*", r"worrisome", r"concern\w*", r"to (?:exclude|rule out)", r"differential", r"perhaps",
+                     r"suspected", r"(?<!most )suggest\w*", r"worrisome", r"clinical setting", r"concern\w*", r"to (?:exclude|rule out)", r"differential", r"perhaps",
                      r"conceivabl[ey]", r"equivocal"),
     "doubts_before": (r"(?:is|are|was|were) (?:possible|suspected|questioned|questionable)", r"in the differential",
                       r"(?:should|could|may|might|can) (?:also )?be considered", r"is (?:a|another) (?:consideration|possibility)",
-                      r"suspected", r"possible", r"may be present"),
-    "doubts_around": (r"(?:cannot|can ?not|not) (?:be )?(?:\w+ly )?(?:excluded?|ruled? out)", r"less likely", r"with or without", r"clinical setting",
+                      r"(?:suspected|possible)(?=\W*$)", r"may be present"),
+    "doubts_around": (r"(?:cannot|can ?not|not) (?:be )?(?:\w+ly )?(?:excluded?|ruled? out)", r"less likely", r"with or without",
                       r"(?:difficult|hard|impossible) to (?:\w+ly )?(?:exclude|rule out)")}
 
 # %% ../../nbs/studies/findings.ipynb #fb8c211a
@@ -252,16 +253,16 @@ CUES |= {
     "denies_after": (r"no", r"not", r"nil", r"without", r"w/o", r"free of", r"clear of", r"negative for", r"absen(?:ce of|t)",
                      r"rather than", r"nor", r"neither", r"none", r"nothing", r"ruled? out", r"lack of", r"fail(?:s|ed)? to",
                      r"no longer", r"unlikely"),
-    "denies_before": (rf"(?:is|are|was|were|has|have|does|do) not(?: \w+ly)?{_THERE}", r"(?:is|are) absent", r"(?:excluded|ruled out)", r"(?:un|not )likely",
-                      r"(?:with)?in (?:the )?(?:normal limits|limits of normal)"),
+    "denies_before": (rf"(?:is|are|was|were|has|have|does|do) not(?: \w+)?{_THERE}", r"(?:is|are) absent", r"(?:excluded|ruled out)", r"(?:un|not )likely"),
     "denies_nothing": (r"no(?:t)?(?: \w+){0,2}? (?:change[ds]?|different)(?: in| of)?",
                        r"without(?: \w+){0,2}? change", _NO_CHANGE, _NOT_CHANGED,
-                       r"not (?:only|well|optimally|fully|normal)", r"not seen (?:previously|before|on (?:the )?prior)",
+                       r"not (?:only|well|optimally|fully|normal)", r"not (?:\w+ )?(?:seen|evident|identified|visible) (?:previously|before|(?:on|in) (?:the )?(?:prior|previous|lateral|frontal|pa|ap))",
                        r"(?:without|no) doubt", r"no(?: known)? (?:prior|comparison|previous)\w*")}
 _CUES = _compiled(CUES)
 
 # %% ../../nbs/studies/findings.ipynb #a17cue2
 _NO_VALUE = re.compile(r"(?:[:=?(]|\s[-–—])\s*(?:none|nil|absent|negative|no(?!\s+\w)|not (?:seen|present|identified|evident|visuali[sz]ed))\b", re.I)
+_NORMAL_AFTER = re.compile(r"[^,]{0,25}\b(?:with)?in (?:the )?(?:normal limits|limits of normal)", re.I)
 _ASKED_AFTER = re.compile(r"^[^\w?]*\?\s*$|: *(?:possible|probable|likely|questionable)\b", re.I)
 
 # %% ../../nbs/studies/findings.ipynb #880fd4c7
@@ -270,6 +271,7 @@ def _standing(before: str, after: str, inside: str) -> str:
     ahead, behind = (_CUES["denies_nothing"].sub(" ", words) for words in (f"{before} {inside}".strip(), after))
     if _CUES["doubts_around"].search(ahead) or _CUES["doubts_around"].search(behind): return "uncertain"
     if _CUES["denies_after"].search(ahead) or _CUES["denies_before"].search(behind) or _NO_VALUE.search(behind): return "absent"
+    if _NORMAL_AFTER.match(behind): return "absent"
     if _CUES["doubts_after"].search(ahead) or _CUES["doubts_before"].search(behind): return "uncertain"
     if "?" in before or _ASKED_AFTER.search(behind): return "uncertain"
     return "favoured" if _CUES["favours_after"].search(ahead) or _CUES["favours_before"].search(behind) else "present"
@@ -392,19 +394,20 @@ def _own_clauses(clause: str, named: list[tuple[int, int, str]]) -> list[int]:
     joints = [m for m in _AND.finditer(clause) if not any(a < m.start() < b for a, b, _ in named)]
     cuts, last = [], 0
     for i, joint in enumerate(joints):
-        stop = joints[i + 1].start() if i + 1 < len(joints) else len(clause)
+        stop = min([m.start() for m in joints[i + 1:i + 2]] + [m.start() for m in [_OR.search(clause, joint.end())] if m], default=len(clause))
         left, right = clause[last:joint.start()], clause[joint.end():stop]
         afresh = _AFRESH.match(right.lstrip())
         names = any(joint.end() <= a < stop for a, _, _ in named)
         begins = afresh and (afresh[1] or names and not _OR.search(clause, joint.end()) and not _DOUBT.search(left))
         if not begins and (names or _SUBJECT.search(right)):
-            begins = (_SAYS_MORE.search(right) and _CAST.search(left)) or (_VERB.search(right) and _VERB.search(left))
+            begins = (_SAYS_MORE.search(right) and _CAST.search(left)) or ((_VERB.search(right) or _NORMAL.search(right)) and _VERB.search(left))
         if begins:
             cuts.append(joint.end())
             last = joint.end()
     return cuts
 
 # %% ../../nbs/studies/findings.ipynb #a17co9
+_BRACKET = re.compile(r"\([^)]*\)?")
 _LEAD_IN = re.compile(r"\W*\w+(?: \w+)?, ?")
 
 def _clauses(sentence: str, named: list[tuple[int, int, str]]) -> list[tuple[int, int]]:
@@ -412,6 +415,7 @@ def _clauses(sentence: str, named: list[tuple[int, int, str]]) -> list[tuple[int
     def inside(place: int) -> bool: return any(a < place < b for a, b, _ in named)
     def about(a: int, b: int) -> list[tuple[int, int, str]]: return [(s - a, e - a, k) for s, e, k in named if a <= s < b]
     cuts = {0, *(m.start() for m in _CLAUSE.finditer(sentence) if not inside(m.start()))}
+    for m in _BRACKET.finditer(sentence): cuts |= set(m.span()) if about(*m.span()) else set()
     ends = sorted(cuts | {len(sentence)})
     for a, b in zip(ends, ends[1:], strict=False): cuts |= {a + c for c in _own_clauses(sentence[a:b], about(a, b))}
     ends = sorted(cuts | {len(sentence)})
@@ -437,15 +441,16 @@ _ONCE = phrases((r"previously (?:seen|noted|described|identified|demonstrated)",
 _OR_AFTER = re.compile(r"\W*(?:(?:and/)?or|vs\.?|versus)\b(?! (?:the )?(?:prior|previous))", re.I)
 _OR_BEFORE = re.compile(r"(?:\b(?:(?:and/)?or|vs\.?|versus) )(?:[\w-]+ ){0,3}$", re.I)
 _LABEL = re.compile(r"\W*[:=]")
-_NO_NOUN = phrases((r"new", r"one", r"two", r"three", r"more", r"left", r"right", r"small", r"mild", r"moderate", r"large", r"\d+"))
+_NO_NOUN = phrases((r"new", r"stable", r"unchanged", r"one", r"two", r"three", r"more", r"left", r"right", r"small", r"mild", r"moderate", r"large", r"\d+"))
 
 def _alternative(before: str, after: str) -> bool:
     "Whether a mention is one of two or more that are joined by \"or\"."
     m = _OR_BEFORE.search(before)
+    if _CUES["denies_after"].search(before): return False
     return bool(_OR_AFTER.match(after)) or bool(m and before[:m.start()].strip() and not _NO_NOUN.search(before[:m.start()].split()[-1]))
 
 # %% ../../nbs/studies/findings.ipynb #a17sh2
-_JOINED = re.compile(r"(?:,? and|,)(?: (?!with\b|without\b)[\w-]+){0,4} ", re.I)
+_JOINED = re.compile(r"(?:,? and|,? or|,)(?: (?!with\b|without\b)[\w-]+){0,4} ", re.I)
 _OF_ALL = re.compile(r"\b(?:are|have|were|remain|both|all)\b", re.I)
 _DEVICES = frozenset((*PHANTOM_KINDS[PHANTOM_KINDS.index("endotracheal_tube"):], "support_device"))
 
