@@ -220,9 +220,9 @@ def sentences(text: str) -> list[str]:
 
 # %% ../../nbs/studies/findings.ipynb #a17co2
 _AND = re.compile(r",(?: and\b)?(?! (?:or|nor)\b)|\band\b(?!/)", re.I)
-_AFRESH = re.compile(r"(?:also )?(?:(no|not|without|w/o|nil|neither|possibl[ey]|probabl[ey]|likely)|small|mild|minimal|trace|tiny|moderate|large|stable|unchanged|"
+_AFRESH = re.compile(r"(?:also )?(?:(no|not|without|w/o|nil|neither|possibl[ey]|probabl[ey]|likely)|small|mild|minimal|trace|tiny|moderate|stable|unchanged|"
                      r"persistent|slight|increas(?:ed|ing)|decreas(?:ed|ing)|resolved|improv(?:ed|ing))\b", re.I)
-_OR = re.compile(r"\b(?:or|nor)\b", re.I)
+_OR = re.compile(r"\b(?:or|nor)\b|/", re.I)
 
 # %% ../../nbs/studies/findings.ipynb #a17co3
 _THERE = r"(?: (?:now|also|again|clearly|definitely))*(?: been)? (?:seen|identified|present|noted|visuali[sz]ed|evident|demonstrated|apparent|appreciated|detected|found)"
