@@ -66,7 +66,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "cardiomegaly": (r"cardiomegaly", r"cardiac enlargement",
                      r"enlarge(?:d|ment of)(?: the)? (?:heart|cardiac|cardio\w+)(?: silhouette| size)?",
                      r"(?:heart|cardiac|cardio\w+al)(?! and)(?:[ -](?:not normal|(?!normal)\w+)){0,7} enlarged",
-                     r"heart(?: size)?: (?:\w+ )?enlarged", r"borderline (?:in )?(?:heart|cardiac)(?: silhouette)?(?: size)?",
+                     r"(?:heart|cardi\w+)(?: silhouette| size)?: (?:\w+ )?enlarged", r"borderline (?:in )?(?:heart|cardiac)(?: silhouette)?(?: size)?",
                      r"heart(?: size)? (?:is|remains|appears)(?: \w+){0,2}? (?:large|borderline)(?! normal)(?: in size)?"),
     "oedema": (r"(?:pulmonary |interstitial |alveolar )?o?edema",
                r"(?:pulmonary |vascular |venous )+congestion", r"(?:congestive )?(?:heart|cardiac) failure", r"chf", r"(?:pulmonary )?venous hypertension",
@@ -81,7 +81,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 NAMES |= {
     "opacity": (r"opaci(?:ty|ties|fication\w*)", r"(?:pneumonic )?infiltrat(?:es?|ions?)", r"air ?-?space disease",
                 r"(?:pulmonary|lung|air ?-?space|basilar|patchy|focal|streaky|hazy) densit(?:y|ies)"),
-    "pneumonia": (r"(?:broncho)?pneumonia", r"pneumonitis", r"(?:acute |pulmonary )infection",
+    "pneumonia": (r"(?:broncho)?pneumonia", r"pna", r"pneumonitis", r"(?:acute |pulmonary )infection",
                   r"infectious process"),
     "enlarged_mediastinum": (r"(?:widen(?:ed|ing)|enlarged?)(?: of)?(?: the)?(?: superior| upper)? mediastin(?:um|al)",
                              r"mediastin(?:um|al)(?: \w+){0,4}? (?:widen(?:ed|ing)|enlarged)"),
@@ -155,32 +155,32 @@ def mentions(text: str) -> list[tuple[int, int, str]]:
 
 # %% ../../nbs/studies/findings.ipynb #a17flat1
 _OPEN_ENDS = r"(?:,|\b(?:and|or|nor|of|the|an?|no|with|without|for|in|to|at|from|is|are|left|right))"
-_BREAK = re.compile(rf"(?P<open>{_OPEN_ENDS})?[^\S\n]*(?P<lines>\n\s*)(?P<small>[a-z])?|\s\s+|(?P<short>(?:(?<=\bcan)|(?<!\bca)n)['’]t)\b", re.I)
-_LAST_START = re.compile(r"(?:^|[.;:!?\n])[^\w\n]*(\w)(?=[^.;:!?\n]*$)")
+_BREAK = re.compile(rf"(?P<open>{_OPEN_ENDS})?[^\S\n]*(?P<lines>\n\s*)(?P<small>[a-z])?|(?:\s*\*+)+ *|\s\s+|(?P<short>(?:(?<=\bcan)|(?<!\bca)n)['’]t)\b", re.I)
+_LAST_START = re.compile(r"(?:^|[.;:!?])\W*(\w)(?=[^.;:!?]*$)")
 
 # %% ../../nbs/studies/findings.ipynb #a17flat2
-def _goes_on(text: str, m: re.Match) -> bool:
-    "Whether a sentence of `text` goes on after the line break `m`."
+def _goes_on(line: str, m: re.Match) -> bool:
+    "Whether the sentence at the end of `line` goes on after the line break `m`."
     if m["lines"].count("\n") > 1: return False
-    if m["open"]: return True
-    begun = _LAST_START.search(text, max(text.rfind("\n\n", 0, m.start()), 0), m.start())
-    return bool(m["small"] and m["small"].islower() and begun and not begun[1].islower())
+    begun = _LAST_START.search(line)
+    return bool(m["open"] or m["small"] and m["small"].islower() and begun and not begun[1].islower())
 
 # %% ../../nbs/studies/findings.ipynb #a17flat3
 def _unwrapped(text: str) -> tuple[str, list[tuple[int, int]]]:
     "`text` with one space for every run of blanks and every broken line and \"not\" for \"n't\", and (place, how much further it stands in `text`)."
-    parts, further, done, length = [], [(0, 0)], 0, 0
+    lines, line, further, done, length = [], "", [(0, 0)], 0, 0
     for m in _BREAK.finditer(text):
         start, end, new = m.start(), m.end(), " "
         if m["lines"]:
             start, end = m.span("lines")
             while start > done and text[start - 1] in " \t": start -= 1
-            if not _goes_on(text, m): new = "\n"
-        elif m["short"]: new = "not" if m["short"] == "'t" else " not"
-        parts += [text[done:start], new]
+            if not _goes_on(line + text[done:start], m): new = "\n"
+        elif m["short"]: new = "not" if m["short"].startswith(("'", "’")) else " not"
+        line += text[done:start] + new
         done, length = end, length + start - done + len(new)
         further.append((length, end - length))
-    return "".join([*parts, text[done:]]), further
+        if new == "\n": lines, line = [*lines, line], ""
+    return "".join([*lines, line, text[done:]]), further
 
 # %% ../../nbs/studies/findings.ipynb #a17sent2
 _DOT_INSIDE = r"\.(?=\d)|(?<![a-zA-Z]{2})\.(?=[a-zA-Z])|(?<=\b[vV]s)\.|(?<=\b[dD]r)\.|(?<=\bapprox)\."
@@ -199,7 +199,7 @@ CLAUSE_STARTS = (r"but", r"however", r"although", r"though", r"while", r"whereas
 ADVICE = (r"if", r"recommend\w*", r"correlat\w+", r"consider", r"(?<!a )consideration", r"please", r"suggest follow",
           r"(?:further|for) evaluat\w+", r"could obscure", r"limited")
 NOT_NOW = (r"(?:evaluat\w+|assess\w*|look(?:ing)?|follow-?up|screen\w*|treat(?:ed|ment)|work-?up) (?:for|of)", r"r/o",
-           r"(?<!to )(?<!not )(?<!cannot )(?<!completely )(?<!entirely )rule out", r"(?:h/o|hx)",
+           r"(?<!to )(?<!not )(?<!cannot )(?<!completely )(?<!entirely )rule out", r"(?:h/o|hx)", r"follow-? ?up (?:to|is|with|imaging|films?|ct|radiographs?)",
            r"(?:past )?(?:medical )?history", r"clinical (?:concern|suspicion|question)", r"denies", r"in the past")
 _HEADING = re.compile(r"[\W\d]*(?:indication|history|clinical [\w ]+|reason for [\w ]+|comparison|technique|exam\w*|procedure)s?:", re.I)
 
@@ -241,8 +241,8 @@ CUES: dict[str, tuple[str, ...]] = {
     "favours_before": (r"(?:is|are|was|were) (?:likely|probable|favou?red)(?! to)", _VERSUS),
     "doubts_after": (r"may", r"might", r"could", r"possibl[ey]", r"potential(?:ly)?", r"question(?:able|ed)?(?: of)?", r"query", r"suspicious",
                      r"suspected", r"(?<!most )suggest\w*", r"worrisome", r"clinical setting", r"concern\w*", r"to (?:exclude|rule out)", r"differential", r"perhaps",
-                     r"conceivabl[ey]", r"equivocal"),
-    "doubts_before": (r"(?:is|are|was|were) (?:possible|suspected|questioned|questionable)", r"in the differential",
+                     r"conceivabl[ey]", r"equivocal", r"doubtful", r"unclear", r"indeterminate"),
+    "doubts_before": (r"(?:is|are|was|were) (?:possible|suspected|questioned|questionable|doubtful|unclear|indeterminate)", r"in the differential",
                       r"(?:should|could|may|might|can) (?:also )?be considered", r"is (?:a|another) (?:consideration|possibility)",
                       r"(?:suspected|possible)(?=\W*$)", r"may be present"),
     "doubts_around": (r"(?:cannot|can ?not|not) (?:be )?(?:\w+ly )?(?:excluded?|ruled? out)", r"less likely", r"with or without",
@@ -318,6 +318,7 @@ ATTRIBUTE_WORDS |= {
 NOT_A_SIZE = (r"(?:slight|mild|minimal|moderate|marked|small|minor)(?:ly)? (?:interval )?(?:increas|decreas|improv|worsen|progress|chang|clear|larg|small|more|less)\w*",)
 
 # %% ../../nbs/studies/findings.ipynb #244cc419
+_THAN_BEFORE = r"(?! (?:on|in|at|than) (?:the )?(?:left|right))"      # "larger on the right" is said of two sides, not of two dates
 _PARTLY = r"(?:almost|near(?:ly)?|largely|mostly|partial(?:ly)?|incomplete(?:ly)?|not (?:yet )?(?:completely|fully|entirely))(?:[ -](?:complete(?:ly)?|total|interval))*"
 ATTRIBUTE_WORDS |= {
     "change": {"new": (r"new(?:ly)?", r"interval (?:development|placement|appearance|insertion)", r"(?:has|have) (?:developed|appeared)",
@@ -327,10 +328,10 @@ ATTRIBUTE_WORDS |= {
                             r"remov(?:ed|al(?: of)?)", r"(?:interval|complete) clearing", r"no residual", r"(?:ha[sd]|have|is|are) (?:now )?gone",
                             r"(?:dis)appear(?:ed|ance of)(?<=disappeared)", r"disappearance", r"vanished", r"extubat\w+",
                             r"(?:withdrawn|pulled|taken out|discontinued)(?!(?: back)?(?: by)?(?: about| approximately)? \d)", r"(?:is|are|now) out(?! of)"),
-               "larger": (r"increas(?:e[ds]?|ing)", r"worse(?:n(?:ed|ing))?", r"larger", r"bigger", r"progress(?:ed|ion|ive)",
-                          r"enlarging", r"(?:has|have) enlarged", r"more (?:prominent|extensive|conspicuous)", r"has grown"),
-               "smaller": (r"decreas(?:e[ds]?|ing)", r"improv(?:e[ds]?|ing|ement)", r"smaller",
-                           r"less(?: (?:prominent|extensive|conspicuous))?(?! likely)", r"reduced", r"diminish(?:ed|ing)", r"resolving",
+               "larger": (r"increas(?:e[ds]?|ing)", r"worsen(?:ed|ing)", rf"(?:worse|larger|bigger){_THAN_BEFORE}", r"progress(?:ed|ion|ive)",
+                          r"enlarging", r"(?:has|have) enlarged", rf"more (?:prominent|extensive|conspicuous){_THAN_BEFORE}", r"has grown"),
+               "smaller": (r"decreas(?:e[ds]?|ing)", r"improv(?:e[ds]?|ing|ement)", 
+                           rf"smaller{_THAN_BEFORE}", rf"less(?: (?:prominent|extensive|conspicuous))?{_THAN_BEFORE}(?! likely)", r"reduced", r"diminish(?:ed|ing)", r"resolving", r"(?:is|are) clearing",
                            rf"{_PARTLY} (?:resol(?:ved?|ution)|clear(?:ed|ing))"),
                "unchanged": (r"unchanged", r"stable", r"persist(?:s|ent|ing)?", r"again", r"similar",
                              r"redemonstrat\w+", r"as before", r"remains?",
@@ -441,6 +442,7 @@ _ONCE = phrases((r"previously (?:seen|noted|described|identified|demonstrated)",
 _OR_AFTER = re.compile(r"\W*(?:(?:and/)?or|vs\.?|versus)\b(?! (?:the )?(?:prior|previous))", re.I)
 _OR_BEFORE = re.compile(r"(?:\b(?:(?:and/)?or|vs\.?|versus) )(?:[\w-]+ ){0,3}$", re.I)
 _LABEL = re.compile(r"\W*[:=]")
+_NOT_ASSESSED = re.compile(r"[^,]{0,12}\b(?:not (?:applicable|assessed|evaluated|included|assessable)|(?:cannot|can not) be (?:assessed|evaluated|determined)|n/a)\b", re.I)
 _NO_NOUN = phrases((r"new", r"stable", r"unchanged", r"one", r"two", r"three", r"more", r"left", r"right", r"small", r"mild", r"moderate", r"large", r"\d+"))
 
 def _alternative(before: str, after: str) -> bool:
@@ -473,7 +475,7 @@ def _clause_statements(clause: str, named: list[tuple[int, int, str]]) -> list[t
     denied = [k for k in denied_by_normality(clause) if k not in {m[2] for m in named}]
     statements_here = [(Finding(k, certainty="absent"), 0, len(clause), False) for k in denied]
     for i, (start, end, kind) in enumerate(named):
-        if _LABEL.match(clause, end) and kind in {m[2] for m in named[i + 1:]}: continue
+        if _LABEL.match(clause, end) and kind in {m[2] for m in named[i + 1:]} or _NOT_ASSESSED.match(clause, end): continue
         begin, finish = _own_words(clause, named, i)
         about = attributes_of(kind, clause[begin:finish], start - begin, end - begin)
         if not about["change"]: about["change"] = _shared_change(clause, named, i)
