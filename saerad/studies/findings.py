@@ -66,7 +66,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "cardiomegaly": (r"cardiomegaly", r"cardiac enlargement",
                      r"enlarge(?:d|ment of)(?: the)? (?:heart|cardiac|cardio\w+)(?: silhouette| size)?",
                      r"(?:heart|cardiac|cardio\w+al)(?! and)(?:[ -](?:not normal|(?!normal)\w+)){0,7} enlarged",
-                     r"(?:heart|cardi\w+)(?: silhouette| size)?: (?:\w+ )?enlarged", r"borderline (?:in )?(?:heart|cardiac)(?: silhouette)?(?: size)?",
+                     r"(?:heart|cardi\w+)(?: silhouette| size)?: (?:(?!normal)\w+ ){0,3}enlarged", r"borderline (?:in )?(?:heart|cardiac)(?: silhouette)?(?: size)?",
                      r"heart(?: size)? (?:is|remains|appears)(?: \w+){0,2}? (?:large|borderline)(?! normal)(?: in size)?"),
     "oedema": (r"(?:pulmonary |interstitial |alveolar )?o?edema",
                r"(?:pulmonary |vascular |venous )+congestion", r"(?:congestive )?(?:heart|cardiac) failure", r"chf", r"(?:pulmonary )?venous hypertension",
@@ -84,7 +84,7 @@ NAMES |= {
     "pneumonia": (r"(?:broncho)?pneumonia", r"pna", r"pneumonitis", r"(?:acute |pulmonary )infection",
                   r"infectious process"),
     "enlarged_mediastinum": (r"(?:widen(?:ed|ing)|enlarged?)(?: of)?(?: the)?(?: superior| upper)? mediastin(?:um|al)",
-                             r"mediastin(?:um|al)(?: \w+){0,4}? (?:widen(?:ed|ing)|enlarged)"),
+                             r"mediastin(?:um|al):?(?: \w+){0,4}? (?:widen(?:ed|ing)|enlarged)"),
     "pleural_other": (r"pleural (?:thickening|scarring|plaques?|calcifications?|densit(?:y|ies))",
                       r"blunting(?: \w+){0,4}? (?:costophrenic|angle|sulcus)\w*(?: angles?)?",
                       r"(?:costophrenic|cp)(?: \w+){1,4}? blunt(?:ed|ing)"),
@@ -155,7 +155,7 @@ def mentions(text: str) -> list[tuple[int, int, str]]:
 
 # %% ../../nbs/studies/findings.ipynb #a17flat1
 _OPEN_ENDS = r"(?:,|\b(?:and|or|nor|of|the|an?|no|with|without|for|in|to|at|from|is|are|left|right))"
-_BREAK = re.compile(rf"(?P<open>{_OPEN_ENDS})?[^\S\n]*(?P<lines>\n\s*)(?P<small>[a-z])?|(?:\s*\*+)+ *|\s\s+|(?P<short>(?:(?<=\bcan)|(?<!\bca)n)['’]t)\b", re.I)
+_BREAK = re.compile(rf"(?P<open>{_OPEN_ENDS})?[^\S\n]*(?P<lines>\n\s*)(?P<small>[a-z])?|(?P<item>\s+\d\d?\) +)|(?:\s*\*+)+ *|\s\s+|(?P<short>(?:(?<=\bcan)|(?<!\bca)n)['’]t)\b", re.I)
 _LAST_START = re.compile(r"(?:^|[.;:!?])\W*(\w)(?=[^.;:!?]*$)")
 
 # %% ../../nbs/studies/findings.ipynb #a17flat2
@@ -175,6 +175,7 @@ def _unwrapped(text: str) -> tuple[str, list[tuple[int, int]]]:
             start, end = m.span("lines")
             while start > done and text[start - 1] in " \t": start -= 1
             if not _goes_on(line + text[done:start], m): new = "\n"
+        elif m["item"]: new = "\n"
         elif m["short"]: new = "not" if m["short"].startswith(("'", "’")) else " not"
         line += text[done:start] + new
         done, length = end, length + start - done + len(new)
@@ -188,7 +189,7 @@ _ASKED = r"\?(?= *(?:none|no|nil|absent|negative)\b)|(?<!\w)\?"
 _SENTENCE = re.compile(rf"(?:[^.;!?\n]|{_DOT_INSIDE}|{_ASKED})+\??")
 
 # %% ../../nbs/studies/findings.ipynb #a8cbc7d8
-CLAUSE_STARTS = (r"but", r"however", r"although", r"though", r"while", r"whereas", r"which", r"yet(?! to)", r"despite",
+CLAUSE_STARTS = (r"but", r"however(?!, (?:is|are|was|were|has|have|remains?)\b)", r"although", r"though", r"while", r"whereas", r"which", r"yet(?! to)", r"despite",
                  r"except(?: for)?", r"(?:aside|apart) from", r"other than", r"otherwise", r"after", r"following",
                  r"(?<!if )there (?:is|are|was|were|has|have|may|remains?|continues?)",
                  r"(?<!consistent )(?<!compatible )(?<!associated )(?<!along )with(?! or without)",
@@ -241,8 +242,8 @@ CUES: dict[str, tuple[str, ...]] = {
     "favours_before": (r"(?:is|are|was|were) (?:likely|probable|favou?red)(?! to)", _VERSUS),
     "doubts_after": (r"may", r"might", r"could", r"possibl[ey]", r"potential(?:ly)?", r"question(?:able|ed)?(?: of)?", r"query", r"suspicious",
                      r"suspected", r"(?<!most )suggest\w*", r"worrisome", r"clinical setting", r"concern\w*", r"to (?:exclude|rule out)", r"differential", r"perhaps",
-                     r"conceivabl[ey]", r"equivocal", r"doubtful", r"unclear", r"indeterminate"),
-    "doubts_before": (r"(?:is|are|was|were) (?:possible|suspected|questioned|questionable|doubtful|unclear|indeterminate)", r"in the differential",
+                     r"conceivabl[ey]", r"equivocal", r"doubtful", r"unclear"),
+    "doubts_before": (r"(?:is|are|was|were) (?:possible|suspected|questioned|questionable|doubtful|unclear)", r"in the differential",
                       r"(?:should|could|may|might|can) (?:also )?be considered", r"is (?:a|another) (?:consideration|possibility)",
                       r"(?:suspected|possible)(?=\W*$)", r"may be present"),
     "doubts_around": (r"(?:cannot|can ?not|not) (?:be )?(?:\w+ly )?(?:excluded?|ruled? out)", r"less likely", r"with or without",
@@ -253,7 +254,7 @@ CUES |= {
     "denies_after": (r"no", r"not", r"nil", r"without", r"w/o", r"free of", r"clear of", r"negative for", r"absen(?:ce of|t)",
                      r"rather than", r"nor", r"neither", r"none", r"nothing", r"ruled? out", r"lack of", r"fail(?:s|ed)? to",
                      r"no longer", r"unlikely"),
-    "denies_before": (rf"(?:is|are|was|were|has|have|does|do) not(?: \w+)?{_THERE}", r"(?:is|are) absent", r"(?:excluded|ruled out)", r"(?:un|not )likely"),
+    "denies_before": (rf"(?:(?:is|are|was|were|has|have|does|do) not(?: \w+)?|not){_THERE}", r"(?:is|are) absent", r"(?:excluded|ruled out)", r"(?:un|not )likely(?! to (?:represent|reflect|indicate))"),
     "denies_nothing": (r"no(?:t)?(?: \w+){0,2}? (?:change[ds]?|different)(?: in| of)?",
                        r"without(?: \w+){0,2}? change", _NO_CHANGE, _NOT_CHANGED,
                        r"not (?:only|well|optimally|fully|normal)", r"not (?:\w+ )?(?:seen|evident|identified|visible) (?:previously|before|(?:on|in) (?:the )?(?:prior|previous|lateral|frontal|pa|ap))",
@@ -261,7 +262,7 @@ CUES |= {
 _CUES = _compiled(CUES)
 
 # %% ../../nbs/studies/findings.ipynb #a17cue2
-_NO_VALUE = re.compile(r"(?:[:=?(]|\s[-–—])\s*(?:none|nil|absent|negative|no(?!\s+\w)|not (?:seen|present|identified|evident|visuali[sz]ed))\b", re.I)
+_NO_VALUE = re.compile(r"(?:[:=?(]|\s[-–—])\s*(?:none|nil|absent|negative|no(?: evidence| signs?)?(?=\s*(?:[.,;)]|$))|not (?:seen|present|identified|evident|visuali[sz]ed))\b", re.I)
 _NORMAL_AFTER = re.compile(r"[^,]{0,25}\b(?:with)?in (?:the )?(?:normal limits|limits of normal)", re.I)
 _ASKED_AFTER = re.compile(r"^[^\w?]*\?\s*$|: *(?:possible|probable|likely|questionable)\b", re.I)
 
@@ -300,7 +301,7 @@ ATTRIBUTE_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     "side": {"left": (r"left(?:-sided)?", r"lt", r"l(?![/'])", r"l[ul]l"), "right": (r"right(?:-sided)?", r"rt", r"r(?![/'])", r"r[uml]l"),
              "bilateral": (r"bilat(?:eral\w*)?", r"b/l", r"both(?= (?:lungs?|sides?|bases|apices|lower|upper))",
                            r"bi-?bas\w+", r"bi-?apical", r"bihilar", r"(?:left|right) and (?:left|right)",
-                           r"(?:left|right|[lr]) (?:(?:greater|more|larger|worse) than|>) (?:the )?(?:left|right|[lr])")},
+                           r"(?:greater|more|larger|worse) than (?:on )?(?:the )?(?:left|right)", r"[lr] > [lr]")},
     "zone": {"upper": (r"upper(?! limits?)", r"apical", r"apex", r"apices", r"bi-?apical", r"[rl]ul"),
              "middle": (r"mid(?:dle)?", r"mid-?(?:lung|zone)s?", r"peri-?hilar", r"lingula\w*", r"rml"),
              "lower": (r"lower", r"(?:bi-?)?bas[ai]l\w*", r"bas(?:e|es|ilar|al)", r"retrocardiac",
@@ -327,7 +328,7 @@ ATTRIBUTE_WORDS |= {
                "resolved": (r"resol(?:ved|ution)", r"no longer", r"(?:(?:has|have) (?:completely )?)?cleared",
                             r"remov(?:ed|al(?: of)?)", r"(?:interval|complete) clearing", r"no residual", r"(?:ha[sd]|have|is|are) (?:now )?gone",
                             r"(?:dis)appear(?:ed|ance of)(?<=disappeared)", r"disappearance", r"vanished", r"extubat\w+",
-                            r"(?:withdrawn|pulled|taken out|discontinued)(?!(?: back)?(?: by)?(?: about| approximately)? \d)", r"(?:is|are|now) out(?! of)"),
+                            r"(?:withdrawn|pulled|taken out|discontinued)(?!(?: back)?(?: by)?(?: about| approximately)? \d)", r"(?:is|are|now|come) out(?! of)"),
                "larger": (r"increas(?:e[ds]?|ing)", r"worsen(?:ed|ing)", rf"(?:worse|larger|bigger){_THAN_BEFORE}", r"progress(?:ed|ion|ive)",
                           r"enlarging", r"(?:has|have) enlarged", rf"more (?:prominent|extensive|conspicuous){_THAN_BEFORE}", r"has grown"),
                "smaller": (r"decreas(?:e[ds]?|ing)", r"improv(?:e[ds]?|ing|ement)", 
@@ -397,17 +398,19 @@ def _own_clauses(clause: str, named: list[tuple[int, int, str]]) -> list[int]:
     for i, joint in enumerate(joints):
         stop = min([m.start() for m in joints[i + 1:i + 2]] + [m.start() for m in [_OR.search(clause, joint.end())] if m], default=len(clause))
         left, right = clause[last:joint.start()], clause[joint.end():stop]
-        afresh = _AFRESH.match(right.lstrip())
+        afresh, after_name = _AFRESH.match(right.lstrip()), any(last <= a < joint.start() for a, _, _ in named)
         names = any(joint.end() <= a < stop for a, _, _ in named)
-        begins = afresh and (afresh[1] or names and not _OR.search(clause, joint.end()) and not _DOUBT.search(left))
+        begins = afresh and (afresh[1] or names and after_name and not _OR.search(clause, joint.end()) and not _DOUBT.search(left))
         if not begins and (names or _SUBJECT.search(right)):
             begins = (_SAYS_MORE.search(right) and _CAST.search(left)) or ((_VERB.search(right) or _NORMAL.search(right)) and _VERB.search(left))
-        if begins:
+        alone = names and after_name and len(joints) == 1 and joint[0] == "," and not _OR.search(clause)
+        if begins or alone and _CUES["denies_before"].search(right):
             cuts.append(joint.end())
             last = joint.end()
     return cuts
 
 # %% ../../nbs/studies/findings.ipynb #a17co9
+_HALF = re.compile(r"\b(?:left|right) and $", re.I)
 _BRACKET = re.compile(r"\([^)]*\)?")
 _LEAD_IN = re.compile(r"\W*\w+(?: \w+)?, ?")
 
@@ -419,6 +422,9 @@ def _clauses(sentence: str, named: list[tuple[int, int, str]]) -> list[tuple[int
     for m in _BRACKET.finditer(sentence): cuts |= set(m.span()) if about(*m.span()) else set()
     ends = sorted(cuts | {len(sentence)})
     for a, b in zip(ends, ends[1:], strict=False): cuts |= {a + c for c in _own_clauses(sentence[a:b], about(a, b))}
+    ends = sorted(cuts | {len(sentence)})
+    for a, b in zip(ends, ends[1:], strict=False):
+        if not about(a, b) and _HALF.search(sentence, a, b): cuts.discard(b)
     ends = sorted(cuts | {len(sentence)})
     if len(ends) > 2 and not about(0, ends[1]) and _LEAD_IN.fullmatch(sentence[:ends[1]]): del ends[1]
     cuts = {a for a, b in zip(ends, ends[1:], strict=False) if not a or about(a, b) or not sentence.startswith("which", a)}
@@ -450,6 +456,17 @@ def _alternative(before: str, after: str) -> bool:
     m = _OR_BEFORE.search(before)
     if _CUES["denies_after"].search(before): return False
     return bool(_OR_AFTER.match(after)) or bool(m and before[:m.start()].strip() and not _NO_NOUN.search(before[:m.start()].split()[-1]))
+
+# %% ../../nbs/studies/findings.ipynb #a17ha2
+_PAIR = re.compile(r"((?:\w+ )?)(left|right)((?: \w+){0,2}?) and (?:an? )?((?:\w+ )?)(left|right)((?: \w+){0,3}) $", re.I)
+
+def _halves(kind: str, before: str) -> list[dict[str, str]]:
+    "Side, zone and severity of each half of a pair that goes by one name; none where the words before it name no such pair."
+    m = _PAIR.search(before)
+    if not m or m[2].lower() == m[5].lower(): return []
+    parts = [attributes_of(kind, "".join(part), 0, 0) for part in (m.groups()[:3], m.groups()[3:])]
+    told = [{a: v for a, v in part.items() if v and a != "change"} for part in parts]
+    return told if all(len(t) > 1 for t in told) else []
 
 # %% ../../nbs/studies/findings.ipynb #a17sh2
 _JOINED = re.compile(r"(?:,? and|,? or|,)(?: (?!with\b|without\b)[\w-]+){0,4} ", re.I)
@@ -484,8 +501,9 @@ def _clause_statements(clause: str, named: list[tuple[int, int, str]]) -> list[t
         if about["change"] == "resolved": standing = "present"
         if standing == "present" and _alternative(clause[:start], clause[end:]): standing = "favoured"
         if standing == "absent": about = dict.fromkeys(about, "")
-        finding = Finding(kind, **about, certainty="uncertain" if standing == "favoured" else standing)
-        statements_here.append((finding, start, end, standing == "favoured"))
+        certainty, halves = "uncertain" if standing == "favoured" else standing, _halves(kind, clause[begin:start])
+        for half in halves if halves and certainty != "absent" else [{}]:
+            statements_here.append((Finding(kind, **{**about, **half}, certainty=certainty), start, end, standing == "favoured"))
     return statements_here
 
 # %% ../../nbs/studies/findings.ipynb #dc3f8102
