@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['PHANTOM_KINDS', 'KINDS', 'SIDES', 'ZONES', 'SEVERITIES', 'CHANGES', 'CERTAINTIES', 'NAMES', 'NOT_MEANT',
            'CLAUSE_STARTS', 'ADVICE', 'NOT_NOW', 'CUES', 'ATTRIBUTES', 'ATTRIBUTE_WORDS', 'ENDOTRACHEAL_ZONES',
-           'NOT_A_SIZE', 'NORMAL_SUBJECTS', 'NORMAL_WORDS', 'OUTSIDE', 'CHEXPERT', 'CERTAINTY_COLOURS', 'Finding',
-           'Reading', 'phrases', 'mentions', 'sentences', 'certainty_of', 'attributes_of', 'denied_by_normality',
-           'Statement', 'statements', 'read_findings', 'chexpert', 'describe_finding', 'marked_findings']
+           'NOT_A_SIZE', 'NORMAL_SUBJECTS', 'NORMAL_WORDS', 'REACH', 'OUTSIDE', 'CHEXPERT', 'CERTAINTY_COLOURS',
+           'Finding', 'Reading', 'phrases', 'mentions', 'sentences', 'certainty_of', 'attributes_of',
+           'denied_by_normality', 'Statement', 'statements', 'read_findings', 'chexpert', 'describe_finding',
+           'marked_findings']
 
 # %% ../../nbs/studies/findings.ipynb #9f6e7551
 import html
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 # %% ../../nbs/studies/findings.ipynb #09666fab
 PHANTOM_KINDS = ("effusion", "pneumothorax", "consolidation", "atelectasis", "cardiomegaly", "oedema",
@@ -209,10 +211,9 @@ _CLAUSE = phrases(CLAUSE_STARTS + ADVICE + NOT_NOW)
 _ADVICE = re.compile(rf"\s*(?:{'|'.join(ADVICE + NOT_NOW)})\b", re.I)
 
 # %% ../../nbs/studies/findings.ipynb #8c2a3b47
-def _pieces(pattern: re.Pattern, text: str) -> list[tuple[int, int]]:
-    "Spans of a text cut before every match of `pattern`."
-    cuts = sorted({0, *(m.start() for m in pattern.finditer(text)), len(text)})
-    return [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if text[a:b].strip()]
+def _spans(cuts: Iterable[int], text: str) -> list[tuple[int, int]]:
+    "Spans of a text that is cut at some places."
+    return list(pairwise(sorted({0, *cuts, len(text)})))
 
 # %% ../../nbs/studies/findings.ipynb #678a89f4
 def sentences(text: str) -> list[str]:
@@ -221,7 +222,7 @@ def sentences(text: str) -> list[str]:
 
 # %% ../../nbs/studies/findings.ipynb #a17co2
 _AND = re.compile(r",(?: and\b)?(?! (?:or|nor)\b)|\band\b(?!/)", re.I)
-_AFRESH = re.compile(r"(?:also )?(?:(no|not|without|w/o|nil|neither|possibl[ey]|probabl[ey]|likely)|small|mild|minimal|trace|tiny|moderate|stable|unchanged|"
+_AFRESH = re.compile(r" *(?:also )?(?:(?P<cue>no|not|without|w/o|nil|neither|possibl[ey]|probabl[ey]|likely)|small|mild|minimal|trace|tiny|moderate|stable|unchanged|"
                      r"persistent|slight|increas(?:ed|ing)|decreas(?:ed|ing)|resolved|improv(?:ed|ing))\b", re.I)
 _OR = re.compile(r"\b(?:or|nor)\b|/", re.I)
 
@@ -387,49 +388,54 @@ class Statement:
     favoured: bool = False    # uncertain, but held to be probable, or one of two
 
 # %% ../../nbs/studies/findings.ipynb #a17co6
+REACH = 400
 _SUBJECT = phrases(p for names in NORMAL_SUBJECTS.values() for p in names)
 _DOUBT = phrases(CUES["doubts_after"] + CUES["favours_after"])
 _CAST = phrases(CUES["denies_after"] + CUES["doubts_after"] + CUES["favours_after"] + NOT_NOW)
 
+def _starts_anew(left: str, right: str, rest: str, named_left: bool, named_right: bool) -> bool:
+    "Whether `right`, which is joined to `left` by a comma or an \"and\", is a clause of its own; `rest` is all that follows."
+    opener = _AFRESH.match(right)
+    if opener and opener["cue"]: return True
+    if opener and named_left and named_right and not _OR.search(rest) and not _DOUBT.search(left): return True
+    if not named_right and not _SUBJECT.search(right): return False
+    if _SAYS_MORE.search(right) and _CAST.search(left): return True
+    return bool(_VERB.search(left) and (_VERB.search(right) or _NORMAL.search(right)))
+
+# %% ../../nbs/studies/findings.ipynb #a17co6b
 def _own_clauses(clause: str, named: list[tuple[int, int, str]]) -> list[int]:
     "Where a comma or an \"and\" of a clause begins a clause of its own."
-    joints = [m for m in _AND.finditer(clause) if not any(a < m.start() < b for a, b, _ in named)]
-    cuts, last = [], 0
-    for i, joint in enumerate(joints):
-        stop = min([m.start() for m in joints[i + 1:i + 2]] + [m.start() for m in [_OR.search(clause, joint.end())] if m], default=len(clause))
-        left, right = clause[last:joint.start()], clause[joint.end():stop]
-        afresh, after_name = _AFRESH.match(right.lstrip()), any(last <= a < joint.start() for a, _, _ in named)
-        names = any(joint.end() <= a < stop for a, _, _ in named)
-        begins = afresh and (afresh[1] or names and after_name and not _OR.search(clause, joint.end()) and not _DOUBT.search(left))
-        if not begins and (names or _SUBJECT.search(right)):
-            begins = (_SAYS_MORE.search(right) and _CAST.search(left)) or ((_VERB.search(right) or _NORMAL.search(right)) and _VERB.search(left))
-        alone = names and after_name and len(joints) == 1 and joint[0] == "," and not _OR.search(clause)
-        if begins or alone and _CUES["denies_before"].search(right):
-            cuts.append(joint.end())
-            last = joint.end()
+    within, starts = {p for a, b, _ in named for p in range(a + 1, b)}, [a for a, _, _ in named]
+    joints = [m for m in _AND.finditer(clause) if m.start() not in within]
+    stops = [m.start() for m in (*joints, *_OR.finditer(clause))]
+    def named_in(a: int, b: int) -> bool: return bisect_left(starts, a) < bisect_left(starts, b)
+    alone = len(stops) == 1 and joints and joints[0][0] == ","       # "left effusion, pneumothorax not seen"
+    stops, cuts, last = sorted([*stops, len(clause)]), [], 0
+    for joint in joints:
+        at, end = joint.end(), stops[bisect_left(stops, joint.end())]
+        left, right, rest = clause[max(last, joint.start() - REACH):joint.start()], clause[at:end], clause[at:at + REACH]
+        both = named_in(last, joint.start()), named_in(at, end)
+        if _starts_anew(left, right, rest, *both) or alone and all(both) and _CUES["denies_before"].search(right):
+            cuts.append(at)
+            last = at
     return cuts
 
 # %% ../../nbs/studies/findings.ipynb #a17co9
+_LEAD_IN = re.compile(r"\W*\w+(?: \w+)?, ?")
 _HALF = re.compile(r"\b(?:left|right) and $", re.I)
 _BRACKET = re.compile(r"\([^)]*\)?")
-_LEAD_IN = re.compile(r"\W*\w+(?: \w+)?, ?")
 
 def _clauses(sentence: str, named: list[tuple[int, int, str]]) -> list[tuple[int, int]]:
     "Spans of the clauses of a sentence."
-    def inside(place: int) -> bool: return any(a < place < b for a, b, _ in named)
-    def about(a: int, b: int) -> list[tuple[int, int, str]]: return [(s - a, e - a, k) for s, e, k in named if a <= s < b]
-    cuts = {0, *(m.start() for m in _CLAUSE.finditer(sentence) if not inside(m.start()))}
-    for m in _BRACKET.finditer(sentence): cuts |= set(m.span()) if about(*m.span()) else set()
-    ends = sorted(cuts | {len(sentence)})
-    for a, b in zip(ends, ends[1:], strict=False): cuts |= {a + c for c in _own_clauses(sentence[a:b], about(a, b))}
-    ends = sorted(cuts | {len(sentence)})
-    for a, b in zip(ends, ends[1:], strict=False):
-        if not about(a, b) and _HALF.search(sentence, a, b): cuts.discard(b)
-    ends = sorted(cuts | {len(sentence)})
-    if len(ends) > 2 and not about(0, ends[1]) and _LEAD_IN.fullmatch(sentence[:ends[1]]): del ends[1]
-    cuts = {a for a, b in zip(ends, ends[1:], strict=False) if not a or about(a, b) or not sentence.startswith("which", a)}
-    ends = sorted(cuts | {len(sentence)})
-    return [(a, b) for a, b in zip(ends, ends[1:], strict=False) if sentence[a:b].strip()]
+    within, starts = {p for a, b, _ in named for p in range(a + 1, b)}, [a for a, _, _ in named]
+    def about(a: int, b: int) -> list[tuple[int, int, str]]: return named[bisect_left(starts, a):bisect_left(starts, b)]
+    cuts = {0, *(m.start() for m in _CLAUSE.finditer(sentence) if m.start() not in within)}
+    cuts.update(place for m in _BRACKET.finditer(sentence) if about(*m.span()) for place in m.span())
+    for a, b in _spans(cuts, sentence): cuts.update(a + c for c in _own_clauses(sentence[a:b], [(s - a, e - a, k) for s, e, k in about(a, b)]))
+    for a, b in _spans(cuts, sentence):
+        if a and not about(a, b) and sentence.startswith("which", a): cuts.discard(a)
+        if not about(a, b) and (_HALF.search(sentence, a, b) or not a and _LEAD_IN.fullmatch(sentence, a, b)): cuts.discard(b)
+    return [(a, b) for a, b in _spans(cuts, sentence) if sentence[a:b].strip()]
 
 # %% ../../nbs/studies/findings.ipynb #b2732be3
 _PARTING = re.compile(r",|/|\band\b|\bor\b|\bwith\b|\bwithout\b", re.I)
@@ -478,10 +484,10 @@ def _shared_change(clause: str, named: list[tuple[int, int, str]], i: int) -> st
     def alike(j: int) -> bool: return (named[j][2] in _DEVICES) == (named[i][2] in _DEVICES)
     def joined(j: int) -> bool: return bool(_JOINED.fullmatch(clause[named[j][1]:named[j + 1][0]]))
     first, last = i, i
-    while first and joined(first - 1) and alike(first - 1): first -= 1
-    while last + 1 < len(named) and joined(last) and alike(last + 1): last += 1
+    while first and i - first < 9 and joined(first - 1) and alike(first - 1): first -= 1
+    while last + 1 < len(named) and last - i < 9 and joined(last) and alike(last + 1): last += 1
     if first == last: return ""
-    before, after = clause[:named[first][0]], clause[named[last][1]:]
+    before, after = clause[:named[first][0]][-REACH:], clause[named[last][1]:][:REACH]
     if _OF_ALL.search(after): return _nearest_value(_ATTRIBUTES["change"], after, 0, 0)
     return _nearest_value(_ATTRIBUTES["change"], before, len(before), len(before)) if i > first and not _VERB.search(before) else ""
 
@@ -492,14 +498,15 @@ def _clause_statements(clause: str, named: list[tuple[int, int, str]]) -> list[t
     denied = [k for k in denied_by_normality(clause) if k not in {m[2] for m in named}]
     statements_here = [(Finding(k, certainty="absent"), 0, len(clause), False) for k in denied]
     for i, (start, end, kind) in enumerate(named):
-        if _LABEL.match(clause, end) and kind in {m[2] for m in named[i + 1:]} or _NOT_ASSESSED.match(clause, end): continue
+        if _LABEL.match(clause, end) and kind in {m[2] for m in named[i + 1:i + 9]} or _NOT_ASSESSED.match(clause, end): continue
         begin, finish = _own_words(clause, named, i)
         about = attributes_of(kind, clause[begin:finish], start - begin, end - begin)
         if not about["change"]: about["change"] = _shared_change(clause, named, i)
-        standing = _standing(clause[:start], clause[end:], clause[start:end])
-        if standing == "absent" and _ONCE.search(clause, 0, start): about["change"] = "resolved"
+        before, after = clause[max(start - REACH, 0):start], clause[end:end + REACH]
+        standing = _standing(before, after, clause[start:end])
+        if standing == "absent" and _ONCE.search(before): about["change"] = "resolved"
         if about["change"] == "resolved": standing = "present"
-        if standing == "present" and _alternative(clause[:start], clause[end:]): standing = "favoured"
+        if standing == "present" and _alternative(before, after): standing = "favoured"
         if standing == "absent": about = dict.fromkeys(about, "")
         certainty, halves = "uncertain" if standing == "favoured" else standing, _halves(kind, clause[begin:start])
         for half in halves if halves and certainty != "absent" else [{}]:
