@@ -190,8 +190,8 @@ def broken(text: str, reading: Reading, cfg: JudgeConfig, perplexity: float | No
     before, known = baseline
     if text.split() == before.split() and before.strip(): return ""
     if not sentences(text): return "empty" if sentences(before) or not before.strip() else ""
-    if repeats(text) > max(cfg.max_repeats, repeats(before)): return "repeats"
-    if unread_share(text, reading) > max(cfg.max_unread, unread_share(before, known)): return "unread"
+    if (often := repeats(text)) > cfg.max_repeats and often > repeats(before): return "repeats"
+    if (share := unread_share(text, reading)) > cfg.max_unread and share > unread_share(before, known): return "unread"
     return "perplexity" if (perplexity or 0) > cfg.max_perplexity else ""
 
 # %% ../../nbs/steering/judges.ipynb #c3a016dd

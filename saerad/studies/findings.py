@@ -202,8 +202,8 @@ CLAUSE_STARTS = (r"but", r"however(?!, (?:is|are|was|were|has|have|remains?)\b)"
 ADVICE = (r"if", r"recommend\w*", r"correlat\w+", r"consider", r"(?<!a )consideration", r"please", r"suggest follow",
           r"(?:further|for) evaluat\w+", r"could obscure", r"limited")
 NOT_NOW = (r"(?:evaluat\w+|assess\w*|look(?:ing)?|follow-?up|screen\w*|treat(?:ed|ment)|work-?up) (?:for|of)", r"r/o",
-           r"(?<!to )(?<!not )(?<!cannot )(?<!completely )(?<!entirely )rule out", r"(?:h/o|hx)", r"follow-? ?up (?:to|is|with|imaging|films?|ct|radiographs?)",
-           r"(?:past )?(?:medical )?history", r"clinical (?:concern|suspicion|question)", r"denies", r"in the past")
+           r"(?<!to )(?<!not )(?<!cannot )(?<!completely )(?<!entirely )rule out", r"(?:h/o|hx of)", r"follow-? ?up (?:to|is|with|imaging|films?|ct|radiographs?)",
+           r"(?:past )?(?:medical )?history (?:of|for|significant)", r"clinical (?:concern|suspicion|question)", r"denies", r"in the past")
 _HEADING = re.compile(r"[\W\d]*(?:indication|history|clinical [\w ]+|reason for [\w ]+|comparison|technique|exam\w*|procedure)s?:", re.I)
 
 # %% ../../nbs/studies/findings.ipynb #a17cl1
