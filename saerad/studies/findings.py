@@ -76,7 +76,7 @@ NAMES: dict[str, tuple[str, ...]] = {
                r"(?:prominent|prominence of|engorged|increased)(?: the)?(?: central| lung| pulmonary){0,2} (?:vascula\w+|vessels)", r"cephali[sz]ation",
                r"congestion"),
     "nodule": (r"(?:pulmonary |lung )?nod(?:ules?|ular(?:ity| densit(?:y|ies)| opacit(?:y|ies)))",
-               r"(?:pulmonary |lung )?mass(?:es)?", r"metasta\w+"),
+               r"(?:pulmonary |lung )?mass(?:es)?(?!-like)", r"metasta\w+"),
     "fracture": (r"(?<!catheter )(?<!lead )(?<!wire )(?<!screw )fractur(?:es?|ed)(?! (?:\w+ )?(?:wires?|leads?|catheter|screws?))", r"broken(?: \w+)? ribs?")}
 
 # %% ../../nbs/studies/findings.ipynb #15979ab7
@@ -119,7 +119,8 @@ NAMES |= {
                        r"shunt (?:tubing|catheter)", r"(?:tubes?|lines?) (?:and|or) (?:lines?|tubes?)")}
 
 # %% ../../nbs/studies/findings.ipynb #6c560ea1
-NOT_MEANT = (r"consolidated (?:report|summary)", r"(?:inguinal|umbilical|ventral|abdominal) hernias?",
+NOT_MEANT = (r"effusions? (?:of|in) (?:the )?(?:\w+ )?(?:knee|shoulder|elbow|hip|joint)s?",
+             r"consolidated (?:report|summary)", r"(?:inguinal|umbilical|ventral|abdominal) hernias?",
              r"(?:pericardial|(?:\w+ )?joint|knee) effusions?", r"nipple shadows?", r"ports? of", r"port[ -]?wine(?: stains?)?",
              r"(?:soft tissue|leg|ankle|peripheral|laryngeal|cerebral|subcutaneous|facial) (?:o?edema|opacit\w+)",
              r"(?:soft tissue|abdominal|pelvic|breast|thyroid|renal|adrenal|hepatic|liver|bone|muscle|body) (?:mass(?:es)?|nodules?)",
@@ -191,7 +192,7 @@ _ASKED = r"\?(?= *(?:none|no|nil|absent|negative)\b)|(?<!\w)\?"
 _SENTENCE = re.compile(rf"(?:[^.;!?\n]|{_DOT_INSIDE}|{_ASKED})+\??")
 
 # %% ../../nbs/studies/findings.ipynb #a8cbc7d8
-CLAUSE_STARTS = (r"but", r"however(?!, (?:is|are|was|were|has|have|remains?)\b)", r"although", r"though", r"while", r"whereas", r"which", r"yet(?! to)", r"despite",
+CLAUSE_STARTS = (r"(?<!all )but", r"however(?!, (?:is|are|was|were|has|have|remains?)\b)", r"although", r"though", r"while", r"whereas", r"which", r"yet(?! to)", r"despite",
                  r"except(?: for)?", r"(?:aside|apart) from", r"other than", r"otherwise", r"after", r"following",
                  r"(?<!if )there (?:is|are|was|were|has|have|may|remains?|continues?)",
                  r"(?<!consistent )(?<!compatible )(?<!associated )(?<!along )with(?! or without)",
@@ -204,7 +205,7 @@ ADVICE = (r"if", r"recommend\w*", r"correlat\w+", r"consider", r"(?<!a )consider
 NOT_NOW = (r"(?:evaluat\w+|assess\w*|look(?:ing)?|follow-?up|screen\w*|treat(?:ed|ment)|work-?up) (?:for|of)", r"r/o",
            r"(?<!to )(?<!not )(?<!cannot )(?<!completely )(?<!entirely )rule out", r"(?:h/o|hx of)", r"follow-? ?up (?:to|is|with|imaging|films?|ct|radiographs?)",
            r"(?:past )?(?:medical )?history (?:of|for|significant)", r"clinical (?:concern|suspicion|question)", r"denies", r"in the past")
-_HEADING = re.compile(r"[\W\d]*(?:indication|history|clinical [\w ]+|reason for [\w ]+|comparison|technique|exam\w*|procedure)s?:", re.I)
+_HEADING = re.compile(r"[\W\d]*(?:indication|history|clinical [\w ]+|reason(?: for [\w ]+)?|comparison|technique|exam\w*|procedure)s?:", re.I)
 
 # %% ../../nbs/studies/findings.ipynb #a17cl1
 _CLAUSE = phrases(CLAUSE_STARTS + ADVICE + NOT_NOW)
@@ -240,9 +241,9 @@ _NOT_CHANGED = (r"(?:not|never|yet to|fail(?:s|ed)? to)(?: (?:yet|been|be|signif
 # %% ../../nbs/studies/findings.ipynb #5bef11c7
 CUES: dict[str, tuple[str, ...]] = {
     "favours_after": (r"probabl[ey]", r"likely", r"most suggest\w*", r"favou?r(?:s|ed|ing)?", r"presum(?:ed|abl[ey])", _VERSUS),
-    "favours_before": (r"(?:is|are|was|were) (?:likely|probable|favou?red)(?! to)", _VERSUS),
-    "doubts_after": (r"may", r"might", r"could", r"possibl[ey]", r"potential(?:ly)?", r"question(?:able|ed)?(?: of)?", r"query", r"suspicious",
-                     r"suspected", r"(?<!most )suggest\w*", r"worrisome", r"clinical setting", r"concern\w*", r"to (?:exclude|rule out)", r"differential", r"perhaps",
+    "favours_before": (r"(?:is|are|was|were) (?:likely|probable|favou?red)(?! to)",),
+    "doubts_after": (r"may", r"might", r"could", r"possibl[ey]", r"potential(?:ly)?", r"question(?:able|ed)?(?: of)?", r"query", r"suspicious (?:for|of)",
+                     r"suspected", r"(?<!most )suggest\w*", r"worrisome", r"clinical (?:setting|context)", r"concern\w*", r"to (?:exclude|rule out)", r"differential", r"perhaps",
                      r"conceivabl[ey]", r"equivocal", r"doubtful", r"unclear"),
     "doubts_before": (r"(?:is|are|was|were) (?:possible|suspected|questioned|questionable|doubtful|unclear)", r"in the differential",
                       r"(?:should|could|may|might|can) (?:also )?be considered", r"is (?:a|another) (?:consideration|possibility)",
@@ -298,8 +299,9 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "support_device": ()}
 
 # %% ../../nbs/studies/findings.ipynb #2375f8ce
+_OF_HEART = r"(?! (?:atri|ventric|heart|clinical|context|setting))"       # no side: "a tip in the right atrium", "in the right clinical setting"
 ATTRIBUTE_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
-    "side": {"left": (r"left(?:-sided)?", r"lt", r"l(?![/'])", r"l[ul]l"), "right": (r"right(?:-sided)?", r"rt", r"r(?![/'])", r"r[uml]l"),
+    "side": {"left": (rf"left(?:-sided)?{_OF_HEART}", r"lt", r"l(?![/'])", r"l[ul]l"), "right": (rf"right(?:-sided)?{_OF_HEART}", r"rt", r"r(?![/'])", r"r[uml]l"),
              "bilateral": (r"bilat(?:eral\w*)?", r"b/l", r"both(?= (?:lungs?|sides?|bases|apices|lower|upper))",
                            r"bi-?bas\w+", r"bi-?apical", r"bihilar", r"(?:left|right) and (?:left|right)",
                            r"(?:greater|more|larger|worse) than (?:on )?(?:the )?(?:left|right)", r"[lr] > [lr]")},
@@ -315,13 +317,13 @@ ATTRIBUTE_WORDS |= {
     "severity": {"small": (r"small(?:-sized)?", r"mild(?:ly)?", r"minimal(?:ly)?", r"trace", r"tiny",
                            r"slight(?:ly)?", r"minor", r"subtle", r"borderline"),
                  "moderate": (r"moderate(?:ly)?(?:-sized)?",),
-                 "large": (r"large", r"severe(?:ly)?", r"marked(?:ly)?", r"massive(?:ly)?", r"extensive", r"siz(?:e)?able",
+                 "large": (r"(?:moderately )?large", r"severe(?:ly)?", r"marked(?:ly)?", r"massive(?:ly)?", r"extensive", r"siz(?:e)?able",
                            r"gross(?:ly)?")}}
-NOT_A_SIZE = (r"(?:slight|mild|minimal|moderate|marked|small|minor)(?:ly)? (?:interval )?(?:increas|decreas|improv|worsen|progress|chang|clear|larg|small|more|less)\w*",)
+NOT_A_SIZE = (r"(?:slight|mild|minimal|moderate|marked|small|minor)(?:ly)? (?:interval )?(?:increas|decreas|improv|worsen|progress|chang|clear|larger|smaller|more|less)\w*",)
 
 # %% ../../nbs/studies/findings.ipynb #244cc419
 _THAN_BEFORE = r"(?! (?:on|in|at|than) (?:the )?(?:left|right))"      # "larger on the right" is said of two sides, not of two dates
-_PARTLY = r"(?:almost|near(?:ly)?|largely|mostly|partial(?:ly)?|incomplete(?:ly)?|not (?:yet )?(?:completely|fully|entirely))(?:[ -](?:complete(?:ly)?|total|interval))*"
+_PARTLY = r"(?:almost|all but|near(?:ly)?|largely|mostly|partial(?:ly)?|incomplete(?:ly)?|not (?:yet )?(?:completely|fully|entirely))(?:[ -](?:complete(?:ly)?|total|interval))*"
 ATTRIBUTE_WORDS |= {
     "change": {"new": (r"new(?:ly)?", r"interval (?:development|placement|appearance|insertion)", r"(?:has|have) (?:developed|appeared)",
                        r"not (?:previously )?(?:seen|present) (?:previously|before|on (?:the )?prior)",
@@ -389,6 +391,7 @@ class Statement:
 
 # %% ../../nbs/studies/findings.ipynb #a17co6
 REACH = 400
+_VALUE = re.compile(r"[:=]|\s[-–—]\s")
 _SUBJECT = phrases(p for names in NORMAL_SUBJECTS.values() for p in names)
 _DOUBT = phrases(CUES["doubts_after"] + CUES["favours_after"])
 _CAST = phrases(CUES["denies_after"] + CUES["doubts_after"] + CUES["favours_after"] + NOT_NOW)
@@ -397,6 +400,7 @@ def _starts_anew(left: str, right: str, rest: str, named_left: bool, named_right
     "Whether `right`, which is joined to `left` by a comma or an \"and\", is a clause of its own; `rest` is all that follows."
     opener = _AFRESH.match(right)
     if opener and opener["cue"]: return True
+    if named_right and _VALUE.search(left) and _VALUE.search(right): return True
     if opener and named_left and named_right and not _OR.search(rest) and not _DOUBT.search(left): return True
     if not named_right and not _SUBJECT.search(right): return False
     if _SAYS_MORE.search(right) and _CAST.search(left): return True
@@ -421,7 +425,7 @@ def _own_clauses(clause: str, named: list[tuple[int, int, str]]) -> list[int]:
     return cuts
 
 # %% ../../nbs/studies/findings.ipynb #a17co9
-_LEAD_IN = re.compile(r"\W*\w+(?: \w+)?, ?")
+_LEAD_IN = re.compile(r"\W*(?:\w+(?: \w+)?, ?|(?:on|in|at) the (?:\w+ ){1,3})", re.I)
 _HALF = re.compile(r"\b(?:left|right) and $", re.I)
 _BRACKET = re.compile(r"\([^)]*\)?")
 
@@ -434,7 +438,7 @@ def _clauses(sentence: str, named: list[tuple[int, int, str]]) -> list[tuple[int
     for a, b in _spans(cuts, sentence): cuts.update(a + c for c in _own_clauses(sentence[a:b], [(s - a, e - a, k) for s, e, k in about(a, b)]))
     for a, b in _spans(cuts, sentence):
         if a and not about(a, b) and sentence.startswith("which", a): cuts.discard(a)
-        if not about(a, b) and (_HALF.search(sentence, a, b) or not a and _LEAD_IN.fullmatch(sentence, a, b)): cuts.discard(b)
+        if not about(a, b) and (_HALF.search(sentence, a, b) or not a and _LEAD_IN.fullmatch(sentence, a, b) and not _ADVICE.match(sentence, b)): cuts.discard(b)
     return [(a, b) for a, b in _spans(cuts, sentence) if sentence[a:b].strip()]
 
 # %% ../../nbs/studies/findings.ipynb #b2732be3
@@ -451,7 +455,7 @@ def _own_words(clause: str, named: list[tuple[int, int, str]], i: int) -> tuple[
 
 # %% ../../nbs/studies/findings.ipynb #a17st1
 _ONCE = phrases((r"previously (?:seen|noted|described|identified|demonstrated)",))
-_OR_AFTER = re.compile(r"\W*(?:(?:and/)?or|vs\.?|versus)\b(?! (?:the )?(?:prior|previous))", re.I)
+_OR_AFTER = re.compile(r"(?:,? (?:and/)?or\b| (?:(?!and\b)[\w-]+ ){0,5}?(?:vs\.?|versus)\b(?! (?:the )?(?:prior|previous)))", re.I)
 _OR_BEFORE = re.compile(r"(?:\b(?:(?:and/)?or|vs\.?|versus) )(?:[\w-]+ ){0,3}$", re.I)
 _LABEL = re.compile(r"\W*[:=]")
 _NOT_ASSESSED = re.compile(r"[^,]{0,12}\b(?:not (?:applicable|assessed|evaluated|included|assessable)|(?:cannot|can not) be (?:assessed|evaluated|determined)|n/a)\b", re.I)
