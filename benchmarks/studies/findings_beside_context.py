@@ -6,11 +6,12 @@ ConText decides what the words around a name make of it; the names are found by 
 
     pip install spacy loguru && pip install --no-deps medspacy PyRuSH PyFastNER quicksectx pysbd
 
-Two of medspaCy's pins cannot be met on a current machine, hence `--no-deps`; its matcher of UMLS, which needs one of them, is not used.
-OUT has numbers only, and no text: for each construction of tests/studies/statements.tsv how many statements were read right and how many as their opposite, and
-for each kind the precision and recall on OpenI's odd-numbered reports, with uncertain findings left out or counted.
+One of medspaCy's pins cannot be met on a current machine, hence `--no-deps`; its matcher of UMLS, which needs it, is not used.
+OUT has numbers only, and no text: for each construction of tests/studies/statements.tsv how many statements were read right and how many as
+their opposite, and for each kind the precision and recall on OpenI's odd-numbered reports, with uncertain findings left out or counted.
 """
 import csv
+import importlib
 import logging
 import sys
 import time
@@ -22,8 +23,8 @@ from pathlib import Path
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "studies"))
-from openi_tags import SAME, tagged_reports, tarball, tags_say  # noqa: E402
+sys.path.insert(0, str(ROOT / "tests"))
+from openi_tags import SAME, tagged_reports, tags_say, tarball  # noqa: E402
 
 from saerad.studies.findings import KINDS, mentions, statements  # noqa: E402
 
@@ -35,9 +36,8 @@ def context_pipeline():
     quickumls.spacy_component = types.SimpleNamespace(SpacyQuickUMLS=object)
     sys.modules.setdefault("quickumls", quickumls)
     sys.modules.setdefault("quickumls.spacy_component", quickumls.spacy_component)
-    try: import medspacy
+    try: medspacy, logger = importlib.import_module("medspacy"), importlib.import_module("loguru").logger
     except ImportError as e: return None, f"skipped: medspaCy cannot be imported ({e})"
-    from loguru import logger
     logger.remove()
     logging.disable(logging.INFO)
     return medspacy.load(medspacy_enable=["medspacy_tokenizer", "medspacy_pyrush", "medspacy_context"]), ""
@@ -81,7 +81,8 @@ def score_statements(name, read):
         there, said = {k for k, c in standing if c == "present"}, {k for k, c in told if c == "present"}
         opposite = bool(said & gone - {k for k, _ in standing} or there - {k for k, _ in told})
         for i, value in enumerate((1, told == standing, opposite)): rows[construction][i] += value
-    return [{"reader": name, "on": "statements", "group": g, "n": n, "right": right, "opposite": opposite} for g, (n, right, opposite) in rows.items()]
+    names = ("n", "right", "opposite")
+    return [{"reader": name, "on": "statements", "group": group, **dict(zip(names, row, strict=True))} for group, row in rows.items()]
 
 
 def score_openi(name, read, conventions):

@@ -182,14 +182,15 @@ def unread_share(text: str, reading: Reading) -> float:
     return min(1.0, len(reading.unread) / max(len(sentences(text)), 1))
 
 # %% ../../nbs/steering/judges.ipynb #1a269229
-def broken(text: str, reading: Reading, cfg: JudgeConfig, perplexity: float | None = None, baseline: tuple[str, Reading] = ("", Reading(()))) -> str:
+def broken(text: str, reading: Reading, cfg: JudgeConfig, perplexity: float | None = None,
+           baseline: tuple[str, Reading] | None = None) -> str:
     """Why a report is degenerate: "empty", "repeats", "unread", "perplexity", or "" where it is not.
 
     `baseline` is the text and the reading of the report that it is compared with: what that one shows as well is no reason.
     """
-    before, known = baseline
-    if text.split() == before.split() and before.strip(): return ""
-    if not sentences(text): return "empty" if sentences(before) or not before.strip() else ""
+    before, known = baseline or ("", Reading(()))
+    if baseline and text.split() == before.split(): return ""
+    if not sentences(text): return "" if baseline and not sentences(before) else "empty"
     if (often := repeats(text)) > cfg.max_repeats and often > repeats(before): return "repeats"
     if (share := unread_share(text, reading)) > cfg.max_unread and share > unread_share(before, known): return "unread"
     return "perplexity" if (perplexity or 0) > cfg.max_perplexity else ""

@@ -68,16 +68,20 @@ NAMES: dict[str, tuple[str, ...]] = {
     "cardiomegaly": (r"cardiomegaly", r"cardiac enlargement",
                      r"enlarge(?:d|ment of)(?: the)? (?:heart|cardiac|cardio\w+)(?: silhouette| size)?",
                      r"(?:heart|cardiac|cardio\w+al)(?! and)(?:[ -](?:not normal|(?!normal)\w+)){0,7} enlarged",
-                     r"(?:heart|cardi\w+)(?: silhouette| size)?: (?:(?!normal)\w+ ){0,3}enlarged", r"borderline (?:in )?(?:heart|cardiac)(?: silhouette)?(?: size)?",
+                     r"(?:heart|cardi\w+)(?: silhouette| size)?: (?:(?!normal)\w+ ){0,3}enlarged",
+                     r"borderline (?:in )?(?:heart|cardiac)(?: silhouette)?(?: size)?",
                      r"heart(?: size)? (?:is|remains|appears)(?: \w+){0,2}? (?:large|borderline)(?! normal)(?: in size)?"),
     "oedema": (r"(?:pulmonary |interstitial |alveolar )?o?edema",
-               r"(?:pulmonary |vascular |venous )+congestion", r"(?:congestive )?(?:heart|cardiac) failure", r"chf", r"(?:pulmonary )?venous hypertension",
+               r"(?:pulmonary |vascular |venous )+congestion", r"(?:congestive )?(?:heart|cardiac) failure", r"chf",
+               r"(?:pulmonary )?venous hypertension",
                r"(?:vascular|vessel) (?:prominence|engorgement|congestion)", r"(?:vascula\w+|vessels)(?: \w+){0,3}? (?:prominent|engorged|congested)",
-               r"(?:prominent|prominence of|engorged|increased)(?: the)?(?: central| lung| pulmonary){0,2} (?:vascula\w+|vessels)", r"cephali[sz]ation",
+               r"(?:prominent|prominence of|engorged|increased)(?: the)?(?: central| lung| pulmonary){0,2} (?:vascula\w+|vessels)",
+               r"cephali[sz]ation",
                r"congestion"),
     "nodule": (r"(?:pulmonary |lung )?nod(?:ules?|ular(?:ity| densit(?:y|ies)| opacit(?:y|ies)))",
                r"(?:pulmonary |lung )?mass(?:es)?(?!-like)", r"metasta\w+"),
-    "fracture": (r"(?<!catheter )(?<!lead )(?<!wire )(?<!screw )fractur(?:es?|ed)(?! (?:\w+ )?(?:wires?|leads?|catheter|screws?))", r"broken(?: \w+)? ribs?")}
+    "fracture": (r"(?<!catheter )(?<!lead )(?<!wire )(?<!screw )fractur(?:es?|ed)(?! (?:\w+ )?(?:wires?|leads?|catheter|screws?))",
+                 r"broken(?: \w+)? ribs?")}
 
 # %% ../../nbs/studies/findings.ipynb #15979ab7
 NAMES |= {
@@ -157,8 +161,11 @@ def mentions(text: str) -> list[tuple[int, int, str]]:
     return [m for m in _longest(_NAMES, text) if m[2]]
 
 # %% ../../nbs/studies/findings.ipynb #a17flat1
-_OPEN_ENDS = r"(?:,|\b(?:and|or|nor|of|the|an?|no|with|without|for|in|to|at|from|is|are|left|right))"
-_BREAK = re.compile(rf"(?P<open>{_OPEN_ENDS})?[^\S\n]*(?P<lines>\n\s*)(?P<small>[a-z])?|(?P<item>\s+\d\d?\) +)|(?:\s*\*+)+ *|\s\s+|(?P<short>(?:(?<=\bcan)|(?<!\bca)n)['’]t)\b", re.I)
+_OPEN_END = r"(?P<open>,|\b(?:and|or|nor|of|the|an?|no|with|without|for|in|to|at|from|is|are|left|right))"
+_LINE = rf"{_OPEN_END}?[^\S\n]*(?P<lines>\n\s*)(?P<small>[a-z])?"
+_ITEM, _BOLD = r"(?P<item>\s+\d\d?\) +)", r"(?:\s*\*+)+ *"
+_SHORT = r"(?P<short>(?:(?<=\bcan)|(?<!\bca)n)['’]t)\b"
+_BREAK = re.compile("|".join((_LINE, _ITEM, _BOLD, r"\s\s+", _SHORT)), re.I)
 _LAST_START = re.compile(r"(?:^|[.;:!?])\W*(\w)(?=[^.;:!?]*$)")
 
 # %% ../../nbs/studies/findings.ipynb #a17flat2
@@ -188,11 +195,17 @@ def _unwrapped(text: str) -> tuple[str, list[tuple[int, int]]]:
 
 # %% ../../nbs/studies/findings.ipynb #a17sent2
 _DOT_INSIDE = r"\.(?=\d)|(?<![a-zA-Z]{2})\.(?=[a-zA-Z])|(?<=\b[vV]s)\.|(?<=\b[dD]r)\.|(?<=\bapprox)\."
-_ASKED = r"\?(?= *(?:none|no|nil|absent|negative)\b)|(?<!\w)\?"
+_ASKED = r"\?(?= *(?i:none|no|nil|absent|negative)\b)|(?<!\w)\?"
 _SENTENCE = re.compile(rf"(?:[^.;!?\n]|{_DOT_INSIDE}|{_ASKED})+\??")
 
+# %% ../../nbs/studies/findings.ipynb #678a89f4
+def sentences(text: str) -> list[str]:
+    """The sentences of a report that hold a word; the number of a list item is not a sentence."""
+    return [s.strip(" ?") for s in _SENTENCE.findall(_unwrapped(text)[0]) if re.search(r"[^\W\d_]{2}", s)]
+
 # %% ../../nbs/studies/findings.ipynb #a8cbc7d8
-CLAUSE_STARTS = (r"(?<!all )but", r"however(?!, (?:is|are|was|were|has|have|remains?)\b)", r"although", r"though", r"while", r"whereas", r"which", r"yet(?! to)", r"despite",
+CLAUSE_STARTS = (r"(?<!all )but", r"however(?!, (?:is|are|was|were|has|have|remains?)\b)", r"although", r"though", r"while", r"whereas", r"which",
+                 r"(?<!not )yet(?! to)", r"despite",
                  r"except(?: for)?", r"(?:aside|apart) from", r"other than", r"otherwise", r"after", r"following",
                  r"(?<!if )there (?:is|are|was|were|has|have|may|remains?|continues?)",
                  r"(?<!consistent )(?<!compatible )(?<!associated )(?<!along )with(?! or without)",
@@ -203,7 +216,8 @@ CLAUSE_STARTS = (r"(?<!all )but", r"however(?!, (?:is|are|was|were|has|have|rema
 ADVICE = (r"if", r"recommend\w*", r"correlat\w+", r"consider", r"(?<!a )consideration", r"please", r"suggest follow",
           r"(?:further|for) evaluat\w+", r"could obscure", r"limited")
 NOT_NOW = (r"(?:evaluat\w+|assess\w*|look(?:ing)?|follow-?up|screen\w*|treat(?:ed|ment)|work-?up) (?:for|of)", r"r/o",
-           r"(?<!to )(?<!not )(?<!cannot )(?<!completely )(?<!entirely )rule out", r"(?:h/o|hx of)", r"follow-? ?up (?:to|is|with|imaging|films?|ct|radiographs?)",
+           r"(?<!to )(?<!not )(?<!cannot )(?<!completely )(?<!entirely )rule out", r"(?:h/o|hx of)",
+           r"follow-? ?up (?:to|is|with|imaging|films?|ct|radiographs?)",
            r"(?:past )?(?:medical )?history (?:of|for|significant)", r"clinical (?:concern|suspicion|question)", r"denies", r"in the past")
 _HEADING = re.compile(r"[\W\d]*(?:indication|history|clinical [\w ]+|reason(?: for [\w ]+)?|comparison|technique|exam\w*|procedure)s?:", re.I)
 
@@ -216,19 +230,16 @@ def _spans(cuts: Iterable[int], text: str) -> list[tuple[int, int]]:
     "Spans of a text that is cut at some places."
     return list(pairwise(sorted({0, *cuts, len(text)})))
 
-# %% ../../nbs/studies/findings.ipynb #678a89f4
-def sentences(text: str) -> list[str]:
-    """The sentences of a report that hold a word; the number of a list item is not a sentence."""
-    return [s.strip(" ?") for s in _SENTENCE.findall(_unwrapped(text)[0]) if re.search(r"[^\W\d_]{2}", s)]
-
 # %% ../../nbs/studies/findings.ipynb #a17co2
 _AND = re.compile(r",(?: and\b)?(?! (?:or|nor)\b)|\band\b(?!/)", re.I)
-_AFRESH = re.compile(r" *(?:also )?(?:(?P<cue>no|not|without|w/o|nil|neither|possibl[ey]|probabl[ey]|likely)|small|mild|minimal|trace|tiny|moderate|stable|unchanged|"
-                     r"persistent|slight|increas(?:ed|ing)|decreas(?:ed|ing)|resolved|improv(?:ed|ing))\b", re.I)
+_AFRESH = re.compile(r" *(?:also )?(?:(?P<cue>no|not|without|w/o|nil|neither|possibl[ey]|probabl[ey]|likely)|"
+                     r"small|mild|minimal|slight|trace|tiny|moderate|stable|unchanged|persistent|"
+                     r"increas(?:ed|ing)|decreas(?:ed|ing)|resolved|improv(?:ed|ing))\b", re.I)
 _OR = re.compile(r"\b(?:or|nor)\b|/", re.I)
 
 # %% ../../nbs/studies/findings.ipynb #a17co3
-_THERE = r"(?: (?:now|also|again|clearly|definitely))*(?: been)? (?:seen|identified|present|noted|visuali[sz]ed|evident|demonstrated|apparent|appreciated|detected|found)"
+_THERE = (r"(?: (?:now|also|again|clearly|definitely))*(?: been)? (?:seen|identified|present|noted|visuali[sz]ed|evident|"
+          r"demonstrated|apparent|appreciated|detected|found)")
 _VERB = re.compile(r"\b(?:is|are|was|were|has|have|had|remains?|appears?|persists?|shows?|may|might|can(?:not)?|could|should|measures?)\b", re.I)
 _SAYS_MORE = re.compile(rf"(?:{_VERB.pattern})(?!(?: not)?{_THERE}\b)", re.I)
 
@@ -236,14 +247,17 @@ _SAYS_MORE = re.compile(rf"(?:{_VERB.pattern})(?!(?: not)?{_THERE}\b)", re.I)
 _VERSUS = r"(?:versus|vs\.?)(?! (?:the )?(?:prior|previous))"
 _NO_CHANGE = r"(?:no|without)(?: \w+){0,2}? (?:increase|decrease|progression|worsening|improvement|resolution|clearing|removal)(?= in| of|\W*$)"
 _NOT_CHANGED = (r"(?:not|never|yet to|fail(?:s|ed)? to)(?: (?:yet|been|be|significantly|much|to))*"
-                r" (?:resolved?|clear(?:ed)?|removed|(?:in|de)creased?|improved?|larger|smaller|worse(?:n(?:ed)?)?|progress(?:ed)?|enlarged since|changed?)")
+                r" (?:resolved?|clear(?:ed)?|removed|(?:in|de)creased?|improved?|larger|smaller|"
+                r"worse(?:n(?:ed)?)?|progress(?:ed)?|enlarged since|changed?)")
 
 # %% ../../nbs/studies/findings.ipynb #5bef11c7
 CUES: dict[str, tuple[str, ...]] = {
     "favours_after": (r"probabl[ey]", r"likely", r"most suggest\w*", r"favou?r(?:s|ed|ing)?", r"presum(?:ed|abl[ey])", _VERSUS),
     "favours_before": (r"(?:is|are|was|were) (?:likely|probable|favou?red)(?! to)",),
-    "doubts_after": (r"may", r"might", r"could", r"possibl[ey]", r"potential(?:ly)?", r"question(?:able|ed)?(?: of)?", r"query", r"suspicious (?:for|of)",
-                     r"suspected", r"(?<!most )suggest\w*", r"worrisome", r"clinical (?:setting|context)", r"concern\w*", r"to (?:exclude|rule out)", r"differential", r"perhaps",
+    "doubts_after": (r"may", r"might", r"could", r"possibl[ey]", r"potential(?:ly)?", r"question(?:able|ed)?(?: of)?", r"query",
+                     r"suspicious (?:for|of)",
+                     r"suspected", r"(?<!most )suggest\w*", r"worrisome", r"clinical (?:setting|context)", r"concern\w*", r"to (?:exclude|rule out)",
+                     r"differential", r"perhaps",
                      r"conceivabl[ey]", r"equivocal", r"doubtful", r"unclear"),
     "doubts_before": (r"(?:is|are|was|were) (?:possible|suspected|questioned|questionable|doubtful|unclear)", r"in the differential",
                       r"(?:should|could|may|might|can) (?:also )?be considered", r"is (?:a|another) (?:consideration|possibility)",
@@ -256,15 +270,19 @@ CUES |= {
     "denies_after": (r"no", r"not", r"nil", r"without", r"w/o", r"free of", r"clear of", r"negative for", r"absen(?:ce of|t)",
                      r"rather than", r"nor", r"neither", r"none", r"nothing", r"ruled? out", r"lack of", r"fail(?:s|ed)? to",
                      r"no longer", r"unlikely"),
-    "denies_before": (rf"(?:(?:is|are|was|were|has|have|does|do) not(?: \w+)?|not){_THERE}", r"(?:is|are) absent", r"(?:excluded|ruled out)", r"(?:un|not )likely(?! to (?:represent|reflect|indicate))"),
+    "denies_before": (rf"(?:(?:is|are|was|were|has|have|does|do) not(?: \w+)?|not){_THERE}", r"(?:is|are) absent", r"(?:excluded|ruled out)",
+                      r"(?:un|not )likely(?! to (?:represent|reflect|indicate))"),
     "denies_nothing": (r"no(?:t)?(?: \w+){0,2}? (?:change[ds]?|different)(?: in| of)?",
                        r"without(?: \w+){0,2}? change", _NO_CHANGE, _NOT_CHANGED,
-                       r"not (?:only|well|optimally|fully|normal)", r"not (?:\w+ )?(?:seen|evident|identified|visible) (?:previously|before|(?:on|in) (?:the )?(?:prior|previous|lateral|frontal|pa|ap))",
+                       r"not (?:only|well|optimally|fully|normal)",
+                       r"not (?:\w+ )?(?:seen|evident|identified|visible) (?:previously|before|(?:on|in) (?:the )?"
+                       r"(?:prior|previous|lateral|frontal|pa|ap))",
                        r"(?:without|no) doubt", r"no(?: known)? (?:prior|comparison|previous)\w*")}
 _CUES = _compiled(CUES)
 
 # %% ../../nbs/studies/findings.ipynb #a17cue2
-_NO_VALUE = re.compile(r"(?:[:=?(]|\s[-–—])\s*(?:none|nil|absent|negative|no(?: evidence| signs?)?(?=\s*(?:[.,;)]|$))|not (?:seen|present|identified|evident|visuali[sz]ed))\b", re.I)
+_NO_VALUE = re.compile(r"(?:[:=?(]|\s[-–—])\s*(?:none|nil|absent|negative|no(?: evidence| signs?)?(?=\s*(?:[.,;)]|$))|"
+                       r"not (?:seen|present|identified|evident|visuali[sz]ed))\b", re.I)
 _NORMAL_AFTER = re.compile(r"[^,]{0,25}\b(?:with)?in (?:the )?(?:normal limits|limits of normal)", re.I)
 _ASKED_AFTER = re.compile(r"^[^\w?]*\?\s*$|: *(?:possible|probable|likely|questionable)\b", re.I)
 
@@ -301,7 +319,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 # %% ../../nbs/studies/findings.ipynb #2375f8ce
 _OF_HEART = r"(?! (?:atri|ventric|heart|clinical|context|setting))"       # no side: "a tip in the right atrium", "in the right clinical setting"
 ATTRIBUTE_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
-    "side": {"left": (rf"left(?:-sided)?{_OF_HEART}", r"lt", r"l(?![/'])", r"l[ul]l"), "right": (rf"right(?:-sided)?{_OF_HEART}", r"rt", r"r(?![/'])", r"r[uml]l"),
+    "side": {"left": (rf"left(?:-sided)?{_OF_HEART}", r"lt", r"l(?![/'])", r"l[ul]l"), "right": (rf"right(?:-sided)?{_OF_HEART}", r"rt",
+    r"r(?![/'])", r"r[uml]l"),
              "bilateral": (r"bilat(?:eral\w*)?", r"b/l", r"both(?= (?:lungs?|sides?|bases|apices|lower|upper))",
                            r"bi-?bas\w+", r"bi-?apical", r"bihilar", r"(?:left|right) and (?:left|right)",
                            r"(?:greater|more|larger|worse) than (?:on )?(?:the )?(?:left|right)", r"[lr] > [lr]")},
@@ -319,11 +338,13 @@ ATTRIBUTE_WORDS |= {
                  "moderate": (r"moderate(?:ly)?(?:-sized)?",),
                  "large": (r"(?:moderately )?large", r"severe(?:ly)?", r"marked(?:ly)?", r"massive(?:ly)?", r"extensive", r"siz(?:e)?able",
                            r"gross(?:ly)?")}}
-NOT_A_SIZE = (r"(?:slight|mild|minimal|moderate|marked|small|minor)(?:ly)? (?:interval )?(?:increas|decreas|improv|worsen|progress|chang|clear|larger|smaller|more|less)\w*",)
+NOT_A_SIZE = (r"(?:slight|mild|minimal|moderate|marked|small|minor)(?:ly)? (?:interval )?"
+              r"(?:increas|decreas|improv|worsen|progress|chang|clear|larger|smaller|more|less)\w*",)
 
 # %% ../../nbs/studies/findings.ipynb #244cc419
 _THAN_BEFORE = r"(?! (?:on|in|at|than) (?:the )?(?:left|right))"      # "larger on the right" is said of two sides, not of two dates
-_PARTLY = r"(?:almost|all but|near(?:ly)?|largely|mostly|partial(?:ly)?|incomplete(?:ly)?|not (?:yet )?(?:completely|fully|entirely))(?:[ -](?:complete(?:ly)?|total|interval))*"
+_PARTLY = (r"(?:almost|all but|near(?:ly)?|largely|mostly|partial(?:ly)?|incomplete(?:ly)?|"
+           r"not (?:yet )?(?:completely|fully|entirely))(?:[ -](?:complete(?:ly)?|total|interval))*")
 ATTRIBUTE_WORDS |= {
     "change": {"new": (r"new(?:ly)?", r"interval (?:development|placement|appearance|insertion)", r"(?:has|have) (?:developed|appeared)",
                        r"not (?:previously )?(?:seen|present) (?:previously|before|on (?:the )?prior)",
@@ -331,11 +352,13 @@ ATTRIBUTE_WORDS |= {
                "resolved": (r"resol(?:ved|ution)", r"no longer", r"(?:(?:has|have) (?:completely )?)?cleared",
                             r"remov(?:ed|al(?: of)?)", r"(?:interval|complete) clearing", r"no residual", r"(?:ha[sd]|have|is|are) (?:now )?gone",
                             r"(?:dis)appear(?:ed|ance of)(?<=disappeared)", r"disappearance", r"vanished", r"extubat\w+",
-                            r"(?:withdrawn|pulled|taken out|discontinued)(?!(?: back)?(?: by)?(?: about| approximately)? \d)", r"(?:is|are|now|come) out(?! of)"),
+                            r"(?:withdrawn|pulled|taken out|discontinued)(?!(?: back)?(?: by)?(?: about| approximately)? \d)",
+                            r"(?:is|are|now|come) out(?! of)"),
                "larger": (r"increas(?:e[ds]?|ing)", r"worsen(?:ed|ing)", rf"(?:worse|larger|bigger){_THAN_BEFORE}", r"progress(?:ed|ion|ive)",
                           r"enlarging", r"(?:has|have) enlarged", rf"more (?:prominent|extensive|conspicuous){_THAN_BEFORE}", r"has grown"),
                "smaller": (r"decreas(?:e[ds]?|ing)", r"improv(?:e[ds]?|ing|ement)", 
-                           rf"smaller{_THAN_BEFORE}", rf"less(?: (?:prominent|extensive|conspicuous))?{_THAN_BEFORE}(?! likely)", r"reduced", r"diminish(?:ed|ing)", r"resolving", r"(?:is|are) clearing",
+                           rf"smaller{_THAN_BEFORE}", rf"less(?: (?:prominent|extensive|conspicuous))?{_THAN_BEFORE}(?! likely)", r"reduced",
+                           r"diminish(?:ed|ing)", r"resolving", r"(?:is|are) clearing",
                            rf"{_PARTLY} (?:resol(?:ved?|ution)|clear(?:ed|ing))"),
                "unchanged": (r"unchanged", r"stable", r"persist(?:s|ent|ing)?", r"again", r"similar",
                              r"redemonstrat\w+", r"as before", r"remains?",
@@ -438,7 +461,8 @@ def _clauses(sentence: str, named: list[tuple[int, int, str]]) -> list[tuple[int
     for a, b in _spans(cuts, sentence): cuts.update(a + c for c in _own_clauses(sentence[a:b], [(s - a, e - a, k) for s, e, k in about(a, b)]))
     for a, b in _spans(cuts, sentence):
         if a and not about(a, b) and sentence.startswith("which", a): cuts.discard(a)
-        if not about(a, b) and (_HALF.search(sentence, a, b) or not a and _LEAD_IN.fullmatch(sentence, a, b) and not _ADVICE.match(sentence, b)): cuts.discard(b)
+        lead_in = not a and _LEAD_IN.fullmatch(sentence, a, b) and not _ADVICE.match(sentence, b)
+        if not about(a, b) and (lead_in or _HALF.search(sentence, a, b)): cuts.discard(b)
     return [(a, b) for a, b in _spans(cuts, sentence) if sentence[a:b].strip()]
 
 # %% ../../nbs/studies/findings.ipynb #b2732be3
@@ -458,8 +482,10 @@ _ONCE = phrases((r"previously (?:seen|noted|described|identified|demonstrated)",
 _OR_AFTER = re.compile(r"(?:,? (?:and/)?or\b| (?:(?!and\b)[\w-]+ ){0,5}?(?:vs\.?|versus)\b(?! (?:the )?(?:prior|previous)))", re.I)
 _OR_BEFORE = re.compile(r"(?:\b(?:(?:and/)?or|vs\.?|versus) )(?:[\w-]+ ){0,3}$", re.I)
 _LABEL = re.compile(r"\W*[:=]")
-_NOT_ASSESSED = re.compile(r"[^,]{0,12}\b(?:not (?:applicable|assessed|evaluated|included|assessable)|(?:cannot|can not) be (?:assessed|evaluated|determined)|n/a)\b", re.I)
-_NO_NOUN = phrases((r"new", r"stable", r"unchanged", r"one", r"two", r"three", r"more", r"left", r"right", r"small", r"mild", r"moderate", r"large", r"\d+"))
+_NOT_ASSESSED = re.compile(r"[^,]{0,12}\b(?:not (?:applicable|assessed|evaluated|included|assessable)|"
+                           r"(?:cannot|can not) be (?:assessed|evaluated|determined)|n/a)\b", re.I)
+_NO_NOUN = phrases((r"new", r"stable", r"unchanged", r"one", r"two", r"three", r"more", r"left", r"right", r"small", r"mild", r"moderate", r"large",
+r"\d+"))
 
 def _alternative(before: str, after: str) -> bool:
     "Whether a mention is one of two or more that are joined by \"or\"."
@@ -568,7 +594,7 @@ def read_findings(text: str) -> Reading:
     stated = _statements(flat, further)
     understood = {s.sentence for s in stated}
     silent = "\n".join(m.group() for i, m in enumerate(_SENTENCE.finditer(flat)) if i not in understood)
-    unread = [s for s in sentences(silent) if not _OUTSIDE.search(s)]
+    unread = [s for s in sentences(silent) if not (_OUTSIDE.search(s) or _HEADING.match(s) or _longest(_NAMES, s))]
     return Reading(tuple(dict.fromkeys(s.finding for s in stated)), tuple(unread))
 
 # %% ../../nbs/studies/findings.ipynb #5216ea97

@@ -14,7 +14,7 @@ SAME = {"effusion": ["Pleural Effusion"], "pneumothorax": ["Pneumothorax", "Hydr
 
 def tarball() -> Path:
     """Where the reports would lie."""
-    folder = os.environ.get("SAERAD_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")
+    folder = os.environ.get("SAERAD_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
     return Path(folder) / "openi" / "NLMCXR_reports.tgz"
 
 
