@@ -73,11 +73,10 @@ NAMES: dict[str, tuple[str, ...]] = {
                      r"heart(?: size)? (?:is|remains|appears)(?: \w+){0,2}? (?:large|borderline)(?! normal)(?: in size)?"),
     "oedema": (r"(?:pulmonary |interstitial |alveolar )?o?edema",
                r"(?:pulmonary |vascular |venous )+congestion", r"(?:congestive )?(?:heart|cardiac) failure", r"chf",
-               r"(?:pulmonary )?venous hypertension",
-               r"(?:vascular|vessel) (?:prominence|engorgement|congestion)", r"(?:vascula\w+|vessels)(?: \w+){0,3}? (?:prominent|engorged|congested)",
+               r"(?:pulmonary )?venous hypertension", r"(?:vascular|vessel) (?:prominence|engorgement|congestion)",
+               r"(?:vascula\w+|vessels)(?: \w+){0,3}? (?:prominent|engorged|congested)",
                r"(?:prominent|prominence of|engorged|increased)(?: the)?(?: central| lung| pulmonary){0,2} (?:vascula\w+|vessels)",
-               r"cephali[sz]ation",
-               r"congestion"),
+               r"cephali[sz]ation", r"congestion"),
     "nodule": (r"(?:pulmonary |lung )?nod(?:ules?|ular(?:ity| densit(?:y|ies)| opacit(?:y|ies)))",
                r"(?:pulmonary |lung )?mass(?:es)?(?!-like)", r"metasta\w+"),
     "fracture": (r"(?<!catheter )(?<!lead )(?<!wire )(?<!screw )fractur(?:es?|ed)(?! (?:\w+ )?(?:wires?|leads?|catheter|screws?))",
@@ -205,8 +204,7 @@ def sentences(text: str) -> list[str]:
 
 # %% ../../nbs/studies/findings.ipynb #a8cbc7d8
 CLAUSE_STARTS = (r"(?<!all )but", r"however(?!, (?:is|are|was|were|has|have|remains?)\b)", r"although", r"though", r"while", r"whereas", r"which",
-                 r"(?<!not )yet(?! to)", r"despite",
-                 r"except(?: for)?", r"(?:aside|apart) from", r"other than", r"otherwise", r"after", r"following",
+                 r"(?<!not )yet(?! to)", r"despite", r"except(?: for)?", r"(?:aside|apart) from", r"other than", r"otherwise", r"after", r"following",
                  r"(?<!if )there (?:is|are|was|were|has|have|may|remains?|continues?)",
                  r"(?<!consistent )(?<!compatible )(?<!associated )(?<!along )with(?! or without)",
                  r"(?<=, )(?:a|an|the)", r"(?<=and )(?:a|an|the)",
@@ -255,10 +253,9 @@ CUES: dict[str, tuple[str, ...]] = {
     "favours_after": (r"probabl[ey]", r"likely", r"most suggest\w*", r"favou?r(?:s|ed|ing)?", r"presum(?:ed|abl[ey])", _VERSUS),
     "favours_before": (r"(?:is|are|was|were) (?:likely|probable|favou?red)(?! to)",),
     "doubts_after": (r"may", r"might", r"could", r"possibl[ey]", r"potential(?:ly)?", r"question(?:able|ed)?(?: of)?", r"query",
-                     r"suspicious (?:for|of)",
-                     r"suspected", r"(?<!most )suggest\w*", r"worrisome", r"clinical (?:setting|context)", r"concern\w*", r"to (?:exclude|rule out)",
-                     r"differential", r"perhaps",
-                     r"conceivabl[ey]", r"equivocal", r"doubtful", r"unclear"),
+                     r"suspicious (?:for|of)", r"suspected", r"(?<!most )suggest\w*", r"worrisome", r"clinical (?:setting|context)",
+                     r"concern\w*", r"to (?:exclude|rule out)", r"differential", r"perhaps", r"conceivabl[ey]", r"equivocal", r"doubtful",
+                     r"unclear"),
     "doubts_before": (r"(?:is|are|was|were) (?:possible|suspected|questioned|questionable|doubtful|unclear)", r"in the differential",
                       r"(?:should|could|may|might|can) (?:also )?be considered", r"is (?:a|another) (?:consideration|possibility)",
                       r"(?:suspected|possible)(?=\W*$)", r"may be present"),
@@ -339,7 +336,8 @@ ATTRIBUTE_WORDS |= {
                  "large": (r"(?:moderately )?large", r"severe(?:ly)?", r"marked(?:ly)?", r"massive(?:ly)?", r"extensive", r"siz(?:e)?able",
                            r"gross(?:ly)?")}}
 NOT_A_SIZE = (r"(?:slight|mild|minimal|moderate|marked|small|minor)(?:ly)? (?:interval )?"
-              r"(?:increas|decreas|improv|worsen|progress|chang|clear|larger|smaller|more|less)\w*",)
+              r"(?:increas|decreas|improv|worsen|progress|chang|clear|larger|smaller|more|less)\w*",
+              r"(?:previously|no longer|not) (?:very )?(?:small|mild|moderate|large|severe|massive|extensive)")
 
 # %% ../../nbs/studies/findings.ipynb #244cc419
 _THAN_BEFORE = r"(?! (?:on|in|at|than) (?:the )?(?:left|right))"      # "larger on the right" is said of two sides, not of two dates
@@ -351,19 +349,18 @@ ATTRIBUTE_WORDS |= {
                        r"(?:has|have|was|were) (?:been )?(?:placed|inserted)", r"placement(?! (?:is|are|in|of))", r"placed(?=\W*$)"),
                "resolved": (r"resol(?:ved|ution)", r"no longer", r"(?:(?:has|have) (?:completely )?)?cleared",
                             r"remov(?:ed|al(?: of)?)", r"(?:interval|complete) clearing", r"no residual", r"(?:ha[sd]|have|is|are) (?:now )?gone",
-                            r"(?:dis)appear(?:ed|ance of)(?<=disappeared)", r"disappearance", r"vanished", r"extubat\w+",
+                            r"disappear(?:ed|ance)", r"vanished", r"extubat\w+",
                             r"(?:withdrawn|pulled|taken out|discontinued)(?!(?: back)?(?: by)?(?: about| approximately)? \d)",
                             r"(?:is|are|now|come) out(?! of)"),
                "larger": (r"increas(?:e[ds]?|ing)", r"worsen(?:ed|ing)", rf"(?:worse|larger|bigger){_THAN_BEFORE}", r"progress(?:ed|ion|ive)",
                           r"enlarging", r"(?:has|have) enlarged", rf"more (?:prominent|extensive|conspicuous){_THAN_BEFORE}", r"has grown"),
-               "smaller": (r"decreas(?:e[ds]?|ing)", r"improv(?:e[ds]?|ing|ement)", 
-                           rf"smaller{_THAN_BEFORE}", rf"less(?: (?:prominent|extensive|conspicuous))?{_THAN_BEFORE}(?! likely)", r"reduced",
+               "smaller": (r"decreas(?:e[ds]?|ing)", r"improv(?:e[ds]?|ing|ement)", rf"smaller{_THAN_BEFORE}",
+                           rf"less(?: (?:prominent|extensive|conspicuous))?{_THAN_BEFORE}(?! likely)", r"reduced",
                            r"diminish(?:ed|ing)", r"resolving", r"(?:is|are) clearing",
                            rf"{_PARTLY} (?:resol(?:ved?|ution)|clear(?:ed|ing))"),
                "unchanged": (r"unchanged", r"stable", r"persist(?:s|ent|ing)?", r"again", r"similar",
                              r"redemonstrat\w+", r"as before", r"remains?",
-                             r"no(?:t)?(?: \w+){0,2}? change[ds]?",
-                             _NO_CHANGE, _NOT_CHANGED)}}
+                             r"no(?:t)?(?: \w+){0,2}? change[ds]?", _NO_CHANGE, _NOT_CHANGED)}}
 
 # %% ../../nbs/studies/findings.ipynb #dfa5a922
 _ATTRIBUTES = {a: _compiled(words) for a, words in ATTRIBUTE_WORDS.items()}
