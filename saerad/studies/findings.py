@@ -86,7 +86,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 NAMES |= {
     "opacity": (r"opaci(?:ty|ties|fication\w*)", r"(?:pneumonic )?infiltrat(?:es?|ions?)", r"air ?-?space disease",
                 r"(?:pulmonary|lung|air ?-?space|basilar|patchy|focal|streaky|hazy) densit(?:y|ies)"),
-    "pneumonia": (r"(?:broncho)?pneumonia", r"pna", r"pneumonitis", r"(?:acute |pulmonary )infection",
+    "pneumonia": (r"(?:broncho)?pneumonia", r"pna", r"pneumonitis", r"(?:acute |pulmonary |superimposed |lung )infection",
                   r"infectious process"),
     "enlarged_mediastinum": (r"(?:widen(?:ed|ing)|enlarged?)(?: of)?(?: the)?(?: superior| upper)? mediastin(?:um|al)",
                              r"mediastin(?:um|al):?(?: \w+){0,4}? (?:widen(?:ed|ing)|enlarged)"),
@@ -97,8 +97,8 @@ NAMES |= {
 
 # %% ../../nbs/studies/findings.ipynb #7424d8dd
 NAMES |= {
-    "endotracheal_tube": (r"endotracheal tube", r"et tube", r"\bett", r"(?:in|ex)tubat(?:ed|ion)"),
-    "enteric_tube": (r"(?:naso|oro)?gastric tube", r"(?:enteric|feeding|ng|og|dobb?hoff|nasoenteric) tube",
+    "endotracheal_tube": (r"(?:endotracheal|et) tubes?", r"(?:endotracheal|et)(?= (?:and|or) \w+ tubes)", r"\bett", r"(?:in|ex)tubat(?:ed|ion)"),
+    "enteric_tube": (r"(?:naso|oro)?gastric tubes?", r"(?:enteric|feeding|ng|og|dobb?hoff|nasoenteric) tubes?",
                      r"\bngt"),
     "central_line": (r"central (?:venous )?(?:line|catheter)s?",
                      r"(?:\w+ )?(?:jugular|subclavian|ij)(?: \w+){0,2}? (?:catheters?|lines?|cvl|cvc)",
@@ -254,7 +254,7 @@ CUES: dict[str, tuple[str, ...]] = {
     "favours_before": (r"(?:is|are|was|were) (?:likely|probable|favou?red)(?! to)",),
     "doubts_after": (r"may", r"might", r"could", r"possibl[ey]", r"potential(?:ly)?", r"question(?:able|ed)?(?: of)?", r"query",
                      r"suspicious (?:for|of)", r"suspected", r"(?<!most )suggest\w*", r"worrisome", r"clinical (?:setting|context)",
-                     r"concern\w*", r"to (?:exclude|rule out)", r"differential", r"perhaps", r"conceivabl[ey]", r"equivocal", r"doubtful",
+                     r"concern\w*", r"to (?:exclude|rule out)", r"differential", r"perhaps", r"conceivabl[ey]", r"equivocal", r"doubt(?:ful)?",
                      r"unclear"),
     "doubts_before": (r"(?:is|are|was|were) (?:possible|suspected|questioned|questionable|doubtful|unclear)", r"in the differential",
                       r"(?:should|could|may|might|can) (?:also )?be considered", r"is (?:a|another) (?:consideration|possibility)",
@@ -267,11 +267,11 @@ CUES |= {
     "denies_after": (r"no", r"not", r"nil", r"without", r"w/o", r"free of", r"clear of", r"negative for", r"absen(?:ce of|t)",
                      r"rather than", r"nor", r"neither", r"none", r"nothing", r"ruled? out", r"lack of", r"fail(?:s|ed)? to",
                      r"no longer", r"unlikely"),
-    "denies_before": (rf"(?:(?:is|are|was|were|has|have|does|do) not(?: \w+)?|not){_THERE}", r"(?:is|are) absent", r"(?:excluded|ruled out)",
+    "denies_before": (rf"(?:(?:is|are|was|were|has|have|does|do) not(?: \w+)?|not){_THERE}", r"(?:is|are) absent", r"(?:excluded|ruled out)", r"not see (?:one|any|it)",
                       r"(?:un|not )likely(?! to (?:represent|reflect|indicate))"),
     "denies_nothing": (r"no(?:t)?(?: \w+){0,2}? (?:change[ds]?|different)(?: in| of)?",
                        r"without(?: \w+){0,2}? change", _NO_CHANGE, _NOT_CHANGED,
-                       r"not (?:only|well|optimally|fully|normal)",
+                       r"not (?:only|well|optimally|fully|normal|diagnostic)", r"no more than",
                        r"not (?:\w+ )?(?:seen|evident|identified|visible) (?:previously|before|(?:on|in) (?:the )?"
                        r"(?:prior|previous|lateral|frontal|pa|ap))",
                        r"(?:without|no) doubt", r"no(?: known)? (?:prior|comparison|previous)\w*")}
@@ -337,7 +337,7 @@ ATTRIBUTE_WORDS |= {
                            r"gross(?:ly)?")}}
 NOT_A_SIZE = (r"(?:slight|mild|minimal|moderate|marked|small|minor)(?:ly)? (?:interval )?"
               r"(?:increas|decreas|improv|worsen|progress|chang|clear|larger|smaller|more|less)\w*",
-              r"(?:previously|no longer|not) (?:very )?(?:small|mild|moderate|large|severe|massive|extensive)")
+              r"(?:previously|no longer|not) (?:very )?(?:small|mild|moderate|large|severe|massive|extensive)", r"heart(?: size)? (?:is|remains|appears) large")
 
 # %% ../../nbs/studies/findings.ipynb #244cc419
 _THAN_BEFORE = r"(?! (?:on|in|at|than) (?:the )?(?:left|right))"      # "larger on the right" is said of two sides, not of two dates
@@ -357,7 +357,7 @@ ATTRIBUTE_WORDS |= {
                "smaller": (r"decreas(?:e[ds]?|ing)", r"improv(?:e[ds]?|ing|ement)", rf"smaller{_THAN_BEFORE}",
                            rf"less(?: (?:prominent|extensive|conspicuous))?{_THAN_BEFORE}(?! likely)", r"reduced",
                            r"diminish(?:ed|ing)", r"resolving", r"(?:is|are) clearing",
-                           rf"{_PARTLY} (?:resol(?:ved?|ution)|clear(?:ed|ing))"),
+                           rf"{_PARTLY} (?:resol(?:ved?|ution)|clear(?:ed|ing)|gone|disappeared)"),
                "unchanged": (r"unchanged", r"stable", r"persist(?:s|ent|ing)?", r"again", r"similar",
                              r"redemonstrat\w+", r"as before", r"remains?",
                              r"no(?:t)?(?: \w+){0,2}? change[ds]?", _NO_CHANGE, _NOT_CHANGED)}}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openi_tags import SAME, tagged_reports, tags_say, tarball
-from statement_set import statement_set
+from statement_set import KNOWN_WRONG, statement_set
 
 from saerad.studies.findings import (
     ATTRIBUTES,
@@ -136,7 +136,6 @@ def test_never_fails_and_keeps_to_its_words(text):
 
 
 WRITTEN = statement_set()
-KNOWN_WRONG = {"Concern for pneumonia clinically."}      # a question that the study was made to answer, told by its last word only
 
 
 def stands(findings):
