@@ -267,8 +267,8 @@ CUES |= {
     "denies_after": (r"no", r"not", r"nil", r"without", r"w/o", r"free of", r"clear of", r"negative for", r"absen(?:ce of|t)",
                      r"rather than", r"nor", r"neither", r"none", r"nothing", r"ruled? out", r"lack of", r"fail(?:s|ed)? to",
                      r"no longer", r"unlikely"),
-    "denies_before": (rf"(?:(?:is|are|was|were|has|have|does|do) not(?: \w+)?|not){_THERE}", r"(?:is|are) absent", r"(?:excluded|ruled out)", r"not see (?:one|any|it)",
-                      r"(?:un|not )likely(?! to (?:represent|reflect|indicate))"),
+    "denies_before": (rf"(?:(?:is|are|was|were|has|have|does|do) not(?: \w+)?|not){_THERE}", r"(?:is|are) absent", r"(?:excluded|ruled out)",
+                      r"not see (?:one|any|it)", r"(?:un|not )likely(?! to (?:represent|reflect|indicate))"),
     "denies_nothing": (r"no(?:t)?(?: \w+){0,2}? (?:change[ds]?|different)(?: in| of)?",
                        r"without(?: \w+){0,2}? change", _NO_CHANGE, _NOT_CHANGED,
                        r"not (?:only|well|optimally|fully|normal|diagnostic)", r"no more than",
@@ -337,7 +337,8 @@ ATTRIBUTE_WORDS |= {
                            r"gross(?:ly)?")}}
 NOT_A_SIZE = (r"(?:slight|mild|minimal|moderate|marked|small|minor)(?:ly)? (?:interval )?"
               r"(?:increas|decreas|improv|worsen|progress|chang|clear|larger|smaller|more|less)\w*",
-              r"(?:previously|no longer|not) (?:very )?(?:small|mild|moderate|large|severe|massive|extensive)", r"heart(?: size)? (?:is|remains|appears) large")
+              r"(?:previously|no longer|not) (?:very )?(?:small|mild|moderate|large|severe|massive|extensive)",
+              r"heart(?: size)? (?:is|remains|appears) large")
 
 # %% ../../nbs/studies/findings.ipynb #244cc419
 _THAN_BEFORE = r"(?! (?:on|in|at|than) (?:the )?(?:left|right))"      # "larger on the right" is said of two sides, not of two dates
