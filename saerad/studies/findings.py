@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['PHANTOM_KINDS', 'KINDS', 'SIDES', 'ZONES', 'SEVERITIES', 'CHANGES', 'CERTAINTIES', 'NAMES', 'NOT_MEANT',
-           'CLAUSE_STARTS', 'ADVICE', 'CUES', 'ATTRIBUTES', 'ATTRIBUTE_WORDS', 'ENDOTRACHEAL_ZONES', 'NORMAL_SUBJECTS',
-           'NORMAL_WORDS', 'OUTSIDE', 'CHEXPERT', 'CERTAINTY_COLOURS', 'Finding', 'Reading', 'phrases', 'mentions',
-           'sentences', 'certainty_of', 'attributes_of', 'denied_by_normality', 'Statement', 'statements',
-           'read_findings', 'chexpert', 'describe_finding', 'marked_findings']
+           'CLAUSE_STARTS', 'ADVICE', 'NOT_NOW', 'CUES', 'ATTRIBUTES', 'ATTRIBUTE_WORDS', 'ENDOTRACHEAL_ZONES',
+           'NOT_A_SIZE', 'NORMAL_SUBJECTS', 'NORMAL_WORDS', 'REACH', 'OUTSIDE', 'CHEXPERT', 'CERTAINTY_COLOURS',
+           'Finding', 'Reading', 'phrases', 'mentions', 'sentences', 'certainty_of', 'attributes_of',
+           'denied_by_normality', 'Statement', 'statements', 'read_findings', 'chexpert', 'describe_finding',
+           'marked_findings']
 
 # %% ../../nbs/studies/findings.ipynb #9f6e7551
 import html
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 
 # %% ../../nbs/studies/findings.ipynb #09666fab
 PHANTOM_KINDS = ("effusion", "pneumothorax", "consolidation", "atelectasis", "cardiomegaly", "oedema",
@@ -55,43 +59,52 @@ class Reading:
 
 # %% ../../nbs/studies/findings.ipynb #b2d69a8b
 NAMES: dict[str, tuple[str, ...]] = {
-    "effusion": (r"(?:pleural )?effusions?", r"pleural (?:fluid|collections?)", r"hydrothorax"),
-    "pneumothorax": (r"(?:hydro)?pneumothora(?:x|ces)",),
+    "effusion": (r"(?:pleural )?effusions?", r"pleural (?:fluid|collections?)", r"hydrothorax",
+                 r"fluid (?:at|in|within|along) (?:the )?(?:\w+ )?(?:pleural space|pleural cavity|costophrenic (?:angle|sulcus))"),
+    "pneumothorax": (r"(?:hydro)?pneumothora(?:x|ces)", r"ptx", r"pleural air(?: collections?)?"),
     "consolidation": (r"consolidat(?:ions?|ive)(?: changes?| opacit(?:y|ies))?", r"consolidated"),
-    "atelectasis": (r"atelecta(?:sis|ses|tic)(?: changes?| opacit(?:y|ies))?", r"(?:\w+ )?collapse",
+    "atelectasis": (r"atelecta(?:sis|ses|tic)(?: changes?| opacit(?:y|ies))?", r"(?:lobe |lobar |lung )?collapsed?",
                     r"volume loss"),
     "cardiomegaly": (r"cardiomegaly", r"cardiac enlargement",
                      r"enlarge(?:d|ment of)(?: the)? (?:heart|cardiac|cardio\w+)(?: silhouette| size)?",
-                     r"(?:heart|cardiac|cardio\w+al)(?! and)(?:[ -](?!normal|no|not|without)\w+){0,6} enlarged"),
+                     r"(?:heart|cardiac|cardio\w+al)(?! and)(?:[ -](?:not normal|(?!normal)\w+)){0,7} enlarged",
+                     r"(?:heart|cardi\w+)(?: silhouette| size)?: (?:(?!normal)\w+ ){0,3}enlarged",
+                     r"borderline (?:in )?(?:heart|cardiac)(?: silhouette)?(?: size)?",
+                     r"heart(?: size)? (?:is|remains|appears)(?: \w+){0,2}? (?:large|borderline)(?! normal)(?: in size)?"),
     "oedema": (r"(?:pulmonary |interstitial |alveolar )?o?edema",
-               r"(?:pulmonary |vascular |venous )+congestion"),
+               r"(?:pulmonary |vascular |venous )+congestion", r"(?:congestive )?(?:heart|cardiac) failure", r"chf",
+               r"(?:pulmonary )?venous hypertension", r"(?:vascular|vessel) (?:prominence|engorgement|congestion)",
+               r"(?:vascula\w+|vessels)(?: \w+){0,3}? (?:prominent|engorged|congested)",
+               r"(?:prominent|prominence of|engorged|increased)(?: the)?(?: central| lung| pulmonary){0,2} (?:vascula\w+|vessels)",
+               r"cephali[sz]ation", r"congestion"),
     "nodule": (r"(?:pulmonary |lung )?nod(?:ules?|ular(?:ity| densit(?:y|ies)| opacit(?:y|ies)))",
-               r"(?:pulmonary |lung )?mass(?:es)?", r"metasta\w+"),
-    "fracture": (r"fractur(?:es?|ed)",)}
+               r"(?:pulmonary |lung )?mass(?:es)?(?!-like)", r"metasta\w+"),
+    "fracture": (r"(?<!catheter )(?<!lead )(?<!wire )(?<!screw )fractur(?:es?|ed)(?! (?:\w+ )?(?:wires?|leads?|catheter|screws?))",
+                 r"broken(?: \w+)? ribs?")}
 
 # %% ../../nbs/studies/findings.ipynb #15979ab7
 NAMES |= {
-    "opacity": (r"opaci(?:ty|ties|fication\w*)", r"infiltrat(?:es?|ions?)", r"air ?-?space disease",
+    "opacity": (r"opaci(?:ty|ties|fication\w*)", r"(?:pneumonic )?infiltrat(?:es?|ions?)", r"air ?-?space disease",
                 r"(?:pulmonary|lung|air ?-?space|basilar|patchy|focal|streaky|hazy) densit(?:y|ies)"),
-    "pneumonia": (r"(?:broncho)?pneumonia", r"pneumonitis", r"(?:acute |pulmonary )infection",
+    "pneumonia": (r"(?:broncho)?pneumonia", r"pna", r"pneumonitis", r"(?:acute |pulmonary |superimposed |lung )infection",
                   r"infectious process"),
     "enlarged_mediastinum": (r"(?:widen(?:ed|ing)|enlarged?)(?: of)?(?: the)?(?: superior| upper)? mediastin(?:um|al)",
-                             r"mediastin(?:um|al)(?: \w+){0,3}? (?:widen(?:ed|ing)|enlarged)"),
+                             r"mediastin(?:um|al):?(?: \w+){0,4}? (?:widen(?:ed|ing)|enlarged)"),
     "pleural_other": (r"pleural (?:thickening|scarring|plaques?|calcifications?|densit(?:y|ies))",
                       r"blunting(?: \w+){0,4}? (?:costophrenic|angle|sulcus)\w*(?: angles?)?",
                       r"(?:costophrenic|cp)(?: \w+){1,4}? blunt(?:ed|ing)"),
-    "hernia": (r"(?:hiatal|hiatus|diaphragmatic) hernias?",)}
+    "hernia": (r"(?:(?:hiatal|hiatus|diaphragmatic|paraesophageal) )?hernias?",)}
 
 # %% ../../nbs/studies/findings.ipynb #7424d8dd
 NAMES |= {
-    "endotracheal_tube": (r"endotracheal tube", r"et tube", r"\bett"),
-    "enteric_tube": (r"(?:naso|oro)?gastric tube", r"(?:enteric|feeding|ng|og|dobbhoff|nasoenteric) tube",
+    "endotracheal_tube": (r"(?:endotracheal|et) tubes?", r"(?:endotracheal|et)(?= (?:and|or) \w+ tubes)", r"\bett", r"(?:in|ex)tubat(?:ed|ion)"),
+    "enteric_tube": (r"(?:naso|oro)?gastric tubes?", r"(?:enteric|feeding|ng|og|dobb?hoff|nasoenteric) tubes?",
                      r"\bngt"),
     "central_line": (r"central (?:venous )?(?:line|catheter)s?",
-                     r"(?:\w+ )?(?:jugular|subclavian|ij)(?: \w+){0,2}? (?:catheter|line)s?",
+                     r"(?:\w+ )?(?:jugular|subclavian|ij)(?: \w+){0,2}? (?:catheters?|lines?|cvl|cvc)",
                      r"(?:power|chest|infusion)[ -]?port(?: catheter)?", r"port-?a-?cath\w*", r"(?:medi|power)port",
                      r"(?:dialysis|swan-?\s?ganz|indwelling|venous) catheter",
-                     r"(?:chest |infusion )?ports?(?! of)", r"cvc"),
+                     r"(?:chest |infusion )?ports?(?! of)", r"cvc", r"cvl"),
     "picc": (r"picc(?: line)?s?", r"peripherally inserted central (?:venous )?(?:catheter|line)"),
     "chest_tube": (r"chest tubes?", r"thoracostomy tubes?", r"pleural (?:drain|catheter)s?",
                    r"pigtail catheter")}
@@ -106,12 +119,18 @@ NAMES |= {
                        r"(?:medical|monitoring|neurostimulator|stimulator) devices?",
                        r"(?:aortic|mitral|valve|valvular) (?:prosthes[ie]s|replacement)",
                        r"prosthetic (?:heart |aortic |mitral )?valves?", r"balloon pump", r"stimulator",
-                       r"shunt (?:tubing|catheter)", r"(?:tubes?|lines?) and (?:lines?|tubes?)")}
+                       r"shunt (?:tubing|catheter)", r"(?:tubes?|lines?) (?:and|or) (?:lines?|tubes?)")}
 
 # %% ../../nbs/studies/findings.ipynb #6c560ea1
-NOT_MEANT = (r"pericardial effusions?", r"joint effusions?", r"nipple shadows?",
-             r"soft tissue (?:edema|masses|mass|opacit\w+)", r"(?:abdominal|breast) (?:mass|masses)",
-             r"ports? of", r"vertebral (?:compression )?deformit\w+")
+NOT_MEANT = (r"effusions? (?:of|in) (?:the )?(?:\w+ )?(?:knee|shoulder|elbow|hip|joint)s?",
+             r"consolidated (?:report|summary)", r"(?:inguinal|umbilical|ventral|abdominal) hernias?",
+             r"(?:pericardial|(?:\w+ )?joint|knee) effusions?", r"nipple shadows?", r"ports? of", r"port[ -]?wine(?: stains?)?",
+             r"(?:soft tissue|leg|ankle|peripheral|laryngeal|cerebral|subcutaneous|facial) (?:o?edema|opacit\w+)",
+             r"(?:soft tissue|abdominal|pelvic|breast|thyroid|renal|adrenal|hepatic|liver|bone|muscle|body) (?:mass(?:es)?|nodules?)",
+             r"fractur(?:e of|ed)(?: the)?(?: \w+)? (?:catheter|leads?|screws?)",
+             r"mass effect", r"(?:respiratory|renal) failure", r"(?:circulatory|cardiovascular) collapse",
+             r"vertebra\w* (?:body |bodies )?(?:compression )?(?:deformit\w+|collapsed?)",
+             r"collapse of (?:an? |the )?(?:\w+ )?(?:vertebra\w*|stomach)")
 
 # %% ../../nbs/studies/findings.ipynb #85c16ce3
 def phrases(alternatives: Iterable[str]) -> re.Pattern:
@@ -140,70 +159,150 @@ def mentions(text: str) -> list[tuple[int, int, str]]:
     """(start, end, kind) of every name of a finding in `text`, whatever is said about it."""
     return [m for m in _longest(_NAMES, text) if m[2]]
 
-# %% ../../nbs/studies/findings.ipynb #a8cbc7d8
-CLAUSE_STARTS = (r"but", r"however", r"although", r"though", r"while", r"whereas", r"which",
-                 r"except(?: for)?", r"(?:aside|apart) from", r"other than", r"otherwise",
-                 r"(?<!if )there (?:is|are|was|were|has|have|may|remains?|continues?)",
-                 r"(?<!consistent )(?<!compatible )(?<!associated )(?<!along )with",
-                 r"(?<=,) ?(?:small|mild|minimal|trace|tiny|stable|unchanged|persistent|slight)",
-                 r"(?<=, )(?:a|an|the)", r"(?<=and )(?:a|an|the|is|are|stable|unchanged|has|have)",
-                 r"status post")
+# %% ../../nbs/studies/findings.ipynb #a17flat1
+_OPEN_END = r"(?P<open>,|\b(?:and|or|nor|of|the|an?|no|with|without|for|in|to|at|from|is|are|left|right))"
+_LINE = rf"{_OPEN_END}?[^\S\n]*(?P<lines>\n\s*)(?P<small>[a-z])?"
+_ITEM, _BOLD = r"(?P<item>\s+\d\d?\) +)", r"(?:\s*\*+)+ *"
+_SHORT = r"(?P<short>(?:(?<=\bcan)|(?<!\bca)n)['’]t)\b"
+_BREAK = re.compile("|".join((_LINE, _ITEM, _BOLD, r"\s\s+", _SHORT)), re.I)
+_LAST_START = re.compile(r"(?:^|[.;:!?])\W*(\w)(?=[^.;:!?]*$)")
 
-# %% ../../nbs/studies/findings.ipynb #09dbc647
-ADVICE = (r"if", r"recommend\w*", r"correlat\w+", r"consider(?:ation|ed)?", r"please", r"suggest follow",
-          r"(?:further|for) evaluat\w+", r"could obscure", r"limited")
-_SENTENCE = re.compile(r"(?:[^.;!?\n]|[.](?=\S))+")
-_CLAUSE = phrases(CLAUSE_STARTS + ADVICE)
-_ADVICE = re.compile(rf"\s*(?:{'|'.join(ADVICE)})\b", re.I)
+# %% ../../nbs/studies/findings.ipynb #a17flat2
+def _goes_on(line: str, m: re.Match) -> bool:
+    "Whether the sentence at the end of `line` goes on after the line break `m`."
+    if m["lines"].count("\n") > 1: return False
+    begun = _LAST_START.search(line)
+    return bool(m["open"] or m["small"] and m["small"].islower() and begun and not begun[1].islower())
 
-# %% ../../nbs/studies/findings.ipynb #8c2a3b47
-def _pieces(pattern: re.Pattern, text: str) -> list[tuple[int, int]]:
-    "Spans of a text cut before every match of `pattern`."
-    cuts = sorted({0, *(m.start() for m in pattern.finditer(text)), len(text)})
-    return [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if text[a:b].strip()]
+# %% ../../nbs/studies/findings.ipynb #a17flat3
+def _unwrapped(text: str) -> tuple[str, list[tuple[int, int]]]:
+    "`text` with one space for every run of blanks and every broken line and \"not\" for \"n't\", and (place, how much further it stands in `text`)."
+    lines, line, further, done, length = [], "", [(0, 0)], 0, 0
+    for m in _BREAK.finditer(text):
+        start, end, new = m.start(), m.end(), " "
+        if m["lines"]:
+            start, end = m.span("lines")
+            while start > done and text[start - 1] in " \t": start -= 1
+            if not _goes_on(line + text[done:start], m): new = "\n"
+        elif m["item"]: new = "\n"
+        elif m["short"]: new = "not" if m["short"].startswith(("'", "’")) else " not"
+        line += text[done:start] + new
+        done, length = end, length + start - done + len(new)
+        further.append((length, end - length))
+        if new == "\n": lines, line = [*lines, line], ""
+    return "".join([*lines, line, text[done:]]), further
+
+# %% ../../nbs/studies/findings.ipynb #a17sent2
+_DOT_INSIDE = r"\.(?=\d)|(?<![a-zA-Z]{2})\.(?=[a-zA-Z])|(?<=\b[vV]s)\.|(?<=\b[dD]r)\.|(?<=\bapprox)\."
+_ASKED = r"\?(?= *(?i:none|no|nil|absent|negative)\b)|(?<!\w)\?"
+_SENTENCE = re.compile(rf"(?:[^.;!?\n]|{_DOT_INSIDE}|{_ASKED})+\??")
 
 # %% ../../nbs/studies/findings.ipynb #678a89f4
 def sentences(text: str) -> list[str]:
     """The sentences of a report that hold a word; the number of a list item is not a sentence."""
-    return [s.strip() for s in _SENTENCE.findall(text) if re.search(r"[^\W\d_]{2}", s)]
+    return [s.strip(" ?") for s in _SENTENCE.findall(_unwrapped(text)[0]) if re.search(r"[^\W\d_]{2}", s)]
+
+# %% ../../nbs/studies/findings.ipynb #a8cbc7d8
+CLAUSE_STARTS = (r"(?<!all )but", r"however(?!, (?:is|are|was|were|has|have|remains?)\b)", r"although", r"though", r"while", r"whereas", r"which",
+                 r"(?<!not )yet(?! to)", r"despite", r"except(?: for)?", r"(?:aside|apart) from", r"other than", r"otherwise", r"after", r"following",
+                 r"(?<!if )there (?:is|are|was|were|has|have|may|remains?|continues?)",
+                 r"(?<!consistent )(?<!compatible )(?<!associated )(?<!along )with(?! or without)",
+                 r"(?<=, )(?:a|an|the)", r"(?<=and )(?:a|an|the)",
+                 r"status post", r"s/p")
+
+# %% ../../nbs/studies/findings.ipynb #09dbc647
+ADVICE = (r"if", r"recommend\w*", r"correlat\w+", r"consider", r"(?<!a )consideration", r"please", r"suggest follow",
+          r"(?:further|for) evaluat\w+", r"could obscure", r"limited")
+NOT_NOW = (r"(?:evaluat\w+|assess\w*|look(?:ing)?|follow-?up|screen\w*|treat(?:ed|ment)|work-?up) (?:for|of)", r"r/o",
+           r"(?<!to )(?<!not )(?<!cannot )(?<!completely )(?<!entirely )rule out", r"(?:h/o|hx of)",
+           r"follow-? ?up (?:to|is|with|imaging|films?|ct|radiographs?)",
+           r"(?:past )?(?:medical )?history (?:of|for|significant)", r"clinical (?:concern|suspicion|question)", r"denies", r"in the past")
+_HEADING = re.compile(r"[\W\d]*(?:indication|history|clinical [\w ]+|reason(?: for [\w ]+)?|comparison|technique|exam\w*|procedure)s?:", re.I)
+
+# %% ../../nbs/studies/findings.ipynb #a17cl1
+_CLAUSE = phrases(CLAUSE_STARTS + ADVICE + NOT_NOW)
+_ADVICE = re.compile(rf"\s*(?:{'|'.join(ADVICE + NOT_NOW)})\b", re.I)
+
+# %% ../../nbs/studies/findings.ipynb #8c2a3b47
+def _spans(cuts: Iterable[int], text: str) -> list[tuple[int, int]]:
+    "Spans of a text that is cut at some places."
+    return list(pairwise(sorted({0, *cuts, len(text)})))
+
+# %% ../../nbs/studies/findings.ipynb #a17co2
+_AND = re.compile(r",(?: and\b)?(?! (?:or|nor)\b)|\band\b(?!/)", re.I)
+_AFRESH = re.compile(r" *(?:also )?(?:(?P<cue>no|not|without|w/o|nil|neither|possibl[ey]|probabl[ey]|likely)|"
+                     r"small|mild|minimal|slight|trace|tiny|moderate|stable|unchanged|persistent|"
+                     r"increas(?:ed|ing)|decreas(?:ed|ing)|resolved|improv(?:ed|ing))\b", re.I)
+_OR = re.compile(r"\b(?:or|nor)\b|/", re.I)
+
+# %% ../../nbs/studies/findings.ipynb #a17co3
+_THERE = (r"(?: (?:now|also|again|clearly|definitely))*(?: been)? (?:seen|identified|present|noted|visuali[sz]ed|evident|"
+          r"demonstrated|apparent|appreciated|detected|found)")
+_VERB = re.compile(r"\b(?:is|are|was|were|has|have|had|remains?|appears?|persists?|shows?|may|might|can(?:not)?|could|should|measures?)\b", re.I)
+_SAYS_MORE = re.compile(rf"(?:{_VERB.pattern})(?!(?: not)?{_THERE}\b)", re.I)
+
+# %% ../../nbs/studies/findings.ipynb #a17cue0
+_VERSUS = r"(?:versus|vs\.?)(?! (?:the )?(?:prior|previous))"
+_NO_CHANGE = r"(?:no|without)(?: \w+){0,2}? (?:increase|decrease|progression|worsening|improvement|resolution|clearing|removal)(?= in| of|\W*$)"
+_NOT_CHANGED = (r"(?:not|never|yet to|fail(?:s|ed)? to)(?: (?:yet|been|be|significantly|much|to))*"
+                r" (?:resolved?|clear(?:ed)?|removed|(?:in|de)creased?|improved?|larger|smaller|"
+                r"worse(?:n(?:ed)?)?|progress(?:ed)?|enlarged since|changed?)")
 
 # %% ../../nbs/studies/findings.ipynb #5bef11c7
 CUES: dict[str, tuple[str, ...]] = {
-    "doubts_after": (r"may", r"might", r"could", r"possibl[ey]", r"probabl[ey]", r"likely",
-                     r"question(?:able|ed)?(?: of)?", r"suspicious", r"suspected", r"suggest\w*",
-                     r"concern\w*",
-                     r"(?:cannot|can ?not|not|difficult to|to) (?:completely |entirely |fully )?(?:exclude|rule out)",
-                     r"differential", r"perhaps", r"presumed", r"equivocal", r"versus", r"vs"),
-    "doubts_before": (r"(?:cannot|can ?not|not) (?:be )?(?:completely |entirely |fully )?(?:excluded?|ruled out)",
-                      r"(?:is|are) (?:possible|suspected|questioned|likely)", r"versus", r"vs", r"possible")}
+    "favours_after": (r"probabl[ey]", r"likely", r"most suggest\w*", r"favou?r(?:s|ed|ing)?", r"presum(?:ed|abl[ey])", _VERSUS),
+    "favours_before": (r"(?:is|are|was|were) (?:likely|probable|favou?red)(?! to)",),
+    "doubts_after": (r"may", r"might", r"could", r"possibl[ey]", r"potential(?:ly)?", r"question(?:able|ed)?(?: of)?", r"query",
+                     r"suspicious (?:for|of)", r"suspected", r"(?<!most )suggest\w*", r"worrisome", r"clinical (?:setting|context)",
+                     r"concern\w*", r"to (?:exclude|rule out)", r"differential", r"perhaps", r"conceivabl[ey]", r"equivocal", r"doubt(?:ful)?",
+                     r"unclear"),
+    "doubts_before": (r"(?:is|are|was|were) (?:possible|suspected|questioned|questionable|doubtful|unclear)", r"in the differential",
+                      r"(?:should|could|may|might|can) (?:also )?be considered", r"is (?:a|another) (?:consideration|possibility)",
+                      r"(?:suspected|possible)(?=\W*$)", r"may be present"),
+    "doubts_around": (r"(?:cannot|can ?not|not) (?:be )?(?:\w+ly )?(?:excluded?|ruled? out)", r"less likely", r"with or without",
+                      r"(?:difficult|hard|impossible) to (?:\w+ly )?(?:exclude|rule out)")}
 
 # %% ../../nbs/studies/findings.ipynb #fb8c211a
 CUES |= {
-    "denies_after": (r"no", r"not", r"without", r"free of", r"clear of", r"negative for", r"absen(?:ce of|t)",
-                     r"rather than", r"nor", r"neither", r"none", r"ruled? out", r"lack of",
-                     r"resolution of", r"no longer"),
-    "denies_before": (r"(?:is|are|was|were|has|have) not(?: been)?(?: \w+)? (?:seen|identified|present|visuali[sz]ed|evident)",
-                      r"(?:is|are|was|were|has|have) not(?: been)?(?: \w+)? (?:demonstrated|noted|apparent|appreciated)",
-                      r"(?:is|are) absent", r"(?:excluded|ruled out)"),
+    "denies_after": (r"no", r"not", r"nil", r"without", r"w/o", r"free of", r"clear of", r"negative for", r"absen(?:ce of|t)",
+                     r"rather than", r"nor", r"neither", r"none", r"nothing", r"ruled? out", r"lack of", r"fail(?:s|ed)? to",
+                     r"no longer", r"unlikely"),
+    "denies_before": (rf"(?:(?:is|are|was|were|has|have|does|do) not(?: \w+)?|not){_THERE}", r"(?:is|are) absent", r"(?:excluded|ruled out)",
+                      r"not see (?:one|any|it)", r"(?:un|not )likely(?! to (?:represent|reflect|indicate))"),
     "denies_nothing": (r"no(?:t)?(?: \w+){0,2}? (?:change[ds]?|different)(?: in| of)?",
-                       r"without(?: \w+){0,2}? change", r"no (?:increase|decrease|progression)(?: in| of)?",
-                       r"not (?:only|well|optimally|fully)",
-                       r"no(?: known)? (?:prior|comparison|previous)\w*")}
+                       r"without(?: \w+){0,2}? change", _NO_CHANGE, _NOT_CHANGED,
+                       r"not (?:only|well|optimally|fully|normal|diagnostic)", r"no more than",
+                       r"not (?:\w+ )?(?:seen|evident|identified|visible) (?:previously|before|(?:on|in) (?:the )?"
+                       r"(?:prior|previous|lateral|frontal|pa|ap))",
+                       r"(?:without|no) doubt", r"no(?: known)? (?:prior|comparison|previous)\w*")}
 _CUES = _compiled(CUES)
 
-# %% ../../nbs/studies/findings.ipynb #880fd4c7
-def certainty_of(before: str, after: str) -> str:
-    """One of `CERTAINTIES` for a mention, from the words of its clause before and after it.
+# %% ../../nbs/studies/findings.ipynb #a17cue2
+_NO_VALUE = re.compile(r"(?:[:=?(]|\s[-–—])\s*(?:none|nil|absent|negative|no(?: evidence| signs?)?(?=\s*(?:[.,;)]|$))|"
+                       r"not (?:seen|present|identified|evident|visuali[sz]ed))\b", re.I)
+_NORMAL_AFTER = re.compile(r"[^,]{0,25}\b(?:with)?in (?:the )?(?:normal limits|limits of normal)", re.I)
+_ASKED_AFTER = re.compile(r"^[^\w?]*\?\s*$|: *(?:possible|probable|likely|questionable)\b", re.I)
 
-    Doubt in the form of a denial ("cannot be excluded") is doubt; any other denial is stronger than doubt. After NegEx
-    (Chapman et al. 2001). English only.
+# %% ../../nbs/studies/findings.ipynb #880fd4c7
+def _standing(before: str, after: str, inside: str) -> str:
+    "How a mention stands in its clause: one of `CERTAINTIES`, or \"favoured\" for what is held to be probable."
+    ahead, behind = (_CUES["denies_nothing"].sub(" ", words) for words in (f"{before} {inside}".strip(), after))
+    if _CUES["doubts_around"].search(ahead) or _CUES["doubts_around"].search(behind): return "uncertain"
+    if _CUES["denies_after"].search(ahead) or _CUES["denies_before"].search(behind) or _NO_VALUE.search(behind): return "absent"
+    if _NORMAL_AFTER.match(behind): return "absent"
+    if _CUES["doubts_after"].search(ahead) or _CUES["doubts_before"].search(behind): return "uncertain"
+    if "?" in before or _ASKED_AFTER.search(behind): return "uncertain"
+    return "favoured" if _CUES["favours_after"].search(ahead) or _CUES["favours_before"].search(behind) else "present"
+
+# %% ../../nbs/studies/findings.ipynb #a17cert
+def certainty_of(before: str, after: str, inside: str = "") -> str:
+    """One of `CERTAINTIES` for a mention, from the words of its clause before, after and `inside` it.
+
+    Doubt in the form of a denial ("cannot be excluded") is doubt; any other denial is stronger than doubt. After NegEx and
+    ConText (Chapman et al. 2001, Harkema et al. 2009). English only.
     """
-    hit = {cue: pattern.findall(after if cue.endswith("before") else before) for cue, pattern in _CUES.items()}
-    doubts = hit["doubts_after"] + hit["doubts_before"]
-    if any(re.search("exclude|rule", doubt, re.I) for doubt in doubts): return "uncertain"
-    cleared = _CUES["denies_nothing"].sub(" ", before)
-    if _CUES["denies_after"].search(cleared) or hit["denies_before"]: return "absent"
-    return "uncertain" if doubts else "present"
+    standing = _standing(before, after, inside)
+    return "uncertain" if standing == "favoured" else standing
 
 # %% ../../nbs/studies/findings.ipynb #de9278e1
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -215,14 +314,17 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "support_device": ()}
 
 # %% ../../nbs/studies/findings.ipynb #2375f8ce
+_OF_HEART = r"(?! (?:atri|ventric|heart|clinical|context|setting))"       # no side: "a tip in the right atrium", "in the right clinical setting"
 ATTRIBUTE_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
-    "side": {"left": (r"left(?:-sided)?",), "right": (r"right(?:-sided)?",),
-             "bilateral": (r"bilateral\w*", r"both(?= (?:lungs?|sides?|bases|apices|lower|upper))",
-                           r"bibas\w+", r"biapical", r"bihilar")},
-    "zone": {"upper": (r"upper(?! limits?)", r"apical", r"apex", r"apices", r"biapical"),
-             "middle": (r"mid(?:dle)?", r"mid-?(?:lung|zone)s?", r"peri-?hilar", r"lingula\w*"),
-             "lower": (r"lower", r"(?:bi)?bas[ai]l\w*", r"bas(?:e|es|ilar|al)", r"retrocardiac",
-                       r"infrahilar")}}
+    "side": {"left": (rf"left(?:-sided)?{_OF_HEART}", r"lt", r"l(?![/'])", r"l[ul]l"), "right": (rf"right(?:-sided)?{_OF_HEART}", r"rt",
+    r"r(?![/'])", r"r[uml]l"),
+             "bilateral": (r"bilat(?:eral\w*)?", r"b/l", r"both(?= (?:lungs?|sides?|bases|apices|lower|upper))",
+                           r"bi-?bas\w+", r"bi-?apical", r"bihilar", r"(?:left|right) and (?:left|right)",
+                           r"(?:greater|more|larger|worse) than (?:on )?(?:the )?(?:left|right)", r"[lr] > [lr]")},
+    "zone": {"upper": (r"upper(?! limits?)", r"apical", r"apex", r"apices", r"bi-?apical", r"[rl]ul"),
+             "middle": (r"mid(?:dle)?", r"mid-?(?:lung|zone)s?", r"peri-?hilar", r"lingula\w*", r"rml"),
+             "lower": (r"lower", r"(?:bi-?)?bas[ai]l\w*", r"bas(?:e|es|ilar|al)", r"retrocardiac",
+                       r"infrahilar", r"[rl]ll")}}
 ENDOTRACHEAL_ZONES = {"upper": (r"(?:too )?high", r"above the (?:clavicles?|thoracic inlet)"),
                       "lower": (r"(?:too )?low", r"(?:right )?main(?: ?-?stem)? bronchus", r"at the carina")}
 
@@ -231,41 +333,53 @@ ATTRIBUTE_WORDS |= {
     "severity": {"small": (r"small(?:-sized)?", r"mild(?:ly)?", r"minimal(?:ly)?", r"trace", r"tiny",
                            r"slight(?:ly)?", r"minor", r"subtle", r"borderline"),
                  "moderate": (r"moderate(?:ly)?(?:-sized)?",),
-                 "large": (r"large", r"severe(?:ly)?", r"marked(?:ly)?", r"massive(?:ly)?", r"extensive",
+                 "large": (r"(?:moderately )?large", r"severe(?:ly)?", r"marked(?:ly)?", r"massive(?:ly)?", r"extensive", r"siz(?:e)?able",
                            r"gross(?:ly)?")}}
+NOT_A_SIZE = (r"(?:slight|mild|minimal|moderate|marked|small|minor)(?:ly)? (?:interval )?"
+              r"(?:increas|decreas|improv|worsen|progress|chang|clear|larger|smaller|more|less)\w*",
+              r"(?:previously|no longer|not) (?:very )?(?:small|mild|moderate|large|severe|massive|extensive)",
+              r"heart(?: size)? (?:is|remains|appears) large")
 
 # %% ../../nbs/studies/findings.ipynb #244cc419
+_THAN_BEFORE = r"(?! (?:on|in|at|than) (?:the )?(?:left|right))"      # "larger on the right" is said of two sides, not of two dates
+_PARTLY = (r"(?:almost|all but|near(?:ly)?|largely|mostly|partial(?:ly)?|incomplete(?:ly)?|"
+           r"not (?:yet )?(?:completely|fully|entirely))(?:[ -](?:complete(?:ly)?|total|interval))*")
 ATTRIBUTE_WORDS |= {
-    "change": {"new": (r"new(?:ly)?", r"interval (?:development|placement|appearance)",
-                       r"not (?:previously )?(?:seen|present) (?:previously|before|on the prior)"),
-               "resolved": (r"resol(?:ved|ution)", r"no longer", r"(?:has|have) (?:completely )?cleared",
-                            r"remov(?:ed|al of)"),
-               "larger": (r"increas(?:ed|ing)", r"worsen(?:ed|ing)", r"larger", r"progress(?:ed|ion|ive)",
-                          r"enlarging", r"more (?:prominent|extensive|conspicuous)", r"has grown"),
-               "smaller": (r"decreas(?:ed|ing)", r"improv(?:ed|ing|ement)", r"smaller",
-                           r"less (?:prominent|extensive|conspicuous)", r"reduced", r"diminish(?:ed|ing)"),
+    "change": {"new": (r"new(?:ly)?", r"interval (?:development|placement|appearance|insertion)", r"(?:has|have) (?:developed|appeared)",
+                       r"not (?:previously )?(?:seen|present) (?:previously|before|on (?:the )?prior)",
+                       r"(?:has|have|was|were) (?:been )?(?:placed|inserted)", r"placement(?! (?:is|are|in|of))", r"placed(?=\W*$)"),
+               "resolved": (r"resol(?:ved|ution)", r"no longer", r"(?:(?:has|have) (?:completely )?)?cleared",
+                            r"remov(?:ed|al(?: of)?)", r"(?:interval|complete) clearing", r"no residual", r"(?:ha[sd]|have|is|are) (?:now )?gone",
+                            r"disappear(?:ed|ance)", r"vanished", r"extubat\w+",
+                            r"(?:withdrawn|pulled|taken out|discontinued)(?!(?: back)?(?: by)?(?: about| approximately)? \d)",
+                            r"(?:is|are|now|come) out(?! of)"),
+               "larger": (r"increas(?:e[ds]?|ing)", r"worsen(?:ed|ing)", rf"(?:worse|larger|bigger){_THAN_BEFORE}", r"progress(?:ed|ion|ive)",
+                          r"enlarging", r"(?:has|have) enlarged", rf"more (?:prominent|extensive|conspicuous){_THAN_BEFORE}", r"has grown"),
+               "smaller": (r"decreas(?:e[ds]?|ing)", r"improv(?:e[ds]?|ing|ement)", rf"smaller{_THAN_BEFORE}",
+                           rf"less(?: (?:prominent|extensive|conspicuous))?{_THAN_BEFORE}(?! likely)", r"reduced",
+                           r"diminish(?:ed|ing)", r"resolving", r"(?:is|are) clearing",
+                           rf"{_PARTLY} (?:resol(?:ved?|ution)|clear(?:ed|ing)|gone|disappeared)"),
                "unchanged": (r"unchanged", r"stable", r"persist(?:s|ent|ing)?", r"again", r"similar",
                              r"redemonstrat\w+", r"as before", r"remains?",
-                             r"no(?:t)?(?: \w+){0,2}? change[ds]?", r"not (?:increased|decreased)")}}
+                             r"no(?:t)?(?: \w+){0,2}? change[ds]?", _NO_CHANGE, _NOT_CHANGED)}}
 
 # %% ../../nbs/studies/findings.ipynb #dfa5a922
 _ATTRIBUTES = {a: _compiled(words) for a, words in ATTRIBUTE_WORDS.items()}
+_ATTRIBUTES["severity"][""] = phrases(NOT_A_SIZE)
 _ENDOTRACHEAL = _compiled(ENDOTRACHEAL_ZONES)
 
-def _nearest_value(words: Mapping[str, re.Pattern], before: str, inside: str, after: str) -> str:
-    "The value whose word stands nearest to a mention `inside` a text; '' where there is none."
-    distances = [(0, value) for _, _, value in _longest(words, inside)]
-    distances += [(1 + len(before) - end, value) for _, end, value in _longest(words, before)]
-    distances += [(1 + start, value) for start, _, value in _longest(words, after)]
-    return "bilateral" if "bilateral" in {v for _, v in distances} else min(distances, default=(0, ""))[1]
+def _nearest_value(words: Mapping[str, re.Pattern], text: str, start: int, end: int) -> str:
+    "The value whose word stands nearest to the mention from `start` to `end` of a text; '' where there is none."
+    distances = [(max(a - end + 1, start - b + 1, 0), value) for a, b, value in _longest(words, text) if value]
+    return "bilateral" if any(v == "bilateral" for _, v in distances) else min(distances, default=(0, ""))[1]
 
 # %% ../../nbs/studies/findings.ipynb #d8bdd3d6
-def attributes_of(kind: str, before: str, after: str, inside: str = "") -> dict[str, str]:
-    """Side, zone, severity and change of one mention, from the words before, after and `inside` it; '' if not said."""
+def attributes_of(kind: str, words: str, start: int, end: int) -> dict[str, str]:
+    """Side, zone, severity and change of the mention from `start` to `end` of the words that belong to it; '' if not said."""
     own = dict.fromkeys(("side", "zone", "severity"), "")
-    for a in ATTRIBUTES[kind]: own[a] = _nearest_value(_ATTRIBUTES[a], before, inside, after)
-    if kind == "endotracheal_tube": own["zone"] = _nearest_value(_ENDOTRACHEAL, before, inside, after)
-    return {**own, "change": _nearest_value(_ATTRIBUTES["change"], before, inside, after)}
+    for a in ATTRIBUTES[kind]: own[a] = _nearest_value(_ATTRIBUTES[a], words, start, end)
+    if kind == "endotracheal_tube": own["zone"] = _nearest_value(_ENDOTRACHEAL, words, start, end)
+    return {**own, "change": _nearest_value(_ATTRIBUTES["change"], words, start, end)}
 
 # %% ../../nbs/studies/findings.ipynb #ddafdaed
 NORMAL_SUBJECTS: dict[tuple[str, ...], tuple[str, ...]] = {
@@ -274,7 +388,8 @@ NORMAL_SUBJECTS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("consolidation", "opacity"): (r"lungs?(?: fields?)?", r"lung parenchyma", r"air ?-?spaces?"),
     ("effusion",): (r"pleural (?:spaces?|surfaces?)", r"costophrenic (?:angles?|sulci)"),
     ("oedema",): (r"(?:pulmonary )?vascular\w*", r"pulmonary vessels")}
-NORMAL_WORDS = (r"normal", r"unremarkable", r"clear", r"not (?:\w+ )?enlarged", r"within (?:normal )?limits")
+NORMAL_WORDS = (r"normal", r"unremarkable", r"clear", r"(?:has|have) cleared", r"sharp", r"preserved", r"not (?:\w+ )?enlarged",
+                r"within (?:normal )?limits")
 
 # %% ../../nbs/studies/findings.ipynb #0ada3a70
 _NORMAL_SUBJECTS = _compiled(NORMAL_SUBJECTS)
@@ -293,6 +408,60 @@ class Statement:
     start: int
     end: int
     sentence: int
+    favoured: bool = False    # uncertain, but held to be probable, or one of two
+
+# %% ../../nbs/studies/findings.ipynb #a17co6
+REACH = 400
+_VALUE = re.compile(r"[:=]|\s[-–—]\s")
+_SUBJECT = phrases(p for names in NORMAL_SUBJECTS.values() for p in names)
+_DOUBT = phrases(CUES["doubts_after"] + CUES["favours_after"])
+_CAST = phrases(CUES["denies_after"] + CUES["doubts_after"] + CUES["favours_after"] + NOT_NOW)
+
+def _starts_anew(left: str, right: str, rest: str, named_left: bool, named_right: bool) -> bool:
+    "Whether `right`, which is joined to `left` by a comma or an \"and\", is a clause of its own; `rest` is all that follows."
+    opener = _AFRESH.match(right)
+    if opener and opener["cue"]: return True
+    if named_right and _VALUE.search(left) and _VALUE.search(right): return True
+    if opener and named_left and named_right and not _OR.search(rest) and not _DOUBT.search(left): return True
+    if not named_right and not _SUBJECT.search(right): return False
+    if _SAYS_MORE.search(right) and _CAST.search(left): return True
+    return bool(_VERB.search(left) and (_VERB.search(right) or _NORMAL.search(right)))
+
+# %% ../../nbs/studies/findings.ipynb #a17co6b
+def _own_clauses(clause: str, named: list[tuple[int, int, str]]) -> list[int]:
+    "Where a comma or an \"and\" of a clause begins a clause of its own."
+    within, starts = {p for a, b, _ in named for p in range(a + 1, b)}, [a for a, _, _ in named]
+    joints = [m for m in _AND.finditer(clause) if m.start() not in within]
+    stops = [m.start() for m in (*joints, *_OR.finditer(clause))]
+    def named_in(a: int, b: int) -> bool: return bisect_left(starts, a) < bisect_left(starts, b)
+    alone = len(stops) == 1 and joints and joints[0][0] == ","       # "left effusion, pneumothorax not seen"
+    stops, cuts, last = sorted([*stops, len(clause)]), [], 0
+    for joint in joints:
+        at, end = joint.end(), stops[bisect_left(stops, joint.end())]
+        left, right, rest = clause[max(last, joint.start() - REACH):joint.start()], clause[at:end], clause[at:at + REACH]
+        both = named_in(last, joint.start()), named_in(at, end)
+        if _starts_anew(left, right, rest, *both) or alone and all(both) and _CUES["denies_before"].search(right):
+            cuts.append(at)
+            last = at
+    return cuts
+
+# %% ../../nbs/studies/findings.ipynb #a17co9
+_LEAD_IN = re.compile(r"\W*(?:\w+(?: \w+)?, ?|(?:on|in|at) the (?:\w+ ){1,3})", re.I)
+_HALF = re.compile(r"\b(?:left|right) and $", re.I)
+_BRACKET = re.compile(r"\([^)]*\)?")
+
+def _clauses(sentence: str, named: list[tuple[int, int, str]]) -> list[tuple[int, int]]:
+    "Spans of the clauses of a sentence."
+    within, starts = {p for a, b, _ in named for p in range(a + 1, b)}, [a for a, _, _ in named]
+    def about(a: int, b: int) -> list[tuple[int, int, str]]: return named[bisect_left(starts, a):bisect_left(starts, b)]
+    cuts = {0, *(m.start() for m in _CLAUSE.finditer(sentence) if m.start() not in within)}
+    cuts.update(place for m in _BRACKET.finditer(sentence) if about(*m.span()) for place in m.span())
+    for a, b in _spans(cuts, sentence): cuts.update(a + c for c in _own_clauses(sentence[a:b], [(s - a, e - a, k) for s, e, k in about(a, b)]))
+    for a, b in _spans(cuts, sentence):
+        if a and not about(a, b) and sentence.startswith("which", a): cuts.discard(a)
+        lead_in = not a and _LEAD_IN.fullmatch(sentence, a, b) and not _ADVICE.match(sentence, b)
+        if not about(a, b) and (lead_in or _HALF.search(sentence, a, b)): cuts.discard(b)
+    return [(a, b) for a, b in _spans(cuts, sentence) if sentence[a:b].strip()]
 
 # %% ../../nbs/studies/findings.ipynb #b2732be3
 _PARTING = re.compile(r",|/|\band\b|\bor\b|\bwith\b|\bwithout\b", re.I)
@@ -306,31 +475,94 @@ def _own_words(clause: str, named: list[tuple[int, int, str]], i: int) -> tuple[
     stop = _PARTING.search(clause, end, right) if right < len(clause) else None
     return cut.end() if cut else left, stop.start() if stop else right
 
+# %% ../../nbs/studies/findings.ipynb #a17st1
+_ONCE = phrases((r"previously (?:seen|noted|described|identified|demonstrated)",))
+_OR_AFTER = re.compile(r"(?:,? (?:and/)?or\b| (?:(?!and\b)[\w-]+ ){0,5}?(?:vs\.?|versus)\b(?! (?:the )?(?:prior|previous)))", re.I)
+_OR_BEFORE = re.compile(r"(?:\b(?:(?:and/)?or|vs\.?|versus) )(?:[\w-]+ ){0,3}$", re.I)
+_LABEL = re.compile(r"\W*[:=]")
+_NOT_ASSESSED = re.compile(r"[^,]{0,12}\b(?:not (?:applicable|assessed|evaluated|included|assessable)|"
+                           r"(?:cannot|can not) be (?:assessed|evaluated|determined)|n/a)\b", re.I)
+_NO_NOUN = phrases((r"new", r"stable", r"unchanged", r"one", r"two", r"three", r"more", r"left", r"right", r"small", r"mild", r"moderate", r"large",
+r"\d+"))
+
+def _alternative(before: str, after: str) -> bool:
+    "Whether a mention is one of two or more that are joined by \"or\"."
+    m = _OR_BEFORE.search(before)
+    if _CUES["denies_after"].search(before): return False
+    return bool(_OR_AFTER.match(after)) or bool(m and before[:m.start()].strip() and not _NO_NOUN.search(before[:m.start()].split()[-1]))
+
+# %% ../../nbs/studies/findings.ipynb #a17ha2
+_PAIR = re.compile(r"((?:\w+ )?)(left|right)((?: \w+){0,2}?) and (?:an? )?((?:\w+ )?)(left|right)((?: \w+){0,3}) $", re.I)
+
+def _halves(kind: str, before: str) -> list[dict[str, str]]:
+    "Side, zone and severity of each half of a pair that goes by one name; none where the words before it name no such pair."
+    m = _PAIR.search(before)
+    if not m or m[2].lower() == m[5].lower(): return []
+    parts = [attributes_of(kind, "".join(part), 0, 0) for part in (m.groups()[:3], m.groups()[3:])]
+    told = [{a: v for a, v in part.items() if v and a != "change"} for part in parts]
+    return told if all(len(t) > 1 for t in told) else []
+
+# %% ../../nbs/studies/findings.ipynb #a17sh2
+_JOINED = re.compile(r"(?:,? and|,? or|,)(?: (?!with\b|without\b)[\w-]+){0,4} ", re.I)
+_OF_ALL = re.compile(r"\b(?:are|have|were|remain|both|all)\b", re.I)
+_DEVICES = frozenset((*PHANTOM_KINDS[PHANTOM_KINDS.index("endotracheal_tube"):], "support_device"))
+
+def _shared_change(clause: str, named: list[tuple[int, int, str]], i: int) -> str:
+    "The change that is said of a whole list in which mention `i` stands; '' where there is none."
+    def alike(j: int) -> bool: return (named[j][2] in _DEVICES) == (named[i][2] in _DEVICES)
+    def joined(j: int) -> bool: return bool(_JOINED.fullmatch(clause[named[j][1]:named[j + 1][0]]))
+    first, last = i, i
+    while first and i - first < 9 and joined(first - 1) and alike(first - 1): first -= 1
+    while last + 1 < len(named) and last - i < 9 and joined(last) and alike(last + 1): last += 1
+    if first == last: return ""
+    before, after = clause[:named[first][0]][-REACH:], clause[named[last][1]:][:REACH]
+    if _OF_ALL.search(after): return _nearest_value(_ATTRIBUTES["change"], after, 0, 0)
+    return _nearest_value(_ATTRIBUTES["change"], before, len(before), len(before)) if i > first and not _VERB.search(before) else ""
+
 # %% ../../nbs/studies/findings.ipynb #9f959d66
-def _clause_statements(clause: str) -> list[tuple[Finding, int, int]]:
-    "Findings of one clause and their place in it."
+def _clause_statements(clause: str, named: list[tuple[int, int, str]]) -> list[tuple[Finding, int, int, bool]]:
+    "Findings of one clause, their place in it, and whether they are favoured."
     if _ADVICE.match(clause): return []
-    named = mentions(clause)
     denied = [k for k in denied_by_normality(clause) if k not in {m[2] for m in named}]
-    statements_here = [(Finding(k, certainty="absent"), 0, len(clause)) for k in denied]
+    statements_here = [(Finding(k, certainty="absent"), 0, len(clause), False) for k in denied]
     for i, (start, end, kind) in enumerate(named):
+        if _LABEL.match(clause, end) and kind in {m[2] for m in named[i + 1:i + 9]} or _NOT_ASSESSED.match(clause, end): continue
         begin, finish = _own_words(clause, named, i)
-        about = attributes_of(kind, clause[begin:start], clause[end:finish], clause[start:end])
-        certainty = certainty_of(clause[:start], clause[end:])
-        if about["change"] == "resolved": certainty = "present"
-        if certainty == "absent": about = dict.fromkeys(about, "")
-        statements_here.append((Finding(kind, **about, certainty=certainty), start, end))
+        about = attributes_of(kind, clause[begin:finish], start - begin, end - begin)
+        if not about["change"]: about["change"] = _shared_change(clause, named, i)
+        before, after = clause[max(start - REACH, 0):start], clause[end:end + REACH]
+        standing = _standing(before, after, clause[start:end])
+        if standing == "absent" and _ONCE.search(before): about["change"] = "resolved"
+        if about["change"] == "resolved": standing = "present"
+        if standing == "present" and _alternative(before, after): standing = "favoured"
+        if standing == "absent": about = dict.fromkeys(about, "")
+        certainty, halves = "uncertain" if standing == "favoured" else standing, _halves(kind, clause[begin:start])
+        for half in halves if halves and certainty != "absent" else [{}]:
+            statements_here.append((Finding(kind, **{**about, **half}, certainty=certainty), start, end, standing == "favoured"))
     return statements_here
 
 # %% ../../nbs/studies/findings.ipynb #dc3f8102
+@lru_cache(2 ** 14)
+def _sentence_statements(sentence: str) -> tuple[tuple[Finding, int, int, bool], ...]:
+    "What `_clause_statements` gives for all clauses of a sentence; reports repeat their sentences, so the answers are kept."
+    if _HEADING.match(sentence): return ()
+    named, stated = mentions(sentence), []
+    for a, b in _clauses(sentence, named):
+        here = [(s - a, e - a, k) for s, e, k in named if a <= s < b]
+        stated += [(f, a + start, a + end, favoured) for f, start, end, favoured in _clause_statements(sentence[a:b], here)]
+    return tuple(stated)
+
+# %% ../../nbs/studies/findings.ipynb #a17stm
+def _statements(flat: str, further: list[tuple[int, int]]) -> list[Statement]:
+    "`statements` of an unwrapped text."
+    def place(p: int) -> int: return p + further[bisect_right(further, p, key=lambda entry: entry[0]) - 1][1]
+    stated = [Statement(f, place(m.start() + start), place(m.start() + end - 1) + 1, number, favoured)
+              for number, m in enumerate(_SENTENCE.finditer(flat)) for f, start, end, favoured in _sentence_statements(m.group())]
+    return sorted(stated, key=lambda s: (s.start, s.end, s.finding))
+
 def statements(text: str) -> list[Statement]:
     """Every statement of a finding in `text`, in order of place."""
-    stated = []
-    for number, sentence in enumerate(_SENTENCE.finditer(text)):
-        for a, b in _pieces(_CLAUSE, sentence.group()):
-            at, clause = sentence.start() + a, _clause_statements(sentence.group()[a:b])
-            stated += [Statement(f, at + start, at + end, number) for f, start, end in clause]
-    return sorted(stated, key=lambda s: (s.start, s.end, s.finding))
+    return _statements(*_unwrapped(text))
 
 # %% ../../nbs/studies/findings.ipynb #d6209f05
 OUTSIDE = (r"spin(?:e|al)", r"vertebra\w*", r"thoracic", r"degenerative", r"bon(?:y|es?)", r"osseous",
@@ -356,10 +588,11 @@ def read_findings(text: str) -> Reading:
 
     English only: a text in another language gives few statements or none, some of them wrong. Never raises; what it cannot read is in `unread`.
     """
-    stated = statements(text)
+    flat, further = _unwrapped(text)
+    stated = _statements(flat, further)
     understood = {s.sentence for s in stated}
-    silent = "\n".join(m.group() for i, m in enumerate(_SENTENCE.finditer(text)) if i not in understood)
-    unread = [s for s in sentences(silent) if not _OUTSIDE.search(s)]
+    silent = "\n".join(m.group() for i, m in enumerate(_SENTENCE.finditer(flat)) if i not in understood)
+    unread = [s for s in sentences(silent) if not (_OUTSIDE.search(s) or _HEADING.match(s) or _longest(_NAMES, s))]
     return Reading(tuple(dict.fromkeys(s.finding for s in stated)), tuple(unread))
 
 # %% ../../nbs/studies/findings.ipynb #5216ea97

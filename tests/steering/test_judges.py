@@ -1,8 +1,12 @@
-"""Harms by name, the language model as a judge against a real server, and how far judges agree."""
+"""Verdicts on pairs of statements, broken reports, harms by name, the language model as a judge against a real server, and how far judges agree."""
+from dataclasses import replace
+from random import Random
+
 import pandas as pd
 import pytest
 from judge_server import JudgeServer
 from sklearn.metrics import cohen_kappa_score
+from statement_set import KNOWN_WRONG, statement_set
 from word_server import completion
 
 from saerad.core import UserError
@@ -12,8 +16,10 @@ from saerad.steering.judges import (
     JudgeConfig,
     LanguageJudge,
     Target,
+    broken,
     finding_differences,
     harms_of,
+    judge,
     judge_agreement,
     judges_of,
     judging_estimate,
@@ -21,10 +27,73 @@ from saerad.steering.judges import (
     target_of,
     unanswered_verdicts,
 )
-from saerad.studies.findings import read_findings
+from saerad.studies.findings import Reading, read_findings
 from saerad.studies.record import Source
 
 PAIR = ("Effusion.", "Effusion. Nodule.", target_of("nodule"))
+
+
+WRITTEN = statement_set()
+SAME, ON, OFF, MIXED = "unchanged", "on_target_only", "off_target_only", "mixed"
+
+
+@pytest.mark.parametrize(("before", "after", "target", "outcome", "effect"), [
+    ("The mediastinum is normal.", "Mediastinum is not widened.", "a widened mediastinum", SAME, 0),
+    ("No pleural effusion.", "Pleural effusion: none.", "pleural effusion", SAME, 0),
+    ("Small left pleural effusion.", "Pleural effusion: small, left.", "pleural effusion", SAME, 0),
+    ("Pneumothorax: absent.", "Nil pneumothorax.", "pneumothorax", SAME, 0),
+    ("There is no pneumonia.", "Pneumonia is unlikely.", "pneumonia", SAME, 0),
+    ("Pneumonia is unlikely.", "Pneumonia is considered less likely.", "pneumonia", ON, 1),
+    ("Pneumonia is difficult to exclude.", "? pneumonia", "pneumonia", SAME, 0),
+    ("The effusion is unchanged.", "The effusion has not resolved.", "effusion", SAME, 0),
+    ("The effusion has resolved.", "The effusion has almost completely resolved.", "effusion", ON, 1),
+    ("No pneumothorax and no effusion.", "No pneumothorax and left effusion has increased.", "left effusion", ON, 1),
+    ("No pneumothorax or\npleural effusion.", "No pneumothorax or pleural effusion.", "effusion", SAME, 0),
+    ("No pneumothorax.", "No pneumothorax.Left effusion.", "nodule", OFF, 0),
+    ("Atelectasis vs. consolidation.", "Atelectasis.", "consolidation", MIXED, -1),
+    ("", "Evaluate for pneumothorax. History of pneumonia.", "pneumothorax", SAME, 0),
+    ("The right chest tube is in place.", "The right chest tube was withdrawn.", "chest tube", ON, -1),
+    ("The right chest tube is in place.", "The right chest tube has been taken out.", "nodule", OFF, 0),
+    ("Right PICC.", "Right PICC removed.", "PICC", ON, -1),
+    ("Endotracheal tube in place.", "The patient has been extubated.", "endotracheal tube", ON, -1),
+    ("The effusion has gone.", "The effusion has cleared.", "effusion", SAME, 0),
+    ("Right effusion.", "Right effusion has cleared.", "effusion", ON, -1),
+    ("Collapsed right upper lobe.", "Right upper lobe atelectasis.", "atelectasis", SAME, 0),
+    ("The costophrenic angles are sharp.", "No effusion.", "effusion", SAME, 0),
+    ("Mild edema.", "Mild CHF.", "edema", SAME, 0), ("Normal heart.", "Normal heart. Mass effect on the trachea.", "mass", SAME, 0),
+    ("Bilateral effusions.", "Bilateral effusions, right greater than left.", "effusion", SAME, 0),
+    ("Effusion, unchanged from prior.", "Effusion has increased.", "change against prior images", ON, 0)])
+def test_pairs_of_statements_get_the_right_verdict(before, after, target, outcome, effect):
+    told = judge(before, after, target_of(target))
+    assert (told.outcome, told.effect) == (outcome, effect)
+
+
+def test_pairs_drawn_from_all_statements_get_the_verdict_of_their_right_readings():
+    draw, right = Random(17), {w.text: Reading(w.meant) for w in WRITTEN}
+    for _ in range(1500):
+        old, new = draw.sample([w for w in WRITTEN if w.text not in KNOWN_WRONG], 2)
+        target = Target(frozenset(draw.choices([f.kind for w in (old, new) for f in w.meant] or ["nodule"], k=1)))
+        by_rules, by_right = (judge(old.text, new.text, target, reader, cfg=JudgeConfig(max_unread=1)) for reader in (read_findings, right.get))
+        assert replace(by_rules, unread=0) == replace(by_right, unread=0), (old.text, new.text)
+
+
+@pytest.mark.parametrize("text", ["", "...", "ETT ok. Rpt am. Tip svc. L eff.", "No evidence of effusion. " * 9, "there is a right " * 9,
+                                  "Kein Erguss. Keine Stauung.", *(w.text for w in WRITTEN[::29])])
+def test_an_unchanged_pair_is_unchanged(text):
+    told = judge(text, text, target_of("effusion"), perplexity=99.0)
+    assert (told.outcome, told.broken, told.harms, told.on_direction) == ("unchanged", "", (), None)
+    assert judge(text, f" {text}\n", target_of("effusion")).outcome == "unchanged"
+
+
+def test_a_sign_counts_only_beyond_the_baseline():
+    cfg, terse = JudgeConfig(), "ETT ok. Rpt am. Tip svc."
+    many = "No evidence of edema. No evidence of a fracture. No evidence of an effusion. No evidence of a nodule. " * 2
+    assert judge(terse, terse + " Small effusion. Rpt pm.", target_of("effusion")).outcome == "on_target_only"
+    assert judge(many, many.replace("No evidence of a nodule", "There is a nodule"), target_of("nodule")).outcome == "on_target_only"
+    assert judge("Clear lungs.", "no no no no no no no no no", target_of("nodule")).broken == "repeats"
+    assert judge("Clear lungs.", "Xa yb. Zc wd.", target_of("nodule")).broken == "unread"
+    assert judge("Clear lungs.", "", target_of("nodule")).broken == "empty" and judge("", "Nodule.", target_of("nodule")).outcome == "on_target_only"
+    assert broken("Nodule.", read_findings("Nodule."), cfg, 99.0) == "perplexity" and broken("", Reading(()), cfg) == "empty"
 
 
 @pytest.mark.parametrize(("before", "after", "harms"), [

@@ -307,20 +307,21 @@ def test_parts_of_other_settings_are_not_used(source, subject, sae, tmp_path, mo
 def test_judging_again_generates_nothing(run, source, subject, sae, tmp_path, monkeypatch):
     def never(*args, **kw): raise AssertionError("a report was written")
     for file in run.iterdir(): shutil.copy(file, tmp_path)
+    (tmp_path / "judgements.parquet").unlink()
     with monkeypatch.context() as m:
         m.setattr(steering, "write_steered", never)
         m.setattr(type(subject), "generate", never)
         steer(source, subject, sae, SAID, CFG.model_copy(update={"max_perplexity": 1e-6}), 0, tmp_path, layer=4)
         assert (tmp_path / "generations.parquet").read_bytes() == (run / "generations.parquet").read_bytes()
-        assert set(read_table(tmp_path / "judgements.parquet").to_pandas().query("method == 'add'").outcome) == {"degenerate"}
+        assert read_table(tmp_path / "judgements.parquet").num_rows == read_table(run / "judgements.parquet").num_rows
         with pytest.raises(AssertionError):      # other texts are needed
             steer(source, subject, sae, SAID, CFG.model_copy(update={"positions": "prompt"}), 0, tmp_path, layer=4)
 
 
 def test_a_strength_that_breaks_every_report_is_said(source, subject, sae, tmp_path, capsys):
-    steer(source, subject, sae, SAID, CFG.model_copy(update={"max_perplexity": 1e-6}), 0, tmp_path, layer=4)
-    assert "α = 30 makes every report unreadable" in capsys.readouterr().out
-    assert any("α = -30" in n for n in read_json(tmp_path / "steering.json")["notes"])
+    steer(source, subject, sae, SAID, CFG.model_copy(update={"max_perplexity": 1e-6, "alphas": (-30, 3000)}), 0, tmp_path, layer=4)
+    assert "α = 3000 makes every report unreadable" in capsys.readouterr().out
+    assert any("α = 3000" in n for n in read_json(tmp_path / "steering.json")["notes"])
 
 
 @pytest.mark.parametrize("changes", [{"method": "clamp", "alphas": (0.0, 40.0)}, {"method": "scale", "alphas": (0.0, 5.0)},

@@ -1,13 +1,12 @@
 """The rule-based reader of findings: scope, attributes, traps, and agreement with the tags of real reports."""
-import os
 import re
-import tarfile
-import xml.etree.ElementTree as ET
-from pathlib import Path
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openi_tags import SAME, tagged_reports, tags_say, tarball
+from statement_set import KNOWN_WRONG, statement_set
 
 from saerad.studies.findings import (
     ATTRIBUTES,
@@ -28,8 +27,6 @@ from saerad.studies.findings import (
     sentences,
     statements,
 )
-
-DATA = Path(os.environ.get("SAERAD_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 
 
 def said(text: str) -> set[str]:
@@ -138,39 +135,107 @@ def test_never_fails_and_keeps_to_its_words(text):
         if f.certainty == "absent": assert f == Finding(f.kind, certainty="absent")
 
 
-# precision and recall on OpenI's odd-numbered reports, measured once and rounded down by 0.03
-FLOORS = {"effusion": (["Pleural Effusion"], 0.83, 0.95), "pneumothorax": (["Pneumothorax", "Hydropneumothorax"], 0.97, 0.90),
-          "consolidation": (["Consolidation"], 0.75, 0.97), "atelectasis": (["Pulmonary Atelectasis"], 0.77, 0.96),
-          "cardiomegaly": (["Cardiomegaly", "Cardiac Shadow/enlarged"], 0.96, 0.88),
-          "oedema": (["Pulmonary Edema", "Pulmonary Congestion"], 0.77, 0.78), "nodule": (["Nodule", "Mass"], 0.53, 0.92),
-          "fracture": (["Fractures, Bone"], 0.67, 0.93), "opacity": (["Opacity", "Airspace Disease", "Infiltrate"], 0.94, 0.92),
-          "pneumonia": (["Pneumonia"], 0.41, 0.97), "hernia": (["Hernia, Hiatal"], 0.87, 0.97)}
+WRITTEN = statement_set()
+
+
+def stands(findings):
+    """Whether each kind is there (True), is not (False) or is open (None, also where the findings disagree)."""
+    told = {}
+    for f in findings: told.setdefault(f.kind, set()).add({"absent": False, "uncertain": None}.get(f.certainty, f.change != "resolved"))
+    return {kind: values.pop() if len(values) == 1 else None for kind, values in told.items()}
+
+
+def test_the_set_of_statements_is_large_and_covers_every_kind_and_construction():
+    assert len(WRITTEN) >= 600 and len({w.text for w in WRITTEN}) == len(WRITTEN)
+    assert {f.kind for w in WRITTEN for f in w.meant} == set(KINDS)
+    assert {f.certainty for w in WRITTEN for f in w.meant} == set(CERTAINTIES)
+    assert {f.change for w in WRITTEN for f in w.meant} == {"", *CHANGES}
+    assert sum(w.set == "held out" for w in WRITTEN) == sum(w.set == "worked" for w in WRITTEN) / 2
+
+
+@pytest.mark.parametrize("construction", sorted({w.construction for w in WRITTEN}))
+def test_statements_are_read_right_in_every_detail(construction):
+    those = [w for w in WRITTEN if w.construction == construction]
+    wrong = {w.text: said(w.text) for w in those if said(w.text) != {describe_finding(f) for f in w.meant}}
+    assert set(wrong) <= KNOWN_WRONG, wrong
+
+
+def test_no_statement_is_read_as_its_opposite():
+    for w in WRITTEN:
+        right, read = stands(w.meant), stands(read_findings(w.text).findings)
+        assert not [k for k in right.keys() & read.keys() if {right[k], read[k]} == {True, False}], w.text
+
+
+WHOLE = [w for w in WRITTEN if w.text[-1] == "." and w.construction not in ("layout", "not now", "label")]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(WHOLE), min_size=2, max_size=5))
+def test_statements_mean_the_same_one_after_the_other(chosen):
+    together = said(" ".join(w.text for w in chosen))
+    assert together == set().union(*(said(w.text) for w in chosen))
+
+
+@pytest.mark.parametrize("text", [
+    "No pneumothorax or\n  pleural effusion.", "There  isn\'t any\tnodule, but we can\'t exclude\na small left effusion.",
+    "**Findings**\n\n* No effusion\n* Right nodule 2) Hernia", "Heart normal.Left PICC."])
+def test_places_are_those_of_the_text_as_it_was_written(text):
+    names = {"cardiomegaly": "heart normal"}
+    assert statements(text)
+    for s in statements(text): assert names.get(s.finding.kind, s.finding.kind) in text[s.start:s.end].lower()
+
+
+@pytest.mark.parametrize(("text", "favoured"), [
+    ("Probable atelectasis.", True), ("Atelectasis versus scarring.", True), ("Atelectasis or scar.", True), ("Possible atelectasis.", False),
+    ("This may be atelectasis or scar.", False), ("Atelectasis cannot be excluded.", False), ("Atelectasis.", False), ("No atelectasis.", False)])
+def test_two_grades_of_doubt(text, favoured):
+    assert [s.favoured for s in statements(text) if s.finding.kind == "atelectasis"] == [favoured]
+
+
+@pytest.mark.parametrize("piece", ["left chest tube and right tube ", "no effusion, ", "no ", "effusion: ", "may be or ", "\n a", "( ", "* ", "not "])
+def test_babble_without_a_full_stop_takes_time_in_proportion(piece):
+    def seconds(times):
+        start = time.perf_counter()
+        read_findings(piece * times)
+        return time.perf_counter() - start
+    assert seconds(800) < 10 * seconds(200) + 0.5       # the square of it would be 16 times as long
+
+
+# precision and recall on OpenI's odd-numbered reports where what is favoured counts; measured once, on reports that no rule was written for, and
+# rounded down by 0.03
+FLOORS = {"effusion": (0.94, 0.95), "pneumothorax": (0.97, 0.97), "consolidation": (0.90, 0.97), "atelectasis": (0.91, 0.96),
+          "cardiomegaly": (0.95, 0.94), "oedema": (0.94, 0.85), "nodule": (0.61, 0.89), "fracture": (0.82, 0.97), "opacity": (0.95, 0.91),
+          "pneumonia": (0.87, 0.92), "hernia": (0.87, 0.97)}
 
 
 @pytest.fixture(scope="module")
 def tagged():
-    tarball = DATA / "openi" / "NLMCXR_reports.tgz"
-    if not tarball.exists(): pytest.skip(f"OpenI's reports are not at {tarball}")
-    out = []
-    with tarfile.open(tarball) as tar:
-        for member in tar:
-            if not member.name.endswith(".xml") or int(Path(member.name).stem) % 2 == 0: continue
-            root = ET.parse(tar.extractfile(member)).getroot()
-            sections = {a.get("Label"): a.text or "" for a in root.iter("AbstractText")}
-            tags = [t.text for t in root.iter("major")]
-            text = f"{sections.get('FINDINGS', '')} {sections.get('IMPRESSION', '')}"
-            if tags != ["No Indexing"]: out.append((read_findings(text), len(sentences(text)), tags))
-    return out
+    if not tarball().exists(): pytest.skip(f"OpenI's reports are not at {tarball()}")
+    return [(statements(text), read_findings(text), len(sentences(text)), tags) for text, tags in tagged_reports()]
+
+
+def agreement(tagged, kind, doubts):
+    """Precision and recall, where `doubts(statement)` tells which uncertain statements count."""
+    def there(s):
+        f = s.finding
+        return f.kind == kind and f.change != "resolved" and (f.certainty == "present" or f.certainty == "uncertain" and doubts(s))
+    both = [(any(map(there, stated)), tags_say(kind, tags)) for stated, _, _, tags in tagged]
+    hits = sum(r and t for r, t in both)
+    return hits / sum(r for r, _ in both), hits / sum(t for _, t in both)
 
 
 @pytest.mark.parametrize("kind", FLOORS)
 def test_agreement_with_the_tags_of_real_reports(tagged, kind):
-    names, precision, recall = FLOORS[kind]
-    both = [(kind in reading.kinds(), any(t.startswith(tuple(names)) for t in tags)) for reading, _, tags in tagged]
-    hits = sum(r and t for r, t in both)
-    assert hits / sum(r for r, _ in both) >= precision
-    assert hits / sum(t for _, t in both) >= recall
+    precision, recall = agreement(tagged, kind, lambda s: s.favoured)
+    assert precision >= FLOORS[kind][0] and recall >= FLOORS[kind][1]
+
+
+def test_what_is_favoured_counts_and_what_is_only_possible_does_not(tagged):
+    means = {name: [sum(values) / len(SAME) for values in zip(*(agreement(tagged, kind, doubts) for kind in SAME), strict=True)]
+             for name, doubts in {"certain": lambda s: False, "favoured": lambda s: s.favoured, "all": lambda s: True}.items()}
+    assert means["favoured"][0] >= 0.90 and means["favoured"][1] >= 0.93
+    assert means["certain"][1] < means["favoured"][1] - 0.05 and means["all"][0] < means["favoured"][0] - 0.05
 
 
 def test_few_sentences_of_real_reports_are_unread(tagged):
-    assert sum(len(r.unread) for r, _, _ in tagged) / sum(n for _, n, _ in tagged) < 0.03
+    assert sum(len(r.unread) for _, r, _, _ in tagged) / sum(n for _, _, n, _ in tagged) < 0.03
