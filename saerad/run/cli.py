@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'ConfigPath', 'Settings', 'Out', 'From', 'Check', 'StoreFolder', 'review_app', 'mini_app', 'run_until',
-           'run_command', 'atlas_command', 'interpret_command', 'estimate_of', 'stream_width', 'studies_command',
-           'sweep_command', 'run_sweep', 'doctor_command', 'convert_command', 'export_command', 'review_pack_command',
-           'review_score_command', 'mini_train_command', 'bench_command', 'bench_table', 'main', 'print_error',
-           'explain_exception']
+           'run_command', 'atlas_command', 'ask_command', 'interpret_command', 'estimate_of', 'stream_width',
+           'studies_command', 'sweep_command', 'run_sweep', 'doctor_command', 'convert_command', 'export_command',
+           'review_pack_command', 'review_score_command', 'mini_train_command', 'bench_command', 'bench_table', 'main',
+           'print_error', 'explain_exception']
 
 # %% ../../nbs/run/cli.ipynb #f10e2614
 import errno
@@ -83,9 +83,39 @@ for _name in STAGES:
 # %% ../../nbs/run/cli.ipynb #5d0c61d1
 @app.command("atlas")
 def atlas_command(config: ConfigPath, settings: Settings = None, out: Out = None, first: From = None, check: Check = False,
-                  publish: Annotated[bool, typer.Option("--publish", help="leave out every report text, image and study id")] = False) -> None:
-    """Do a run up to the stage 'atlas'; what is finished is skipped."""
-    run_until(config, [*(settings or []), *(("atlas.publish=true",) if publish else ())], out, first, check, "atlas")
+                  publish: Annotated[bool, typer.Option("--publish", help="leave out every report text, image and study id")] = False,
+                  serve: Annotated[bool, typer.Option("--serve", help="then answer questions in the browser, on this machine alone")] = False,
+                  port: Annotated[int, typer.Option(min=0, max=65535, help="of the server; 0 takes a free one")] = 0,
+                  show: Annotated[bool, typer.Option(help="open a browser")] = True) -> None:
+    """Do a run up to the stage 'atlas'; what is finished is skipped. With --serve CONFIG may be a run's folder, whose atlas is served as it is."""
+    if not (serve and config.is_dir()):
+        run_until(config, [*(settings or []), *(("atlas.publish=true",) if publish else ())], out, first, check, "atlas")
+    if not serve or check: return
+    from saerad.show.ask import serve_atlas
+    serve_atlas(config if config.is_dir() else out or Path(load_config(config, settings or []).out), port, show)
+
+# %% ../../nbs/run/cli.ipynb #a9e0be84
+@app.command("ask")
+def ask_command(run: Annotated[Path, typer.Argument(help="folder of a run")],
+                text: Annotated[str | None, typer.Argument(help="read as the findings of a report; without it the study's own are read")] = None,
+                study: Annotated[str | None, typer.Option("--study", help="whose sections and radiographs stand before it")] = None,
+                view: Annotated[str | None, typer.Option("--view", help="whose radiograph instead: a study, an image file, or none")] = None,
+                paint: Annotated[str | None, typer.Option("--paint", help="a finding to paint into it (phantom), e.g. 'left effusion'")] = None,
+                against: Annotated[str | None, typer.Option("--against", help="another text: which features differ")] = None,
+                against_view: Annotated[str | None, typer.Option("--against-view", help="another radiograph: which features differ")] = None,
+                against_paint: Annotated[str | None, typer.Option("--against-paint", help="another painted finding: which features differ")] = None,
+                count: Annotated[int, typer.Option("--count", min=1, help="features shown")] = 12,
+                as_json: Annotated[bool, typer.Option("--json", help="all of it as one JSON object")] = False) -> None:
+    """Say which features fire on a sentence or a study, and which differ between two."""
+    from saerad.show.ask import differences, differing_in_lines, in_lines
+    from saerad.show.lab import open_run
+    opened = open_run(run)
+    answer = opened.ask(text, study, view, paint)
+    other = opened.ask(against or text, study, against_view or view, against_paint or paint) if against or against_view or against_paint else None
+    if as_json: print(json.dumps(answer.as_json(count) | ({"against": other.as_json(count)} if other else {}), ensure_ascii=False))
+    elif other is None: print(in_lines(answer, count))
+    else: print(differing_in_lines(answer, other, differences(answer, other, "report" if answer.text != other.text else "image", count)))
+    if not as_json and (run / "atlas/index.html").is_file(): print(f"\nin the atlas: {run / 'atlas/index.html'}#feature=NUMBER")
 
 # %% ../../nbs/run/cli.ipynb #b50b38d9
 @app.command("interpret")

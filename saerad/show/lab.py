@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 from fastcore.basics import patch
 
+import saerad.show.ask  # noqa: F401 - gives a run its `ask`
 from ..core import UserError
 from .atlas import AtlasConfig, ViewFiles, feature_table, headlines, inline_image, page_template, portrait_of
 from .run_folder import Run

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VIEW_SCHEMA', 'STUDY_SCHEMA', 'PAINTED', 'PAINTED_SCHEMA', 'PORTRAIT_SCHEMA', 'PortraitsConfig', 'logit_lens',
-           'top_tokens', 'Reading', 'read_prompts', 'view_activations', 'strongest_views', 'read_studies',
+           'top_tokens', 'Reading', 'read_prompts', 'view_activations', 'strongest_views', 'view_row', 'read_studies',
            'look_at_views', 'rarity', 'words_of', 'telling', 'word_firings', 'study_table', 'study_views',
            'firing_columns', 'healthy_study', 'paint_findings', 'portray']
 
@@ -128,11 +128,12 @@ def strongest_views(views: Sequence[tuple[str, str, tuple[int, int], sparse.csc_
     if not views or not count: return VIEW_SCHEMA.empty_table()
     peaks = np.stack([z.max(axis=0).toarray().ravel() for *_, z in views])       # [views, features]
     whose = [(patients or {}).get(study, study) for study, *_ in views]
-    rows = [_view_row(int(f), views[i]) for f in np.flatnonzero(peaks.max(0) > 0) for i in _one_each(peaks[:, f], whose, count)]
+    rows = [view_row(int(f), views[i]) for f in np.flatnonzero(peaks.max(0) > 0) for i in _one_each(peaks[:, f], whose, count)]
     return pa.Table.from_pylist(rows, schema=VIEW_SCHEMA)
 
 # %% ../../nbs/show/portraits.ipynb #0a0b009f
-def _view_row(feature: int, read: tuple[str, str, tuple[int, int], sparse.csc_matrix]) -> dict[str, Any]:
+def view_row(feature: int, read: tuple[str, str, tuple[int, int], sparse.csc_matrix]) -> dict[str, Any]:
+    """One feature on one view, as `VIEW_SCHEMA`."""
     study, view, (rows, columns), z = read
     column = z[:, [feature]]
     return {"feature": feature, "study": study, "view": view, "rows": rows, "columns": columns, "peak": float(column.max()),
@@ -212,7 +213,7 @@ def study_views(readings: Sequence[Reading], count: int) -> pa.Table:
     peaks = np.stack([z.max(axis=0).toarray().ravel() for *_, z in views])       # [views, features]
     worth = peaks * rarity((peaks > 0).sum(0), len(views))
     for view, value in zip(views, worth, strict=True):
-        rows += [_view_row(int(f), view) for f in np.argsort(-value, kind="stable")[:count] if value[f] > 0]
+        rows += [view_row(int(f), view) for f in np.argsort(-value, kind="stable")[:count] if value[f] > 0]
     return pa.Table.from_pylist(rows, schema=VIEW_SCHEMA)
 
 # %% ../../nbs/show/portraits.ipynb #a1cd4d3e
@@ -226,8 +227,9 @@ def firing_columns(readings: Sequence[Reading], words: sparse.csc_matrix) -> dic
     return {"fires_at": np.split(words.indices.astype(np.int32), words.indptr[1:-1]), "on_images": share}
 
 # %% ../../nbs/show/portraits.ipynb #81e86ed6
-PAINTED = (Finding("effusion", "left", "", "large"), Finding("pneumothorax", "right", "", "large"), Finding("consolidation", "right", "lower", "large"),
-           Finding("atelectasis", "left", "lower"), Finding("cardiomegaly", "", "", "large"), Finding("oedema", "", "", "large"),
+PAINTED = (Finding("effusion", "left", "", "large"), Finding("pneumothorax", "right", "", "large"),
+           Finding("consolidation", "right", "lower", "large"), Finding("atelectasis", "left", "lower"), Finding("cardiomegaly", "", "", "large"),
+           Finding("oedema", "", "", "large"),
            Finding("nodule", "left", "upper"), Finding("fracture", "right"), Finding("endotracheal_tube"), Finding("central_line", "right"),
            Finding("chest_tube", "left"), Finding("pacemaker", "left"), Finding("sternotomy_wires"))
 
@@ -261,7 +263,7 @@ def _risen(study: str, finding: Finding, before: tuple, after: tuple, count: int
     rows = []
     for f in np.argsort(-rise, kind="stable")[:count]:
         if rise[f] <= 0: break
-        seen = {when: _view_row(int(f), view) for when, view in (("before", before), ("after", after))}
+        seen = {when: view_row(int(f), view) for when, view in (("before", before), ("after", after))}
         rows.append({"feature": int(f), "rise": float(rise[f]), "rows": after[2][0], "columns": after[2][1], **told,
                      **{f"{what}_{when}": row[what] for when, row in seen.items() for what in ("patches", "activations")}})
     return rows
