@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FEATURE_COLUMNS', 'TEMPLATE_WORDS', 'AROUND', 'PATCHES_SHOWN', 'FEATURES_PER_FILE', 'HISTOGRAM_EDGES', 'NOTICES',
-           'STAGES_SHOWN', 'SCRIPTS', 'COPIED', 'PAINTED_ABOUT', 'shade', 'changes', 'AtlasConfig', 'feature_table',
-           'is_template', 'pick_contexts', 'feature_contexts', 'decile_groups', 'ViewFiles', 'square_view',
-           'finding_boxes', 'share_inside', 'strongest_patches', 'feature_views', 'painted_pairs', 'feature_steering',
-           'study_pages', 'concept_features', 'what_was_found', 'asset_text', 'page_template', 'write_atlas',
-           'headlines', 'best_features', 'portrait_of', 'example_steered', 'inline_image', 'write_report',
-           'build_atlas']
+           'STAGES_SHOWN', 'SCRIPTS', 'COPIED', 'PAINTED_ABOUT', 'QUESTIONS', 'WHAT_TO_SEE', 'shade', 'changes',
+           'AtlasConfig', 'feature_table', 'is_template', 'pick_contexts', 'feature_contexts', 'decile_groups',
+           'ViewFiles', 'square_view', 'finding_boxes', 'share_inside', 'strongest_patches', 'feature_views',
+           'painted_pairs', 'feature_steering', 'study_pages', 'concept_features', 'what_was_found', 'asset_text',
+           'page_template', 'write_atlas', 'claims', 'headlines', 'best_features', 'portrait_of', 'example_steered',
+           'inline_image', 'write_report', 'build_atlas']
 
 # %% ../../nbs/show/atlas.ipynb #8f495d7e
 import base64
@@ -643,27 +643,32 @@ def _intro(table: pd.DataFrame) -> str:
             "F1 is an explanation's own score, control F1 that of another feature's explanation: only the difference speaks for it.")
 
 # %% ../../nbs/show/atlas.ipynb #9db702a7
-def headlines(summary: Mapping[str, Any], interpreter: str = "") -> list[tuple[str, str]]:
-    """(claim, caveat) sentences from `summary.json`; a number that is not there makes no sentence."""
+def claims(summary: Mapping[str, Any], interpreter: str = "") -> list[tuple[str, str, str]]:
+    """(question of `QUESTIONS`, claim, caveat) from `summary.json`, in a reader's order; a number that is not there makes no sentence."""
     baseline = "The interpreter is the lexical baseline, which knows words and no medicine. " if interpreter == "lexical" else ""
     sae, read, steer, truth = (summary.get(k) or {} for k in ("sae", "interpretation", "steering", "truth"))
-    pairs = [_say("The SAE has {features:,} features for {width} dimensions; a token uses {l0:.1f} of them, and {fvu:.1%} of the "
-                  "variance stays unexplained.",
-                  "A randomly initialised model can be reconstructed well too: this is necessary and proves little.", sae),
-             _say("With the reconstruction in the stream's place {loss_recovered:.1%} of the loss is recovered, against zeros; {dead:.1%} of "
-                  "the features are dead.", "Zeros are a soft floor; the figure also shows the mean.", sae),
-             _say("{scored:,} of {features:,} features have an examined explanation; {f1_above_075} reach an F1 above 0.75, {f1_below_05} stay "
-                  "below 0.5; the median is {median_f1:.2f}.", "Silent contexts were drawn: {negatives}; others would give another F1.", read),
-             _say("With the explanation of another feature the median F1 is {shuffled_median_f1:.2f}.",
-                  baseline + "On balanced contexts, always saying yes reaches 0.67.", read),
-             _say("Of {reports} steered reports {on_target_only:.0%} changed on target only, {mixed:.0%} on and off target, "
-                  "{off_target_only:.0%} off target only; {unchanged:.0%} did not change and {degenerate:.0%} fell apart.",
-                  "The figure shows what random directions of the same length do.", steer),
-             _say("One feature each tells {concepts_recovered:.0%} of {concepts} concepts from the rest (AUROC of at least 0.95 on test patients).",
-                  "The concepts are the phantom's; this says nothing of real reports.", truth),
-             _say("Of the features with a good explanation that track a concept, {description_names_truth:.0%} have one that names it.", "", truth),
-             _say("The subject model's own reports find what is on the radiograph with a macro F1 of {report_finding_f1:.2f}.", "", truth)]
-    return [pair for pair in pairs if pair]
+    said = [("faithful", "The SAE has {features:,} features for {width} dimensions; a token uses {l0:.1f} of them, and {fvu:.1%} of the variance "
+             "stays unexplained.", "A randomly initialised model can be reconstructed well too: this is necessary and proves little.", sae),
+            ("faithful", "With the reconstruction in the stream's place {loss_recovered:.1%} of the loss is recovered, against zeros; {dead:.1%} of "
+             "the features are dead.", "Zeros are a soft floor; the figure also shows the mean.", sae),
+            ("inside", "One feature each tells {concepts_recovered:.0%} of {concepts} concepts from the rest (AUROC of at least 0.95 on test "
+             "patients).", "The concepts are the phantom's; this says nothing of real reports.", truth),
+            ("inside", "The subject model's own reports find what is on the radiograph with a macro F1 of {report_finding_f1:.2f}.",
+             "What the model does not know, no feature can show.", truth),
+            ("true", "{scored:,} of {features:,} features have an examined explanation; {f1_above_075} reach an F1 above 0.75, {f1_below_05} stay "
+             "below 0.5; the median is {median_f1:.2f}.", "Silent contexts were drawn: {negatives}; others would give another F1.", read),
+            ("true", "With the explanation of another feature the median F1 is {shuffled_median_f1:.2f}.",
+             baseline + "On balanced contexts, always saying yes reaches 0.67.", read),
+            ("true", "Of the features with a good explanation that track a concept, {description_names_truth:.0%} have one that names it.",
+             "A high F1 needs the words, not the reason.", truth),
+            ("done", "Of {reports} steered reports {on_target_only:.0%} changed on target only, {mixed:.0%} on and off target, "
+             "{off_target_only:.0%} off target only; {unchanged:.0%} did not change and {degenerate:.0%} fell apart.",
+             "The figure shows what random directions of the same length do.", steer)]
+    return [(question, *pair) for question, claim, caveat, numbers in said if (pair := _say(claim, caveat, numbers))]
+
+def headlines(summary: Mapping[str, Any], interpreter: str = "") -> list[tuple[str, str]]:
+    """(claim, caveat) sentences from `summary.json`, in a reader's order."""
+    return [(claim, caveat) for _, claim, caveat in claims(summary, interpreter)]
 
 # %% ../../nbs/show/atlas.ipynb #81fd0be6
 def _say(claim: str, caveat: str, numbers: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -744,17 +749,59 @@ def _interpreter_names(run: Run) -> str:
 def _no_steered(cfg: AtlasConfig) -> str:
     return "Left out of a published report." if cfg.publish else "No steered report changed and stayed whole, or nothing was steered."
 
+# %% ../../nbs/show/atlas.ipynb #595b384f
+QUESTIONS = {"faithful": ("Is it faithful?", ("fidelity", "training"), "The SAE has not been measured yet."),
+             "inside": ("What is in it?", ("concepts", "sections", "density"), "Nothing is known of the truth behind this run's studies."),
+             "true": ("Is it true, what is said of its features?", ("f1", "precision_recall"), "No explanation has been examined yet."),
+             "done": ("What can be done with it?", ("steering", "doses"), "Nothing was steered.")}
+WHAT_TO_SEE = {
+    "overview": "Look at the sizes: every later number rests on them.",
+    "training": "Look for curves that have levelled off before training ended.",
+    "fidelity": "Look at the last panel: the reconstruction should lie by the clean loss, far from the mean and from zeros.",
+    "sweep": "Look for the bend after which more features per token buy little.",
+    "density": "Look for features at the right edge, which fire nearly everywhere and mean little.",
+    "sections": "Look for sections that have no features of their own.",
+    "f1": "Look at how far the explanations stand to the right of both controls.",
+    "precision_recall": "Look at which side of the diagonal they lie: above it explanations are too wide, below it too narrow.",
+    "negatives": "Look at how much is lost when silent contexts almost belong.",
+    "frequency_f1": "Look for a slope: rare features are the ones that one would like to trust.",
+    "f1_levels": "Look at the gap between each level and its dashed control.",
+    "steering": "Look at green against the random directions below: only the difference is the features' doing.",
+    "signs": "Look at the diagonal: a feature that means something should work both ways.",
+    "doses": "Look at where the curves leave those of random directions.",
+    "effects": "Look for colour outside the frames: that is what was not meant.",
+    "predicted": "Look for a slope along the diagonal.",
+    "concepts": "Look at what lies left of the line: concepts without a feature of their own.",
+    "film": "Look at how little of the image a finding takes."}
+
+# %% ../../nbs/show/atlas.ipynb #1c9a0f76
+def _figure(run: Run, name: str) -> dict[str, str]:
+    "A figure ready for the page: its image and its numbers inside addresses, its caption, and what to see."
+    numbers = base64.b64encode((run / f"figures/{name}.csv").read_bytes()).decode() if run.has(f"figures/{name}.csv") else ""
+    return {"name": name, "caption": PLOTS[name].caption, "see": WHAT_TO_SEE.get(name, ""), "data": inline_image(run / f"figures/{name}.svg"),
+            "csv": numbers and f"data:text/csv;base64,{numbers}"}
+
+def _questions(run: Run, drawn: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    "The questions with claims and a figure each, and the names of the figures that are left for the appendix."
+    said, left, asked = claims(run.json("summary.json") or {}, _interpreter_names(run)), list(drawn), []
+    for key, (title, names, nothing) in QUESTIONS.items():
+        name = next((n for n in names if n in left), None)
+        if name: left.remove(name)
+        asked.append({"title": title, "nothing": nothing, "claims": [(claim, caveat) for question, claim, caveat in said if question == key],
+                      "figure": _figure(run, name) if name else None})
+    return asked, left
+
 # %% ../../nbs/show/atlas.ipynb #2a7a773b
 def write_report(run: Run | Path | str, cfg: AtlasConfig | None = None) -> Path:
     """Write `report.html`: what a run has found on one page, with the figures inside it."""
     run, cfg = as_run(run), cfg or AtlasConfig()
     atlas = run.has("atlas/index.html")
     drawn = [n for n in PLOTS if run.has(f"figures/{n}.svg") and not (cfg.publish and n == "film")]
+    asked, left = _questions(run, drawn)
     page = page_template("report.html").render(
         title=_title(run), notice=NOTICES[cfg.publish], best=_features_inline(run, cfg, atlas), atlas=atlas, css=asset_text("atlas.css"),
-        headlines=headlines(run.json("summary.json") or {}, _interpreter_names(run)),
-        figures=[{"caption": PLOTS[n].caption, "data": inline_image(run / f"figures/{n}.svg")} for n in drawn],
-        steered=example_steered(run, cfg), no_steered=_no_steered(cfg), skipped=[n.replace("_", " ") for n in PLOTS if n not in drawn])
+        questions=asked, figures=[_figure(run, n) for n in left], steered=example_steered(run, cfg), no_steered=_no_steered(cfg),
+        skipped=[n.replace("_", " ") for n in PLOTS if n not in drawn])
     with write_beside(run / "report.html") as part: part.write_text(page, encoding="utf-8")
     return run / "report.html"
 

@@ -238,7 +238,7 @@ def test_a_sentence_is_asked_on_the_first_page(served, server, answer):
     page.wait_for_selector("#page .firing tbody tr")
     rows = [int(a) for a in page.locator("#page .firing th a").all_inner_texts()]
     assert rows == answer.features(count=15).feature.tolist() and page.locator("#page .film").count() == 1
-    page.click("#page button.token >> text=effusion")
+    page.click("#page .reading .token >> text=effusion")
     place = [i for i in answer.places() if "eff" in answer.reading.tokens[i]][0]
     assert [int(a) for a in page.locator("#page .says a").all_inner_texts()] == [f for f, _ in answer.on_token(place)]
     page.fill("#page textarea", f"A {NASTY} effusion")

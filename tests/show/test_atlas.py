@@ -1,4 +1,5 @@
 """The atlas and the report: what they show, what they must never show, and that a browser can open them from disk."""
+import base64
 import json
 import re
 import shutil
@@ -17,6 +18,8 @@ from saerad.sae.model import MatryoshkaSAE
 from saerad.show.atlas import (
     FEATURE_COLUMNS,
     NOTICES,
+    QUESTIONS,
+    WHAT_TO_SEE,
     AtlasConfig,
     build_atlas,
     changes,
@@ -31,7 +34,7 @@ from saerad.show.atlas import (
     write_atlas,
     write_report,
 )
-from saerad.show.figures import FiguresConfig, draw_figures
+from saerad.show.figures import PLOTS, FiguresConfig, draw_figures
 from saerad.show.invented import invent_run
 from saerad.show.run_folder import Run
 from saerad.steering.judges import OUTCOMES
@@ -132,7 +135,8 @@ def test_shades_stay_readable(activations, top):
 def test_headlines_leave_out_what_is_missing():
     assert headlines({"sae": {"loss_recovered": 0.9, "dead": None}, "steering": None}) == headlines({}) == []
     assert headlines({"truth": {"report_finding_f1": 0.912}}) == [
-        ("The subject model's own reports find what is on the radiograph with a macro F1 of 0.91.", "")]
+        ("The subject model's own reports find what is on the radiograph with a macro F1 of 0.91.",
+         "What the model does not know, no feature can show.")]
 
 
 # ---- the atlas ------------------------------------------------------------------------------------------------------
@@ -265,7 +269,7 @@ def test_an_unfinished_run(copy):
     (copy / "config.yaml").unlink()
     (copy / "summary.json").unlink()
     page = (build_atlas(copy).parent.parent / "report.html").read_text(encoding="utf-8")
-    assert "No feature has been explained" in page and "No stage has left a number" in page and "No figures" in page
+    assert "No feature has been explained" in page and "has not been measured yet" in page and page.count("No figure was drawn of it") == 4
     assert feature_table(Run(copy)).f1.isna().all()
     index = (copy / "atlas/index.html").read_text(encoding="utf-8")
     assert "Not in this run yet: 2" in index and "saerad interpret" in index and "saerad steer" in index and "saerad exemplars" not in index
@@ -309,6 +313,23 @@ def test_the_report_is_one_file_with_its_figures(built):
     assert page.count("<figure>") == 3 and page.count("data:image/svg+xml;base64,") == 3
     assert f"Feature {best}:" in page and "<li>training</li>" in page and "data:image/webp;base64," in page
     assert not re.search(r'(src|href)="(?!data:|atlas/index\.html")', page), "nothing is fetched from anywhere"
+    numbers = base64.b64decode(re.search(r'href="data:text/csv;base64,([^"]*)" download="f1.csv"', page)[1])
+    assert numbers == (run / "figures/f1.csv").read_bytes()
+
+
+def test_the_report_answers_in_a_readers_order_within_three_screens(copy, browser):
+    draw_figures(copy, FiguresConfig(dpi=60))
+    page = browser.page(width=1280)
+    page.goto(write_report(copy).as_uri())
+    asked = page.locator(".asks h2").all_inner_texts()
+    assert asked == [title for title, *_ in QUESTIONS.values()] and page.locator(".asks figure").count() == 4
+    assert page.locator(".asks li").count() == 8 and page.locator(".asks li .caveat:not(:empty)").count() == 8
+    assert page.locator("#appendix").evaluate("e => e.getBoundingClientRect().top + scrollY") <= 3 * 900
+    assert page.locator("figure:not(.view)").count() == page.locator("figure:not(.view) figcaption b").count() == len(list(copy.glob("figures/*.svg")))
+    assert set(WHAT_TO_SEE) == set(PLOTS)
+    narrow = browser.page(width=390)
+    narrow.goto((copy / "report.html").as_uri())
+    assert narrow.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_the_steered_example_prefers_what_changed_on_target(built):
@@ -326,8 +347,8 @@ def test_every_library_is_in_the_folder_with_its_licence(built):
     assert "tabulator-tables" in licences and "@observablehq/plot" in licences
     assert sum(f.stat().st_size for f in vendor.iterdir()) < 600_000
     page = (vendor.parent / "index.html").read_text(encoding="utf-8")
-    assert not re.search(r'(src|href)="(https?:)?//',
-                         page) and all((vendor.parent / link).exists() for link in re.findall(r'(?:src|href)="([^"#]+)"', page))
+    assert not re.search(r'(src|href)="(https?:)?//', page)
+    assert all((vendor.parent / link).exists() for link in re.findall(r'(?:src|href)="(?!data:)([^"#]+)"', page))
 
 
 def first(page): return page.inner_text("#table .tabulator-row a >> nth=0")
@@ -484,7 +505,7 @@ def test_whatever_the_tab_key_reaches_can_be_seen_to_have_the_focus(built, brows
     for _ in range(70):
         page.keyboard.press("Tab")
         reached.append(page.evaluate(f"{style}(document.activeElement)"))
-    assert {"INPUT", "SELECT", "BUTTON", "A", "DIV"} <= {tag for tag, *_ in reached}
+    assert {"INPUT", "SELECT", "BUTTON", "A", "SUMMARY"} <= {tag for tag, *_ in reached}
     assert all(line != "none" and width >= 2 for _, line, width in reached)
 
 
@@ -545,7 +566,7 @@ def test_the_first_page_opens_on_what_was_found_steered_and_failed(built, browse
     assert page.locator(".concept").count() == 6 and page.locator("#found tbody tr").count() == 8 and page.locator(".failed li").count() >= 3
     place = "e => e.getBoundingClientRect().top"
     assert page.locator("#found").evaluate(place) < page.locator("#table").evaluate(place)
-    page.click("#found button")
+    page.click("#found button >> text=Show")
     assert page.locator(".concept").count() > 6 and page.evaluate("document.activeElement.closest('.concept') !== null")
     page.click(".concept a >> nth=0")
     page.wait_for_selector("#feature h1")
@@ -594,10 +615,10 @@ def test_a_study_has_a_page_with_its_features_and_back(built, browser):
     page.wait_for_selector("#page .reading")
     assert page.inner_text("#page h1").startswith("Study p0") and NASTY in page.inner_text("#page .reading")
     assert page.locator("#page .firing tbody tr").count() == 3 and page.inner_text("#page .firing tbody tr >> nth=0").startswith(str(best))
-    page.click("#page button.token >> text=effusion")
+    page.click("#page .reading .token >> text=effusion")
     assert [int(a) for a in page.locator("#page .says a").all_inner_texts()] == [best, 1]
     page.hover(f"#page tr[data-feature='{best}']")
-    lit = page.locator("#page button.token").evaluate_all("tokens => tokens.map(t => t.style.background.startsWith('rgba'))")
+    lit = page.locator("#page .reading .token").evaluate_all("tokens => tokens.map(t => t.style.background.startsWith('rgba'))")
     assert lit == [False, False, False, True, True, False]
     page.select_option("#page .many select", "1")
     page.click("#page .says a >> nth=0")

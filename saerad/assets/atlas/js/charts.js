@@ -5,6 +5,7 @@ const HOUSE = { width: 340, style: { background: "none", color: INK, fontSize: "
 function chart(label, options) {
   try {
     const node = vendoredPlot.plot({ ...HOUSE, ...options });
+    for (const inner of node.querySelectorAll("[aria-label]")) inner.removeAttribute("aria-label");     // the library's "rect" and "bar" say nothing
     node.setAttribute("role", "img");
     node.setAttribute("aria-label", label);
     return node;

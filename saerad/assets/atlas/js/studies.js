@@ -19,7 +19,8 @@ function features_of(reading) {
 
 // text and table side by side: a word tells its features, a feature its words
 function reading_view(reading, sections_first = false) {
-  const features = features_of(reading), text = el("div", { class: "reading" }), says = el("div", { class: "says", "aria-live": "polite" });
+  const features = features_of(reading), says = el("div", { class: "says", "aria-live": "polite" });
+  const text = el("div", { class: "reading", tabindex: 0, role: "group", "aria-label": "The text; arrow keys go from word to word and say what fires there" });
   const on = new Map(features.map(one => [one.feature, new Map(one.on)])), spans = [];
   const strength = (i, feature) => feature == null ? (reading.by_token[i]?.[0]?.[1] ?? 0) : on.get(feature)?.get(i) ?? 0;
   function shade_by(feature) {
@@ -27,20 +28,31 @@ function reading_view(reading, sections_first = false) {
     spans.forEach((span, i) => { span.style.background = shown[i] > 0 ? `rgba(0, 114, 178, ${(0.06 + 0.44 * shown[i] / top).toFixed(3)})` : "none"; });
     for (const line of rows.children) line.classList.toggle("chosen", feature != null && line.dataset.feature === String(feature));
   }
+  let at = -1;
   function tell(i) {
+    spans[at]?.classList.remove("at");
+    at = i;
+    spans[at].classList.add("at");
     const fires = reading.by_token[i] ?? [];
     says.replaceChildren(el("h3", {}, `“${reading.tokens[i].trim()}”`), fires.length ? el("ol", { class: "near" }, fires.map(([feature, activation]) =>
       el("li", {}, feature_link(feature), el("small", {}, two(activation)), el("span", {}, explanation_of(feature))))) : note("No feature that stands out fires here."));
   }
   const parts = [];
   reading.tokens.forEach((token, i) => {
-    if (i === 0 || reading.sections[i] !== reading.sections[i - 1]) parts.push({ name: reading.sections[i], words: [] });
-    const [space, span] = word(token, 0, !parts.at(-1).words.length, { tag: "button", type: "button", onclick: () => tell(i) });
+    if (i === 0 || reading.sections[i] !== reading.sections[i - 1]) parts.push({ name: reading.sections[i], words: [], places: [] });
+    const [space, span] = word(token, 0, !parts.at(-1).words.length, { onclick: () => tell(i) });
     spans[i] = span;
     parts.at(-1).words.push(space, span);
+    parts.at(-1).places.push(i);
   });
   const shown = sections_first ? parts : [...parts.filter(p => p.name === "findings"), ...parts.filter(p => p.name !== "findings")];
   text.append(...shown.map(p => el("div", { class: "part" }, el("h3", {}, plain(p.name)), el("p", { class: "window" }, p.words))));
+  text.addEventListener("keydown", event => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key], next = shown.flatMap(p => p.places);
+    if (!step) return;
+    event.preventDefault();
+    tell(next[Math.min(next.length - 1, Math.max(0, next.indexOf(at) + step))]);
+  });
   const line = one => el("tr", { "data-feature": one.feature, onmouseenter: () => shade_by(one.feature), onfocusin: () => shade_by(one.feature) },
     el("th", { scope: "row" }, feature_link(one.feature)), el("td", {}, el("span", { title: explanation_of(one.feature) }, explanation_of(one.feature))), el("td", {}, two(one.peak)),
     el("td", {}, String(one.words)), el("td", {}, one.strongest.trim()));

@@ -156,10 +156,9 @@ function cell_content(cell, column) {
   return el("span", {}, el("a", { class: "chip", href: link_to({ alike: row.alike }) }, `+${others} alike`), ` ${text}`);
 }
 
-function name_grid() {                          // the library's grid has roles of its own; these complete them
-  const grid = document.querySelector("#table");
-  grid.setAttribute("aria-label", "All features");
-  grid.querySelector(".tabulator-tableholder").setAttribute("aria-label", "Rows; arrow keys scroll");
+function name_grid() {                          // its rows are reached by their links, so the box around them need not be
+  $("table").setAttribute("aria-label", "All features");
+  $("table").querySelector(".tabulator-tableholder").removeAttribute("tabindex");
 }
 
 const number_links = () => [...document.querySelectorAll("#table .tabulator-row [tabulator-field=feature] a")];
