@@ -19,9 +19,11 @@ def run(tmp_path_factory):
     return folder, best
 
 
-PAGES = {"first": ("atlas/index.html", ".concept"), "feature": ("atlas/index.html#feature=BEST", "#feature .context"),
+PAGES = {"first": ("atlas/index.html", ".concept"),
+         "feature": ("atlas/index.html#feature=BEST", "#feature .context"),
          "study": ("atlas/index.html#page=study&id=p000000-s1", "#page .reading"), "studies": ("atlas/index.html#page=study", "#page .studies"),
-         "compare": ("atlas/index.html#page=compare&a=BEST&b=1", "#page .sides"), "choose a pair": ("atlas/index.html#page=compare&a=BEST", "#page form"),
+         "compare": ("atlas/index.html#page=compare&a=BEST&b=1", "#page .sides"),
+         "choose a pair": ("atlas/index.html#page=compare&a=BEST", "#page form"),
          "pinned": ("atlas/index.html#page=pins&pins=BEST,1", "#page table"), "ask": ("atlas/index.html#page=ask", "#page .notice"),
          "report": ("report.html", ".asks"), "review": ("review/review.html", ".item")}
 

@@ -325,7 +325,8 @@ def test_the_report_answers_in_a_readers_order_within_three_screens(copy, browse
     assert asked == [title for title, *_ in QUESTIONS.values()] and page.locator(".asks figure").count() == 4
     assert page.locator(".asks li").count() == 8 and page.locator(".asks li .caveat:not(:empty)").count() == 8
     assert page.locator("#appendix").evaluate("e => e.getBoundingClientRect().top + scrollY") <= 3 * 900
-    assert page.locator("figure:not(.view)").count() == page.locator("figure:not(.view) figcaption b").count() == len(list(copy.glob("figures/*.svg")))
+    drawn = len(list(copy.glob("figures/*.svg")))
+    assert page.locator("figure:not(.view)").count() == page.locator("figure:not(.view) figcaption b").count() == drawn
     assert set(WHAT_TO_SEE) == set(PLOTS)
     narrow = browser.page(width=390)
     narrow.goto((copy / "report.html").as_uri())
