@@ -192,15 +192,21 @@ def convert_command(src: str, dst: str, to: Annotated[str, typer.Option("--to", 
 
 # %% ../../nbs/run/cli.ipynb #58c7b4e1
 @app.command("export")
-def export_command(run: Annotated[Path, typer.Argument(help="folder of a run")], out: Annotated[Path, typer.Argument(help="folder for the cache")],
-           to: Annotated[str, typer.Option("--to", help="whose format: delphi")] = "delphi",
-           hookpoint: Annotated[str, typer.Option(help="name of the folder in it, which delphi takes for the layer's")] = "hookpoint",
-           splits: Annotated[int, typer.Option(min=1, help="files")] = 16,
-           length: Annotated[int, typer.Option(min=1, help="tokens in a row of the cache")] = 256) -> None:
-    """Write every firing of every feature of a run in another project's format."""
+def export_command(run: Annotated[Path, typer.Argument(help="folder of a run")], out: Annotated[Path, typer.Argument(help="folder, or CSV file")],
+           to: Annotated[str, typer.Option("--to", help="whose format: delphi, neuronpedia or csv")] = "delphi",
+           hookpoint: Annotated[str, typer.Option(help="delphi: name of the folder in it, which delphi takes for the layer's")] = "hookpoint",
+           splits: Annotated[int, typer.Option(min=1, help="delphi: files")] = 16,
+           length: Annotated[int, typer.Option(min=1, help="delphi: tokens in a row of the cache")] = 256,
+           model: Annotated[str, typer.Option(help="neuronpedia: id of the model (default: the subject's name)")] = "",
+           source_set: Annotated[str, typer.Option(help="neuronpedia: name of the source set")] = "res-saerad",
+           texts: Annotated[bool, typer.Option(help="neuronpedia: contexts too, which are report text")] = True) -> None:
+    """Write a run's features, and every firing of them, in another project's format."""
     from saerad.interpretation.delphi import export_delphi
-    if to != "delphi": raise UserError(f"--to {to} is not a format; the only one is delphi.")
-    print(export_delphi(Store.open(run / "activations"), MatryoshkaSAE.load(run / "sae"), out, hookpoint, splits, length))
+    from saerad.show.neuronpedia import export_csv, export_neuronpedia
+    if to == "neuronpedia": print(export_neuronpedia(run, out, model, source_set, texts=texts))
+    elif to == "csv": print(export_csv(run, out))
+    elif to == "delphi": print(export_delphi(Store.open(run / "activations"), MatryoshkaSAE.load(run / "sae"), out, hookpoint, splits, length))
+    else: raise UserError(f"--to {to} is not a format; the formats are delphi, neuronpedia and csv.")
 
 # %% ../../nbs/run/cli.ipynb #aa573717
 review_app = typer.Typer(no_args_is_help=True, help="Have people judge features.")
