@@ -6,8 +6,8 @@
 __all__ = ['app', 'ConfigPath', 'Settings', 'Out', 'From', 'Check', 'StoreFolder', 'review_app', 'mini_app', 'run_until',
            'run_command', 'atlas_command', 'ask_command', 'interpret_command', 'estimate_of', 'stream_width',
            'studies_command', 'sweep_command', 'run_sweep', 'doctor_command', 'convert_command', 'export_command',
-           'review_pack_command', 'review_score_command', 'mini_train_command', 'bench_command', 'bench_table', 'main',
-           'print_error', 'explain_exception']
+           'compare_command', 'review_pack_command', 'review_score_command', 'mini_train_command', 'bench_command',
+           'bench_table', 'main', 'print_error', 'explain_exception']
 
 # %% ../../nbs/run/cli.ipynb #f10e2614
 import errno
@@ -207,6 +207,14 @@ def export_command(run: Annotated[Path, typer.Argument(help="folder of a run")],
     elif to == "csv": print(export_csv(run, out))
     elif to == "delphi": print(export_delphi(Store.open(run / "activations"), MatryoshkaSAE.load(run / "sae"), out, hookpoint, splits, length))
     else: raise UserError(f"--to {to} is not a format; the formats are delphi, neuronpedia and csv.")
+
+# %% ../../nbs/run/cli.ipynb #acb1d8fa
+@app.command("compare")
+def compare_command(runs: Annotated[list[Path], typer.Argument(help="folders of two runs or more")],
+                    out: Annotated[Path, typer.Option("--out", help="the page to write")] = Path("comparison.html")) -> None:
+    """Write a page that shows runs side by side."""
+    from saerad.show.lab import compare
+    print(compare(*runs).write(out))
 
 # %% ../../nbs/run/cli.ipynb #aa573717
 review_app = typer.Typer(no_args_is_help=True, help="Have people judge features.")

@@ -14,7 +14,8 @@ from saerad.show.neuronpedia import export_csv, export_neuronpedia
 
 # the columns of Neuronpedia's export-data.py (commit 1a80fe9), by table
 NEURON = set("modelId layer index maxActApprox creatorId frac_nonzero freq_hist_data_bar_heights freq_hist_data_bar_values "
-             "logits_hist_data_bar_heights logits_hist_data_bar_values neuron_alignment_indices neuron_alignment_l1 neuron_alignment_values correlated_neurons_indices "
+             "logits_hist_data_bar_heights logits_hist_data_bar_values neuron_alignment_indices neuron_alignment_l1 "
+             "neuron_alignment_values correlated_neurons_indices "
              "correlated_neurons_l1 correlated_neurons_pearson decoder_weights_dist neg_str neg_values pos_str pos_values sourceSetName "
              "topkCosSimIndices topkCosSimValues vector vectorLabel hookName vectorDefaultSteerStrength hasVector".split())
 EXPLANATION = set("id modelId layer index authorId description embedding typeName explanationModelName umap_x umap_y umap_cluster "
