@@ -83,6 +83,7 @@ function logit_lens(data, shared = new Set()) {
 function neighbours(row, data) {
   if (!data.neighbours.length) return note("Not computed in this run; ", command("portray"), " does it.");
   const line = ([other, cosine]) => el("li", {}, feature_link(other), el("small", {}, two(cosine)),
-    el("span", {}, explanation_of(other), " ", el("a", { href: link_to({ page: "compare", a: row.feature, b: other }), "aria-label": `Compare with feature ${other}` }, "compare")));
-  return [el("ol", { class: "near" }, data.neighbours.map(line)), where("By the cosine of the decoder rows.")];
+    el("span", {}, explanation_of(other)),
+    el("a", { href: link_to({ page: "compare", a: row.feature, b: other }), "aria-label": `Compare with feature ${other}` }, "compare"));
+  return [el("ol", { class: "near pairs" }, data.neighbours.map(line)), where("By the cosine of the decoder rows.")];
 }
