@@ -1,7 +1,10 @@
 """What several tests share: a small dictionary, and a real browser (tests of pages are skipped, with the reason, where there is none)."""
+import hashlib
 import os
 import shutil
+import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -54,6 +57,37 @@ def browser(chromium):
     yield one
     for page in chromium.pages: page.close()
     assert one.errors == [] and all(url.startswith(("file:", "data:", "blob:", "about:")) for url in one.asked)
+
+
+AXE = "axe-core@4.10.3"       # MPL-2.0; half a megabyte that only these tests need, so it is fetched and not kept here
+AXE_SHA256 = "880970c081707360e64f34cea25ff91892f5bc95675b0776925b9709dd8a68bb"
+
+
+@pytest.fixture(scope="session")
+def axe(pytestconfig) -> str:
+    """The source of axe-core, which finds violations of WCAG in a page; from npm once, then from the tests' cache."""
+    kept = pytestconfig.cache.mkdir("axe") / f"{AXE}.js"
+    if not kept.is_file():
+        if not shutil.which("npm"): pytest.skip("no npm on this machine to fetch axe-core with")
+        with tempfile.TemporaryDirectory() as folder:
+            try: subprocess.run(["npm", "pack", AXE, "--silent"], cwd=folder, check=True, timeout=90, capture_output=True)
+            except (subprocess.SubprocessError, OSError): pytest.skip("npm could not fetch axe-core")
+            with tarfile.open(next(Path(folder).glob("*.tgz"))) as package: source = package.extractfile("package/axe.min.js").read()
+        kept.write_bytes(source)
+    source = kept.read_bytes()
+    assert hashlib.sha256(source).hexdigest() == AXE_SHA256, "this is not the axe-core that was chosen"
+    return source.decode()
+
+
+WCAG = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa")
+
+
+def violations(page, axe: str, rule: str = "") -> list[tuple[str, str, str]]:
+    """(rule, first place, why) of everything on the page that violates WCAG 2.2 A or AA, or one `rule` of axe-core."""
+    page.evaluate(f"() => {{ if (!window.axe) {{ {axe}; }} }}")
+    only = {"type": "rule", "values": [rule]} if rule else {"type": "tag", "values": list(WCAG)}
+    found = page.evaluate("only => axe.run(document, { preload: false, resultTypes: ['violations'], runOnly: only })", only)
+    return [(v["id"], v["nodes"][0]["html"][:150], v["nodes"][0]["failureSummary"]) for v in found["violations"]]
 
 
 @pytest.fixture

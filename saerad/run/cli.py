@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'ConfigPath', 'Settings', 'Out', 'From', 'Keep', 'Check', 'StoreFolder', 'review_app', 'mini_app', 'run_until',
-           'folder_for', 'run_command', 'atlas_command', 'interpret_command', 'estimate_of', 'stream_width',
-           'studies_command', 'sweep_command', 'run_sweep', 'doctor_command', 'convert_command', 'export_command',
-           'review_pack_command', 'review_score_command', 'mini_train_command', 'bench_command', 'bench_table', 'main',
-           'print_error', 'explain_exception']
+           'folder_for', 'run_command', 'atlas_command', 'ask_command', 'interpret_command', 'estimate_of',
+           'stream_width', 'studies_command', 'sweep_command', 'run_sweep', 'doctor_command', 'convert_command',
+           'export_command', 'compare_command', 'review_pack_command', 'review_score_command', 'mini_train_command',
+           'bench_command', 'bench_table', 'main', 'print_error', 'explain_exception']
 
 # %% ../../nbs/run/cli.ipynb #f10e2614
 import errno
@@ -95,9 +95,39 @@ for _name in STAGES:
 # %% ../../nbs/run/cli.ipynb #5d0c61d1
 @app.command("atlas")
 def atlas_command(config: ConfigPath, settings: Settings = None, out: Out = None, first: From = None, keep: Keep = None, check: Check = False,
-                  publish: Annotated[bool, typer.Option("--publish", help="leave out every report text, image and study id")] = False) -> None:
-    """Do a run up to the stage 'atlas'; what is finished is skipped."""
-    run_until(config, [*(settings or []), *(("atlas.publish=true",) if publish else ())], out, first, keep, check, "atlas")
+                  publish: Annotated[bool, typer.Option("--publish", help="leave out every report text, image and study id")] = False,
+                  serve: Annotated[bool, typer.Option("--serve", help="then answer questions in the browser, on this machine alone")] = False,
+                  port: Annotated[int, typer.Option(min=0, max=65535, help="of the server; 0 takes a free one")] = 0,
+                  show: Annotated[bool, typer.Option(help="open a browser")] = True) -> None:
+    """Do a run up to the stage 'atlas'; what is finished is skipped. With --serve CONFIG may be a run's folder, whose atlas is served as it is."""
+    if not (serve and config.is_dir()):
+        run_until(config, [*(settings or []), *(("atlas.publish=true",) if publish else ())], out, first, keep, check, "atlas")
+    if not serve or check: return
+    from saerad.show.ask import serve_atlas
+    serve_atlas(config if config.is_dir() else out or Path(load_config(config, settings or []).out), port, show)
+
+# %% ../../nbs/run/cli.ipynb #a9e0be84
+@app.command("ask")
+def ask_command(run: Annotated[Path, typer.Argument(help="folder of a run")],
+                text: Annotated[str | None, typer.Argument(help="read as the findings of a report; without it the study's own are read")] = None,
+                study: Annotated[str | None, typer.Option("--study", help="whose sections and radiographs stand before it")] = None,
+                view: Annotated[str | None, typer.Option("--view", help="whose radiograph instead: a study, an image file, or none")] = None,
+                paint: Annotated[str | None, typer.Option("--paint", help="a finding to paint into it (phantom), e.g. 'left effusion'")] = None,
+                against: Annotated[str | None, typer.Option("--against", help="another text: which features differ")] = None,
+                against_view: Annotated[str | None, typer.Option("--against-view", help="another radiograph: which features differ")] = None,
+                against_paint: Annotated[str | None, typer.Option("--against-paint", help="another painted finding: which features differ")] = None,
+                count: Annotated[int, typer.Option("--count", min=1, help="features shown")] = 12,
+                as_json: Annotated[bool, typer.Option("--json", help="all of it as one JSON object")] = False) -> None:
+    """Say which features fire on a sentence or a study, and which differ between two."""
+    from saerad.show.ask import differences, differing_in_lines, in_lines
+    from saerad.show.lab import open_run
+    opened = open_run(run)
+    answer = opened.ask(text, study, view, paint)
+    other = opened.ask(against or text, study, against_view or view, against_paint or paint) if against or against_view or against_paint else None
+    if as_json: print(json.dumps(answer.as_json(count) | ({"against": other.as_json(count)} if other else {}), ensure_ascii=False))
+    elif other is None: print(in_lines(answer, count))
+    else: print(differing_in_lines(answer, other, differences(answer, other, "report" if answer.text != other.text else "image", count)))
+    if not as_json and (run / "atlas/index.html").is_file(): print(f"\nin the atlas: {run / 'atlas/index.html'}#feature=NUMBER")
 
 # %% ../../nbs/run/cli.ipynb #b50b38d9
 @app.command("interpret")
@@ -174,15 +204,29 @@ def convert_command(src: str, dst: str, to: Annotated[str, typer.Option("--to", 
 
 # %% ../../nbs/run/cli.ipynb #58c7b4e1
 @app.command("export")
-def export_command(run: Annotated[Path, typer.Argument(help="folder of a run")], out: Annotated[Path, typer.Argument(help="folder for the cache")],
-           to: Annotated[str, typer.Option("--to", help="whose format: delphi")] = "delphi",
-           hookpoint: Annotated[str, typer.Option(help="name of the folder in it, which delphi takes for the layer's")] = "hookpoint",
-           splits: Annotated[int, typer.Option(min=1, help="files")] = 16,
-           length: Annotated[int, typer.Option(min=1, help="tokens in a row of the cache")] = 256) -> None:
-    """Write every firing of every feature of a run in another project's format."""
+def export_command(run: Annotated[Path, typer.Argument(help="folder of a run")], out: Annotated[Path, typer.Argument(help="folder, or CSV file")],
+           to: Annotated[str, typer.Option("--to", help="whose format: delphi, neuronpedia or csv")] = "delphi",
+           hookpoint: Annotated[str, typer.Option(help="delphi: name of the folder in it, which delphi takes for the layer's")] = "hookpoint",
+           splits: Annotated[int, typer.Option(min=1, help="delphi: files")] = 16,
+           length: Annotated[int, typer.Option(min=1, help="delphi: tokens in a row of the cache")] = 256,
+           model: Annotated[str, typer.Option(help="neuronpedia: id of the model (default: the subject's name)")] = "",
+           source_set: Annotated[str, typer.Option(help="neuronpedia: name of the source set")] = "res-saerad",
+           texts: Annotated[bool, typer.Option(help="neuronpedia: contexts too, which are report text")] = True) -> None:
+    """Write a run's features, and every firing of them, in another project's format."""
     from saerad.interpretation.delphi import export_delphi
-    if to != "delphi": raise UserError(f"--to {to} is not a format; the only one is delphi.")
-    print(export_delphi(Store.open(run / "activations"), MatryoshkaSAE.load(run / "sae"), out, hookpoint, splits, length))
+    from saerad.show.neuronpedia import export_csv, export_neuronpedia
+    if to == "neuronpedia": print(export_neuronpedia(run, out, model, source_set, texts=texts))
+    elif to == "csv": print(export_csv(run, out))
+    elif to == "delphi": print(export_delphi(Store.open(run / "activations"), MatryoshkaSAE.load(run / "sae"), out, hookpoint, splits, length))
+    else: raise UserError(f"--to {to} is not a format; the formats are delphi, neuronpedia and csv.")
+
+# %% ../../nbs/run/cli.ipynb #acb1d8fa
+@app.command("compare")
+def compare_command(runs: Annotated[list[Path], typer.Argument(help="folders of two runs or more")],
+                    out: Annotated[Path, typer.Option("--out", help="the page to write")] = Path("comparison.html")) -> None:
+    """Write a page that shows runs side by side."""
+    from saerad.show.lab import compare
+    print(compare(*runs).write(out))
 
 # %% ../../nbs/run/cli.ipynb #aa573717
 review_app = typer.Typer(no_args_is_help=True, help="Have people judge features.")
@@ -199,10 +243,12 @@ def review_pack_command(run: Annotated[Path, typer.Argument(help="folder of a ru
 # %% ../../nbs/run/cli.ipynb #15a7a562
 @review_app.command("score")
 def review_score_command(answers: Annotated[list[Path], typer.Argument(help="the files that readers exported")],
-                 key: Annotated[Path | None, typer.Option(help="the pack's key.json (default: beside the first file)")] = None) -> None:
-    """Say how far readers agree with each other and with the automatic scores."""
-    from saerad.show.review import review_score
+                 key: Annotated[Path | None, typer.Option(help="the pack's key.json (default: beside the first file)")] = None,
+                 out: Annotated[Path | None, typer.Option("--out", help="folder for disagreements.csv and agreement.svg")] = None) -> None:
+    """Say how far readers agree with each other and with the automatic scores; with --out, on what they do not."""
+    from saerad.show.review import review_score, write_review
     print(json.dumps(review_score(answers, key), indent=1))
+    if out: print(f"\nwritten: {', '.join(str(path) for path in write_review(answers, out, key))}")
 
 # %% ../../nbs/run/cli.ipynb #5bdc645e
 mini_app = typer.Typer(no_args_is_help=True, help="Small subject models.")

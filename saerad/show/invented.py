@@ -99,8 +99,8 @@ def _invent_sae(folder: Path, draw: np.random.Generator) -> None:
         "fvu_by_prefix": {"64": 0.4, "128": 0.3, "256": 0.2, "512": 0.15, "1024": 0.1},
         "fvu_by_section": {"findings": 0.09, "image": 0.2, "indication": 0.12},
         "loss_clean": 0.8, "loss_spliced": 0.9, "loss_mean": 3.5, "loss_zero": 4.1})
-    rows = [{"concept": f"{word} {i}", "kind": "word" if i else "visual", "feature": i, "auroc_test": float(draw.beta(9, 1)), "tracked": False}
-            for word in WORDS for i in range(3)]
+    rows = [{"concept": f"{word} {i}", "kind": "word" if i else "visual", "feature": 3 * j + i, "auroc_test": float(draw.beta(9, 1)),
+             "tracked": False} for j, word in enumerate(WORDS) for i in range(3)]
     for row in rows: row["tracked"] = row["auroc_test"] >= 0.95
     write_table(folder / "sae/concepts.parquet", pa.Table.from_pylist(rows))
     write_json(folder / "summary.json", {

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COHERENCE', 'FITS', 'CONFUSIONS', 'chosen_features', 'shuffled_items', 'review_pack', 'read_answers', 'cohen',
-           'fleiss', 'bootstrap_interval', 'review_score']
+           'fleiss', 'bootstrap_interval', 'review_score', 'disagreements', 'draw_agreement', 'write_review']
 
 # %% ../../nbs/show/review.ipynb #a68f4e0f
 import re
@@ -16,10 +16,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from statsmodels.stats.inter_rater import aggregate_raters, cohens_kappa, fleiss_kappa
 
 from ..core import UserError, content_hash, read_json, rng, spearman, write_beside, write_json
 from .atlas import AtlasConfig, ViewFiles, asset_text, inline_image, page_template, portrait_of
+from .figures import BLUE, GREY, house_style
 from .run_folder import Run, as_run
 
 # %% ../../nbs/show/review.ipynb #871fc0ab
@@ -60,7 +63,7 @@ def shuffled_items(chosen: pd.DataFrame, controls: float, seed: int) -> list[dic
 
 # %% ../../nbs/show/review.ipynb #94029d6a
 def review_pack(run: Run | Path | str, out: Path | str, features: str | int = "top:50", controls: float = 0.2, seed: int = 0,
-                contexts: int = 10) -> Path:
+                contexts: int = 6) -> Path:
     """Write `review.html` for the readers and `key.json`, which is not for them, into `out`; returns the page.
 
     `controls` is the share of items with another feature's explanation. Raises `UserError` where nothing was scored or the run is published.
@@ -77,7 +80,9 @@ def review_pack(run: Run | Path | str, out: Path | str, features: str | int = "t
     page = page_template("review.html").render(css=asset_text("atlas.css"), script=asset_text("review.js"), items=shown, pack=pack,
                                                coherence=COHERENCE, fits=FITS, confusions=CONFUSIONS, views=any(s["views"] for s in shown))
     with write_beside(out / "review.html") as part: part.write_text(page, encoding="utf-8")
-    write_json(out / "key.json", {"pack": pack, "items": {str(i): {k: item[k] for k in ("feature", "own", "f1")} for i, item in enumerate(items, 1)}})
+    told = [{key: item[key] for key in ("feature", "own", "f1", "explanation")} | {"contexts": _in_words(seen["exemplars"])}
+            for item, seen in zip(items, shown, strict=True)]
+    write_json(out / "key.json", {"pack": pack, "items": {str(i): item for i, item in enumerate(told, 1)}})
     return out / "review.html"
 
 # %% ../../nbs/show/review.ipynb #68d23f93
@@ -87,24 +92,31 @@ def _blinded(run: Run, item: Mapping[str, Any], contexts: int, views: ViewFiles)
     unnamed = [{**view, "image": inline_image(views.folder.parent / view["image"]), "title": f"view {i}", "boxes": []}
                for i, view in enumerate(seen["views"], 1)]
     return {"explanation": item["explanation"], "views": unnamed,
-            "exemplars": [{"section": c["place"].partition(",")[0], "shaded": c["shaded"]} for c in seen["exemplars"]]}
+            "exemplars": [{"section": c["section"], "shaded": c["shaded"]} for c in seen["exemplars"]]}
+
+def _in_words(exemplars: Sequence[Mapping[str, Any]], most: int = 3) -> list[str]:
+    "The strongest contexts as text, the word of the peak in brackets: for those who look at disagreements later."
+    def shown(token: str, peak: bool) -> str: return f"[{token.strip()}]".rjust(len(token) + 2) if peak else token
+    return ["".join(shown(token, peak) for token, _, peak in c["shaded"]).strip() for c in exemplars[:most]]
 
 # %% ../../nbs/show/review.ipynb #6fe7aa7f
 def read_answers(files: Sequence[Path | str], key: Mapping[str, Any]) -> pd.DataFrame:
-    """A row for every rated item of every reader: `reader`, `item`, `fits`, `coherence`, `feature`, `own`, `f1`, `confusions`.
+    """A row for every rated item of every reader: `reader`, `item`, `fits`, `coherence`, `seconds`, `confusions`, and what the key says of the item.
 
-    Raises `UserError` for a file of another pack, two files of one reader, a rating that does not exist, or no rating at all.
+    A file may hold one reader or several. Raises `UserError` for a file of another pack, a reader who comes twice, a rating that does not exist, or
+    no rating at all.
     """
     rows, readers = [], {}
     for file in files:
         answers = read_json(file)
         if not isinstance(answers, dict) or answers.get("pack") != key["pack"]:
             raise UserError(f"{file} holds no answers to the pack {key['pack']}; score each pack with its own key.json.")
-        reader = str(answers.get("reader") or Path(file).stem)
-        if reader in readers:
-            raise UserError(f"{file} and {readers[reader]} are both of the reader {reader!r}; leave one out, or change the name in it.")
-        readers[reader] = file
-        rows += [_answer(file, reader, item, given, key) for item, given in (answers.get("items") or {}).items() if given.get("fits") is not None]
+        several = answers.get("readers") or {str(answers.get("reader") or Path(file).stem): answers.get("items") or {}}
+        for reader, items in several.items():
+            if reader in readers:
+                raise UserError(f"{file} and {readers[reader]} are both of the reader {reader!r}; leave one out, or change the name in it.")
+            readers[reader] = file
+            rows += [_answer(file, reader, item, given, key) for item, given in items.items() if given.get("fits") is not None]
     if not rows: raise UserError(f"{files[0]} has no ratings; a reader must say of at least one item how well its explanation fits.")
     return pd.DataFrame(rows)
 
@@ -114,7 +126,7 @@ def _answer(file: Path | str, reader: str, item: str, given: Mapping[str, Any], 
     if item not in key["items"]: raise UserError(f"{file} rates item {item}, which the pack does not have; export the answers again.")
     if given["fits"] not in (0, 1, 2): raise UserError(f"{file}, item {item} has the rating {given['fits']!r}; ratings are 0, 1 or 2.")
     return {"reader": reader, "item": int(item), "fits": given["fits"], "coherence": given.get("coherence"),
-            "confusions": given.get("confusions") or [], **key["items"][item]}
+            "seconds": given.get("seconds"), "confusions": given.get("confusions") or [], **key["items"][item]}
 
 # %% ../../nbs/show/review.ipynb #852b94de
 def cohen(a: np.ndarray, b: np.ndarray, weighted: bool = False) -> float:
@@ -157,16 +169,21 @@ def _binary_kappa(ratings: np.ndarray, f1: np.ndarray) -> float:
     if len(set(a) | set(b)) < 2: return float("nan")
     return float(cohens_kappa(table, return_results=False))
 
+# %% ../../nbs/show/review.ipynb #349aaffb
+def _files_and_key(answers: Sequence[Path | str] | Path | str, key: Path | str | None) -> tuple[list[Path | str], Any]:
+    "The readers' files and the pack's key; raises `UserError` where the key is not there."
+    files = [answers] if isinstance(answers, (str, Path)) else list(answers)
+    key = Path(key) if key else Path(files[0]).with_name("key.json")
+    if not key.is_file(): raise UserError(f"{key} is missing; name the key.json that `saerad review pack` wrote with --key.")
+    return files, read_json(key)
+
 # %% ../../nbs/show/review.ipynb #dbc76b2b
 def review_score(answers: Sequence[Path | str] | Path | str, key: Path | str | None = None) -> dict[str, Any]:
     """What the readers' answers come to: `readers`, agreement `between_readers` and `with_scores`, with 95 % intervals over items.
 
     `key` is the pack's `key.json` (default: beside the first file). Raises `UserError` as `read_answers` does.
     """
-    files = [answers] if isinstance(answers, (str, Path)) else list(answers)
-    key = Path(key) if key else Path(files[0]).with_name("key.json")
-    if not key.is_file(): raise UserError(f"{key} is missing; name the key.json that `saerad review pack` wrote with --key.")
-    table = read_answers(files, read_json(key))
+    table = read_answers(*_files_and_key(answers, key))
     wide = table.pivot(index="item", columns="reader", values="fits")
     facts = table.drop_duplicates("item").set_index("item").loc[wide.index]
     both = {f"{a} and {b}": wide[[a, b]].dropna().to_numpy().T for a, b in combinations(wide.columns, 2)}
@@ -191,6 +208,59 @@ def _ratings_of(rows: pd.DataFrame) -> dict[str, Any]:
     "What one reader rated, own explanations and controls apart."
     own, control = rows.fits[rows.own.astype(bool)], rows.fits[~rows.own.astype(bool)]
     return {"rated": len(rows), "mean_own": _rounded_mean(own), "mean_control": _rounded_mean(control), "fit_well": _rounded_mean(own == 2),
-            "controls_called_fitting": _rounded_mean(control == 2)}
+            "controls_called_fitting": _rounded_mean(control == 2), "median_seconds": _median(rows.seconds)}
+
+def _median(values: pd.Series) -> float | None:
+    known = pd.to_numeric(values, errors="coerce").dropna()
+    return round(float(known.median()), 1) if len(known) else None
 
 def _rounded_mean(values: pd.Series) -> float | None: return round(float(values.mean()), 4) if len(values) else None
+
+# %% ../../nbs/show/review.ipynb #28b26c76
+def disagreements(answers: Sequence[Path | str] | Path | str, key: Path | str | None = None) -> pd.DataFrame:
+    """Items that two or more readers rated differently, widest gap first: each reader's `fits`, `gap`, the explanation, confusions and contexts."""
+    table = read_answers(*_files_and_key(answers, key))
+    wide = table.pivot(index="item", columns="reader", values="fits")
+    gap = (wide.max(axis=1) - wide.min(axis=1)).rename("gap")
+    facts = table.drop_duplicates("item").set_index("item").reindex(columns=["feature", "own", "f1", "explanation", "contexts"])
+    named = table.groupby("item").confusions.agg(lambda lists: "; ".join(sorted({name for given in lists for name in given})))
+    whole = wide.join([gap, facts, named])[lambda t: t.gap > 0].sort_values(["gap", "f1"], ascending=[False, False], kind="stable")
+    return whole.assign(contexts=[" | ".join(texts) if isinstance(texts, list) else "" for texts in whole.contexts]).reset_index()
+
+# %% ../../nbs/show/review.ipynb #84e855dc
+def draw_agreement(answers: Sequence[Path | str] | Path | str, key: Path | str | None = None) -> Figure:
+    """Two panels: how often each pair of ratings was given by the first two readers, and the mean rating of own explanations against their F1."""
+    table = read_answers(*_files_and_key(answers, key))
+    wide = table.pivot(index="item", columns="reader", values="fits")
+    facts = table.drop_duplicates("item").set_index("item").loc[wide.index]
+    with house_style():
+        figure = Figure(figsize=(7, 2.8), layout="constrained")
+        pairs, scores = figure.subplots(1, 2)
+        if wide.shape[1] > 1: _draw_pairs(wide.iloc[:, :2].dropna(), pairs)
+        else: pairs.set_axis_off()
+        own = facts.own.astype(bool)
+        for rows, colour, name in ((own, BLUE, "own explanation"), (~own, GREY, "another feature's (control)")):
+            scores.plot(facts.f1[rows], wide.mean(axis=1)[rows], "o", ms=4, color=colour, alpha=0.7, label=name)
+        scores.set(xlabel="F1 of the feature's own explanation", ylabel="mean rating", yticks=[0, 1, 2], ylim=(-0.15, 2.5))
+        scores.legend(fontsize=7, loc="upper left", frameon=False)
+    return figure
+
+def _draw_pairs(both: pd.DataFrame, ax: Axes) -> None:
+    "Counts of the pairs of ratings of two readers."
+    counts = np.zeros((3, 3), int)
+    np.add.at(counts, (both.iloc[:, 1].astype(int), both.iloc[:, 0].astype(int)), 1)
+    ax.imshow(counts, cmap="Blues", origin="lower")
+    for (y, x), count in np.ndenumerate(counts):
+        ax.text(x, y, str(count), ha="center", va="center", color="white" if count > counts.max() / 2 else "black")
+    names = [name for _, name in FITS]
+    ax.set(xlabel=both.columns[0], ylabel=both.columns[1], xticks=range(3), yticks=range(3))
+    ax.set_xticklabels(names, fontsize=6)
+    ax.set_yticklabels(names, fontsize=6)
+
+# %% ../../nbs/show/review.ipynb #b86cee98
+def write_review(answers: Sequence[Path | str] | Path | str, out: Path | str, key: Path | str | None = None) -> list[Path]:
+    """Write `disagreements.csv` and `agreement.svg` into `out`; returns both."""
+    out, figure = Path(out), draw_agreement(answers, key)
+    with write_beside(out / "disagreements.csv") as part: disagreements(answers, key).to_csv(part, index=False, encoding="utf-8", lineterminator="\n")
+    with write_beside(out / "agreement.svg") as part: figure.savefig(part, format="svg", metadata={"Date": None})
+    return [out / "disagreements.csv", out / "agreement.svg"]

@@ -195,11 +195,17 @@ def unread_share(text: str, reading: Reading) -> float:
     return min(1.0, len(reading.unread) / max(len(sentences(text)), 1))
 
 # %% ../../nbs/steering/judges.ipynb #1a269229
-def broken(text: str, reading: Reading, cfg: JudgeConfig, perplexity: float | None = None) -> str:
-    """Why a report is degenerate: "empty", "repeats", "unread", "perplexity", or "" where it is not."""
-    if not sentences(text): return "empty"
-    if repeats(text) > cfg.max_repeats: return "repeats"
-    if unread_share(text, reading) > cfg.max_unread: return "unread"
+def broken(text: str, reading: Reading, cfg: JudgeConfig, perplexity: float | None = None,
+           baseline: tuple[str, Reading] | None = None) -> str:
+    """Why a report is degenerate: "empty", "repeats", "unread", "perplexity", or "" where it is not.
+
+    `baseline` is the text and the reading of the report that it is compared with: what that one shows as well is no reason.
+    """
+    before, known = baseline or ("", Reading(()))
+    if baseline and text.split() == before.split(): return ""
+    if not sentences(text): return "" if baseline and not sentences(before) else "empty"
+    if (often := repeats(text)) > cfg.max_repeats and often > repeats(before): return "repeats"
+    if (share := unread_share(text, reading)) > cfg.max_unread and share > unread_share(before, known): return "unread"
     return "perplexity" if (perplexity or 0) > cfg.max_perplexity else ""
 
 # %% ../../nbs/steering/judges.ipynb #c3a016dd
@@ -248,12 +254,12 @@ def judge(baseline: str, steered: str, target: Target, reader: Reader = read_fin
           cfg: JudgeConfig | None = None, perplexity: float | None = None) -> Judgement:
     """Compare a steered report with its baseline by the findings that each affirms.
 
-    Of `alpha` only the sign counts; `perplexity` is the steered report's over the baseline's.
+    Of `alpha` only the sign counts; `perplexity` is the steered report's over the baseline's. The same words are always "unchanged".
     """
     cfg, old, new = cfg or JudgeConfig(), reader(baseline), reader(steered)
     changes = finding_differences(old, new)
     on = [d for d in changes if on_target(d, target)]
-    why, effect = broken(steered, new, cfg, perplexity), sum(direction(d, target) for d in on)
+    why, effect = broken(steered, new, cfg, perplexity, (baseline, old)), sum(direction(d, target) for d in on)
     outcome = {(False, False): "unchanged", (True, False): "on_target_only", (True, True): "mixed",
                (False, True): "off_target_only"}
     return Judgement("degenerate" if why else outcome[bool(on), len(on) < len(changes)], len(on),

@@ -271,7 +271,7 @@ def test_doctor_and_convert_refuse_what_is_no_sae(saerad, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments, word", [(["--to", "neuronpedia"], "neuronpedia"), ([], "nowhere")])
+@pytest.mark.parametrize("arguments, word", [(["--to", "nothing"], "neuronpedia"), ([], "nowhere"), (["--to", "csv"], "nowhere")])
 def test_export_refuses_what_is_no_run_or_no_format(saerad, tmp_path, arguments, word):
     code, _, err = saerad("export", tmp_path / "nowhere", tmp_path / "out", *arguments)
     assert code == 2 and is_one_sentence(err) and word in err and not (tmp_path / "out").exists()

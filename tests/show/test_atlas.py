@@ -1,4 +1,5 @@
 """The atlas and the report: what they show, what they must never show, and that a browser can open them from disk."""
+import base64
 import json
 import re
 import shutil
@@ -10,12 +11,15 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from saerad.core import UserError, read_table, write_table
 from saerad.sae.model import MatryoshkaSAE
 from saerad.show.atlas import (
     FEATURE_COLUMNS,
     NOTICES,
+    QUESTIONS,
+    WHAT_TO_SEE,
     AtlasConfig,
     build_atlas,
     changes,
@@ -23,13 +27,14 @@ from saerad.show.atlas import (
     feature_table,
     finding_boxes,
     headlines,
+    is_template,
     pick_contexts,
     shade,
     share_inside,
     write_atlas,
     write_report,
 )
-from saerad.show.figures import FiguresConfig, draw_figures
+from saerad.show.figures import PLOTS, FiguresConfig, draw_figures
 from saerad.show.invented import invent_run
 from saerad.show.run_folder import Run
 from saerad.steering.judges import OUTCOMES
@@ -59,7 +64,27 @@ def with_views(folder):
     views = [{"feature": f, "study": ids[0], "view": "frontal", "rows": 8, "columns": 8, "peak": 2.0, "patches": [9, 10], "activations": [1.0, 2.0]}
              for f in sorted({best, *range(0, len(table), 3)})]
     write_table(folder / "portraits/views.parquet", pa.Table.from_pylist(views))
+    with_studies(folder, best, ids)
     return best
+
+
+def with_studies(folder, best, ids):
+    "Two studies that were read, and a painted finding on which the best feature rises."
+    text = [" There", " is", " an", " effusion", f" {NASTY}", "."]
+    rows = [{"study": study, "patient": study[:7], "split": "test", "tokens": text, "sections": ["findings"] * 6,
+             "features": [[0], [0], [], [best, 1], [best], [0]], "activations": [[0.5], [0.4], [], [3.0, 1.0], [2.0], [0.2]]} for study in ids[:2]]
+    write_table(folder / "portraits/studies.parquet", pa.Table.from_pylist(rows))
+    seen = [{"feature": f, "study": study, "view": "frontal", "rows": 8, "columns": 8, "peak": 2.0, "patches": [9, 10], "activations": [1.0, 2.0]}
+            for study in ids[:2] for f in (best, 1)]
+    write_table(folder / "portraits/study_views.parquet", pa.Table.from_pylist(seen))
+    write_table(folder / "portraits/painted.parquet", pa.Table.from_pylist([
+        {"feature": best, "study": ids[0], "kind": "effusion", "side": "left", "zone": "", "severity": "large", "rise": 1.5, "rows": 8, "columns": 8,
+         "patches_before": [], "activations_before": [], "patches_after": [57, 58], "activations_after": [1.5, 0.5]}]))
+    portraits = read_table(folder / "portraits/portraits.parquet").to_pandas()
+    fires = {best: [3, 4, 9, 10], 1: [3, 9]}
+    portraits["fires_at"] = [fires.get(f, []) for f in portraits.feature]
+    portraits["on_images"] = [0.5 if f == best else 0.0 for f in portraits.feature]
+    write_table(folder / "portraits/portraits.parquet", pa.Table.from_pandas(portraits, preserve_index=False))
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +135,8 @@ def test_shades_stay_readable(activations, top):
 def test_headlines_leave_out_what_is_missing():
     assert headlines({"sae": {"loss_recovered": 0.9, "dead": None}, "steering": None}) == headlines({}) == []
     assert headlines({"truth": {"report_finding_f1": 0.912}}) == [
-        ("The subject model's own reports find what is on the radiograph with a macro F1 of 0.91.", "")]
+        ("The subject model's own reports find what is on the radiograph with a macro F1 of 0.91.",
+         "What the model does not know, no feature can show.")]
 
 
 # ---- the atlas ------------------------------------------------------------------------------------------------------
@@ -214,7 +240,8 @@ def test_a_published_edition_holds_no_text_no_image_and_no_study(copy):
     index = build_atlas(copy, AtlasConfig(publish=True))
     shown = everything(index.parent) + (copy / "report.html").read_text(encoding="utf-8")
     studies = {f"study {e['study']}" for e in exemplars}
-    for secret in ("There is", "\"tokens\":[", "data:image/png", "data:image/webp", *studies): assert secret not in shown, secret
+    for secret in ("There is a small effusion", "The heart is <normal>", "\"tokens\":[", "data:image/png", "data:image/webp", *studies):
+        assert secret not in shown, secret
     assert not (copy / "atlas/views").exists() and NOTICES[True] in shown and "drawn into it" not in shown
     assert all(not p["groups"] and not p["views"] and not p["steered"] for path in index.parent.glob("data/features-*.js")
                for p in data(path)[1].values())
@@ -224,7 +251,7 @@ def test_publishing_over_a_private_atlas_leaves_none_of_it(copy):
     assert list((copy / "atlas/views").glob("*.webp"))
     (copy / "atlas/data/features-9999.js").write_text("There is a small effusion", encoding="utf-8")
     write_atlas(copy, AtlasConfig(publish=True))
-    assert "There is" not in everything(copy / "atlas") and not (copy / "atlas/views").exists()
+    assert "There is a small effusion" not in everything(copy / "atlas") and not (copy / "atlas/views").exists()
 
 
 def test_the_same_run_gives_the_same_bytes(copy):
@@ -242,7 +269,7 @@ def test_an_unfinished_run(copy):
     (copy / "config.yaml").unlink()
     (copy / "summary.json").unlink()
     page = (build_atlas(copy).parent.parent / "report.html").read_text(encoding="utf-8")
-    assert "No feature has been explained" in page and "No stage has left a number" in page and "No figures" in page
+    assert "No feature has been explained" in page and "has not been measured yet" in page and page.count("No figure was drawn of it") == 4
     assert feature_table(Run(copy)).f1.isna().all()
     index = (copy / "atlas/index.html").read_text(encoding="utf-8")
     assert "Not in this run yet: 2" in index and "saerad interpret" in index and "saerad steer" in index and "saerad exemplars" not in index
@@ -286,6 +313,24 @@ def test_the_report_is_one_file_with_its_figures(built):
     assert page.count("<figure>") == 3 and page.count("data:image/svg+xml;base64,") == 3
     assert f"Feature {best}:" in page and "<li>training</li>" in page and "data:image/webp;base64," in page
     assert not re.search(r'(src|href)="(?!data:|atlas/index\.html")', page), "nothing is fetched from anywhere"
+    numbers = base64.b64decode(re.search(r'href="data:text/csv;base64,([^"]*)" download="f1.csv"', page)[1])
+    assert numbers == (run / "figures/f1.csv").read_bytes()
+
+
+def test_the_report_answers_in_a_readers_order_within_three_screens(copy, browser):
+    draw_figures(copy, FiguresConfig(dpi=60))
+    page = browser.page(width=1280)
+    page.goto(write_report(copy).as_uri())
+    asked = page.locator(".asks h2").all_inner_texts()
+    assert asked == [title for title, *_ in QUESTIONS.values()] and page.locator(".asks figure").count() == 4
+    assert page.locator(".asks li").count() == 8 and page.locator(".asks li .caveat:not(:empty)").count() == 8
+    assert page.locator("#appendix").evaluate("e => e.getBoundingClientRect().top + scrollY") <= 3 * 900
+    drawn = len(list(copy.glob("figures/*.svg")))
+    assert page.locator("figure:not(.view)").count() == page.locator("figure:not(.view) figcaption b").count() == drawn
+    assert set(WHAT_TO_SEE) == set(PLOTS)
+    narrow = browser.page(width=390)
+    narrow.goto((copy / "report.html").as_uri())
+    assert narrow.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_the_steered_example_prefers_what_changed_on_target(built):
@@ -303,8 +348,8 @@ def test_every_library_is_in_the_folder_with_its_licence(built):
     assert "tabulator-tables" in licences and "@observablehq/plot" in licences
     assert sum(f.stat().st_size for f in vendor.iterdir()) < 600_000
     page = (vendor.parent / "index.html").read_text(encoding="utf-8")
-    assert not re.search(r'(src|href)="(https?:)?//',
-                         page) and all((vendor.parent / link).exists() for link in re.findall(r'(?:src|href)="([^"#]+)"', page))
+    assert not re.search(r'(src|href)="(https?:)?//', page)
+    assert all((vendor.parent / link).exists() for link in re.findall(r'(?:src|href)="(?!data:)([^"#]+)"', page))
 
 
 def first(page): return page.inner_text("#table .tabulator-row a >> nth=0")
@@ -315,6 +360,8 @@ def test_the_atlas_searches_sorts_filters_opens_goes_back_and_shares_links(built
     page, url = browser.page(), (run / "atlas/index.html").as_uri()
     page.goto(url)
     page.wait_for_selector("#table .tabulator-row a")
+    page.select_option("#order", "f1")
+    page.select_option("#alike", "all")
     assert int(first(page)) == best and NASTY in page.inner_text("#table .tabulator-row >> nth=0")
     page.click("#table [tabulator-field=feature] button >> nth=0")
     page.keyboard.press("Enter")           # the heading is a button: Enter sorts the other way
@@ -323,6 +370,7 @@ def test_the_atlas_searches_sorts_filters_opens_goes_back_and_shares_links(built
     page.fill("#search", "pneumothorax")
     assert all("pneumothorax" in t for t in page.locator("#table .tabulator-row").all_inner_texts())
     found = int(page.inner_text("#count").split()[0])
+    page.click("#more summary")
     page.select_option("#level", "2")
     page.fill("#f1-from", "0.3")
     kept = int(page.inner_text("#count").split()[0])
@@ -350,9 +398,9 @@ def test_a_feature_page_shows_it_all_and_runs_no_markup(built, browser):
     page.wait_for_selector("#feature .context")
     assert page.inner_text("#feature h1") == f"Feature {best}" and page.locator("#feature .token.peak").count() == 6
     assert page.locator("#feature .card svg[role=img][aria-label]").count() == 4, "histogram, places, outcomes, doses"
-    assert page.locator("#feature .views svg rect.box.dashed").count() > 0 and page.locator("#feature .views svg rect[fill='#F0A000']").count() == 2
+    assert page.locator("#feature .views .picture .box b").count() > 0 and page.locator("#feature .views .heat rect[fill='#F0A000']").count() == 4
     assert page.locator("#feature .pair ins, #feature .pair del").count() > 0 and "<normal>" in page.inner_text("#feature")
-    assert page.locator("#feature .near a").count() == 4 and page.locator("#feature .words li").count() == 10
+    assert page.locator("#feature .near a").count() == 8 and page.locator("#feature .words li").count() == 10
     assert page.evaluate("document.title") == f"Feature {best}" and NASTY in page.inner_text("#feature .explanation")
     page.keyboard.press("ArrowRight")
     page.wait_for_function(f"(document.querySelector('#feature h1')?.textContent ?? 'Feature {best}') !== 'Feature {best}'")
@@ -374,6 +422,8 @@ def test_every_filter_keeps_what_it_says(built, browser):
     page = browser.page()
     page.goto((run / "atlas/index.html").as_uri())
     page.wait_for_selector("#table .tabulator-row a")
+    page.select_option("#alike", "all")
+    page.click("#more summary")
     for name in ("level", "mainly", "view", "finding", "status"):
         value = page.locator(f"#{name} option").evaluate_all("options => options.map(o => o.value)")[1]
         page.select_option(f"#{name}", value)
@@ -394,9 +444,9 @@ def test_the_link_to_a_feature_can_be_taken_along(built, browser):
     page, asked = browser.page(), []
     page.on("dialog", lambda d: (asked.append(d.default_value), d.dismiss()))       # where nothing may be copied the link is shown
     page.goto((run / "atlas/index.html").as_uri() + f"#search=zebra&feature={best}")
-    page.click("#feature nav button")
+    page.click("#feature nav .copy")
     page.wait_for_timeout(200)
-    assert page.inner_text("#feature nav button") == "Copied" or asked == [(run / "atlas/index.html").as_uri() + f"#feature={best}"]
+    assert page.inner_text("#feature nav .copy") == "Copied" or asked == [(run / "atlas/index.html").as_uri() + f"#feature={best}"]
 
 
 CONTRAST = """() => {
@@ -438,13 +488,13 @@ def test_features_explained_alike_are_named_and_can_be_seen_side_by_side(built, 
     assert page.inner_text("#count") == f"{len(together)} of 160 features" and page.input_value("#search") == ""
     assert page.locator("#alike option:checked").inner_text() == f"like feature {together[0]}"
     kept = {}
-    for value in ("once", "others", "alone"):
+    for value in ("", "others", "alone"):
         page.select_option("#alike", value)
         kept[value] = int(page.inner_text("#count").split()[0])
     grouped, unexplained = table.alike.notna(), ~table.explanation.fillna("").astype(bool)
-    assert kept == {"others": grouped.sum(), "alone": (~grouped & ~unexplained).sum(), "once": (~grouped).sum() + table.alike.nunique()}
-    page.click("#clear")
-    assert page.inner_text("#count") == "160 of 160 features" and "alike" not in page.url
+    assert kept == {"others": grouped.sum(), "alone": (~grouped & ~unexplained).sum(), "": (~grouped).sum() + table.alike.nunique()}
+    page.select_option("#alike", "all")
+    assert page.inner_text("#count") == "160 of 160 features" and "alike=all" in page.url
 
 
 def test_whatever_the_tab_key_reaches_can_be_seen_to_have_the_focus(built, browser):
@@ -453,10 +503,10 @@ def test_whatever_the_tab_key_reaches_can_be_seen_to_have_the_focus(built, brows
     page.goto((run / "atlas/index.html").as_uri())
     page.wait_for_selector("#table .tabulator-row a")
     style, reached = "(e => [e.tagName, getComputedStyle(e).outlineStyle, parseFloat(getComputedStyle(e).outlineWidth)])", []
-    for _ in range(40):
+    for _ in range(70):
         page.keyboard.press("Tab")
         reached.append(page.evaluate(f"{style}(document.activeElement)"))
-    assert {"INPUT", "SELECT", "BUTTON", "A", "DIV"} <= {tag for tag, *_ in reached}
+    assert {"INPUT", "SELECT", "BUTTON", "A", "SUMMARY"} <= {tag for tag, *_ in reached}
     assert all(line != "none" and width >= 2 for _, line, width in reached)
 
 
@@ -504,3 +554,181 @@ def test_a_phone_scrolls_down_and_never_sideways(built, browser):
         page.goto((run / "atlas/index.html").as_uri() + url)
         page.wait_for_selector("#feature .context" if url else "#table .tabulator-row a")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+# ---- the first page, studies, comparisons, films ------------------------------------------------------------------
+
+def test_the_first_page_opens_on_what_was_found_steered_and_failed(built, browser):
+    run, _ = built
+    page = browser.page()
+    page.goto((run / "atlas/index.html").as_uri())
+    page.wait_for_selector("#table .tabulator-row a")
+    assert [page.inner_text(f"#found h2 >> nth={i}") for i in range(3)] == ["What the features are of", "What was steered", "What failed"]
+    assert page.locator(".concept").count() == 6 and page.locator("#found tbody tr").count() == 8 and page.locator(".failed li").count() >= 3
+    place = "e => e.getBoundingClientRect().top"
+    assert page.locator("#found").evaluate(place) < page.locator("#table").evaluate(place)
+    page.click("#found button >> text=Show")
+    assert page.locator(".concept").count() > 6 and page.evaluate("document.activeElement.closest('.concept') !== null")
+    page.click(".concept a >> nth=0")
+    page.wait_for_selector("#feature h1")
+
+
+def test_concepts_stand_with_their_best_feature_and_failures_with_their_number(built):
+    run, _ = built
+    [table] = data(run / "atlas/data/table.js")
+    concepts = read_table(run / "sae/concepts.parquet").to_pandas()
+    for card in table["first"]["concepts"]:
+        row = concepts[concepts.concept == card["concept"]].iloc[0]
+        assert card["feature"] == row.feature and f"{row.auroc_test:.2f}" in card["measure"] and ("below" in card["measure"]) != row.tracked
+    scores = read_table(run / "interpretations/interpretations.parquet").to_pandas()
+    assert any(f["text"].startswith(f"{(scores.f1 <= scores.shuffled_f1).sum()} explanations score no better") for f in table["first"]["failed"])
+    assert any(f["text"].startswith(f"{(scores.f1 < 0.5).sum()} explanations reach") for f in table["first"]["failed"])
+
+
+@pytest.mark.parametrize("text, template", [('fires on "is" after "effusion"; on "."', True), ('fires on "is", "catheter"', False),
+                                            ("lines and tubes", False),
+                                            ('fires on "the" before "left". Strongest with "opacity".', True), ("", False), (None, False)])
+def test_template_words_are_told_from_others(text, template): assert is_template(text) == template
+
+
+def test_template_words_are_set_aside_and_orders_are_kept_in_the_address(copy, browser):
+    path = copy / "interpretations/interpretations.parquet"
+    table = read_table(path).to_pandas()
+    plain = table.index[table.f1.notna()][:5]
+    table.loc[plain, "explanation"], table.loc[plain, "group"] = 'fires on "is" after "there"', -1
+    write_table(path, pa.Table.from_pandas(table))
+    page = browser.page()
+    page.goto(write_atlas(copy).as_uri() + "#alike=all")
+    page.wait_for_selector("#table .tabulator-row a")
+    assert shown(page) == 160
+    page.check("#template")
+    assert shown(page) == 155 and "template=aside" in page.url
+    page.select_option("#order", "steerability")
+    values = read_table(copy / "steering/steerability.parquet").to_pandas().set_index("feature").measured.drop(plain, errors="ignore")
+    assert int(first(page)) == values.idxmax() and "sort=steerability" in page.url
+
+
+def test_a_study_has_a_page_with_its_features_and_back(built, browser):
+    run, best = built
+    page = browser.page()
+    page.goto((run / "atlas/index.html").as_uri() + f"#feature={best}")
+    page.click("#feature .views figcaption a >> nth=0")
+    page.wait_for_selector("#page .reading")
+    assert page.inner_text("#page h1").startswith("Study p0") and NASTY in page.inner_text("#page .reading")
+    assert page.locator("#page .firing tbody tr").count() == 3 and page.inner_text("#page .firing tbody tr >> nth=0").startswith(str(best))
+    page.click("#page .reading .token >> text=effusion")
+    assert [int(a) for a in page.locator("#page .says a").all_inner_texts()] == [best, 1]
+    page.hover(f"#page tr[data-feature='{best}']")
+    lit = page.locator("#page .reading .token").evaluate_all("tokens => tokens.map(t => t.style.background.startsWith('rgba'))")
+    assert lit == [False, False, False, True, True, False]
+    page.select_option("#page .many select", "1")
+    page.click("#page .says a >> nth=0")
+    page.wait_for_selector("#feature h1")
+    assert page.inner_text("#feature h1") == f"Feature {best}" and page.title() == f"Feature {best}"
+
+
+def test_two_features_stand_side_by_side(built, browser):
+    run, best = built
+    page = browser.page()
+    page.goto((run / "atlas/index.html").as_uri() + f"#page=compare&a={best}&b=1")
+    page.wait_for_selector("#page .sides")
+    said = page.inner_text("#page section >> nth=0")
+    assert f"feature {best} fires on 4, feature 1 on 2, both on 2: 50 %" in said and "Of 12 words" in said
+    assert page.locator("#page .context .token.peak").count() >= 2 and page.locator("#page .sides .explanation").count() == 2
+    assert page.inner_text("#page .token.peak >> nth=0") == "effusion"
+
+
+def test_pinned_features_stay_travel_as_a_file_and_as_a_link(built, browser, tmp_path):
+    run, best = built
+    page = browser.page()
+    index = (run / "atlas/index.html").as_uri()
+    page.goto(f"{index}#feature={best}")
+    page.click("#feature .pin")
+    assert page.get_attribute("#feature .pin", "aria-pressed") == "true" and "(1)" in page.inner_text("#pinned")
+    page.goto("about:blank")
+    page.goto(f"{index}#page=pins")                        # the browser has kept it
+    page.wait_for_selector("#page table")
+    with page.expect_download() as download: page.click("#page button >> text=Export")
+    download.value.save_as(tmp_path / "pins.json")
+    assert json.loads((tmp_path / "pins.json").read_text(encoding="utf-8"))["pins"] == [best]
+    page.click("#page button >> text=Remove")
+    assert "(0)" in page.inner_text("#pinned")
+    (tmp_path / "other.json").write_text(json.dumps({"atlas": "<b>another</b>", "pins": [1, best, 99999, "x"]}), encoding="utf-8")
+    page.set_input_files("#page input[type=file]", tmp_path / "other.json")
+    page.wait_for_selector("#page [role=alert] >> text=another atlas")
+    assert "(2)" in page.inner_text("#pinned") and "<b>another</b>" in page.inner_text("#page")
+    (tmp_path / "broken.json").write_text("[", encoding="utf-8")
+    page.set_input_files("#page input[type=file]", tmp_path / "broken.json")
+    page.wait_for_selector("#page [role=alert] >> text=nothing was changed")
+    page.goto("about:blank")
+    page.goto(f"{index}#page=pins&pins=2,3")
+    page.click("#page button >> text=Keep them all")
+    page.wait_for_function("document.getElementById('pinned').textContent.includes('(4)')")
+    page.evaluate("localStorage.clear()")
+
+
+def test_a_film_can_be_enlarged_windowed_and_closed_by_key(built, browser):
+    run, best = built
+    page = browser.page()
+    page.goto((run / "atlas/index.html").as_uri() + f"#feature={best}")
+    page.click("#feature .views .larger >> nth=0")
+    page.wait_for_selector("dialog[open]")
+    page.locator("dialog input[name=brightness]").fill("150")
+    page.locator("dialog input[name=zoom]").fill("300")
+    assert "brightness(150%)" in page.get_attribute("dialog img", "style") and page.get_attribute("dialog .picture", "style") == "width: 300%;"
+    page.uncheck("dialog input[type=checkbox]")
+    assert page.locator("dialog .box:visible").count() == 0
+    page.click("dialog button >> text=Reset")
+    assert page.locator("dialog .box:visible").count() > 0
+    page.keyboard.press("Escape")
+    page.wait_for_selector("dialog", state="detached")
+    assert page.is_visible("#feature"), "Escape closes the window and nothing else"
+
+
+def test_a_view_keeps_its_own_pixels(built):
+    run, best = built
+    [view] = data(run / f"atlas/data/features-{best // 32:04d}.js")[1][str(best)]["views"]
+    assert Image.open(run / "atlas" / view["image"]).size == (112, 112) and all(box["name"] for box in view["boxes"])
+
+
+def test_a_painted_finding_is_shown_beside_the_same_view_without_it(built, browser):
+    run, best = built
+    [pair] = data(run / f"atlas/data/features-{best // 32:04d}.js")[1][str(best)]["painted"]
+    plain, made = (np.asarray(Image.open(run / "atlas" / pair[when]["image"])).astype(int) for when in ("before", "after"))
+    box = next(b for b in pair["after"]["boxes"] if b["name"] == "left effusion")
+    inside = np.s_[int(box["top"] * 1.12):int((box["top"] + box["height"]) * 1.12), int(box["left"] * 1.12):int((box["left"] + box["width"]) * 1.12)]
+    assert np.abs(plain - made)[inside].mean() > 4 * np.abs(plain - made).mean() / 3
+    page = browser.page()
+    page.goto((run / "atlas/index.html").as_uri() + f"#feature={best}")
+    page.wait_for_selector("#feature .painted")
+    assert page.locator("#feature .painted .picture").count() == 2 and page.locator("#feature .painted .heat rect").count() == 2
+
+
+def test_a_feature_that_never_fires_on_patches_shows_no_film(built, browser):
+    run, best = built
+    pages = {int(k): v for path in (run / "atlas/data").glob("features-*.js") for k, v in data(path)[1].items()}
+    silent = next(f for f, page in pages.items() if not page["views"])
+    page = browser.page()
+    page.goto((run / "atlas/index.html").as_uri() + f"#feature={silent}")
+    page.wait_for_selector("#feature h1")
+    assert page.locator("#feature .picture").count() == 0
+
+
+def test_the_rows_that_are_shown_can_be_taken_along_as_csv(built, browser, tmp_path):
+    run, best = built
+    page = browser.page()
+    page.goto((run / "atlas/index.html").as_uri() + "#alike=all&sort=f1:desc")
+    page.wait_for_selector("#table .tabulator-row a")
+    with page.expect_download() as download: page.click("#csv")
+    download.value.save_as(tmp_path / "features.csv")
+    table, ours = pd.read_csv(tmp_path / "features.csv"), feature_table(Run(run)).set_index("feature")
+    assert list(table.columns) == [c["name"] for c in FEATURE_COLUMNS] and len(table) == 160 and table.feature[0] == best
+    assert NASTY in table.explanation[0] and np.allclose(table.set_index("feature").f1, ours.f1.reindex(table.feature), equal_nan=True, atol=1e-5)
+
+
+def test_an_atlas_from_disk_says_how_a_sentence_gets_its_answer(built, browser):
+    run, _ = built
+    page = browser.page()
+    page.goto((run / "atlas/index.html").as_uri())
+    page.wait_for_selector("#try code")
+    assert "saerad atlas CONFIG --serve" in page.inner_text("#try") and "saerad ask RUN" in page.inner_text("#try")

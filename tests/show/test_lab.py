@@ -1,10 +1,13 @@
 """What features, runs, comparisons and studies show when they end a cell."""
 import pytest
+import torch
 from test_atlas import NASTY, with_views
 
 from saerad.core import UserError, write_json
+from saerad.sae.model import MatryoshkaSAE
 from saerad.show.invented import invent_run
-from saerad.show.lab import compare, open_run
+from saerad.show.lab import compare, compare_sweep, feature_twins, open_run
+from saerad.show.run_folder import Run
 from saerad.studies.record import Study, View
 
 
@@ -53,6 +56,35 @@ def test_a_comparison_shows_what_differs(run, tmp_path):
     assert compare(run.folder, run.folder).names == [f"{run.folder.name} (1)", f"{run.folder.name} (2)"]
     with pytest.raises(UserError, match="at least two"): compare(run.folder)
     with pytest.raises(UserError, match="is no run"): compare(run.folder, tmp_path)
+
+
+def test_runs_meet_at_the_same_concept(run, tmp_path):
+    other = invent_run(tmp_path / "other", seed=1)
+    found = compare(run.folder, other)
+    folders = zip(found.names, (run.folder, other), strict=True)
+    table = {name: Run(folder).table("sae/concepts.parquet").set_index("concept") for name, folder in folders}
+    for name in found.names:
+        mine = found.concepts[name]
+        assert set(mine.index) == set(table[name].index) and (mine.feature == table[name].feature.reindex(mine.index)).all()
+    page = found.write(tmp_path / "comparison.html").read_text(encoding="utf-8")
+    assert "the same concept, which features" in page and found.concepts.index[0] in page
+    with pytest.raises(UserError, match="no sweep"): compare_sweep(run.folder)
+
+
+def test_a_feature_finds_its_twin_in_another_sae_of_a_sweep(tmp_path):
+    run = invent_run(tmp_path / "run")
+    ours, theirs = MatryoshkaSAE(16, [160], 4), MatryoshkaSAE(16, [200], 4)
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))[:160]
+    theirs.W_dec.data = torch.randn(200, 16, generator=torch.Generator().manual_seed(1))
+    theirs.W_dec.data[order] = 2 * ours.W_dec.data
+    for sae, folder in ((ours, run / "sae"), (theirs, run / "sweep/k=4")):
+        sae.threshold.fill_(0.1)
+        sae.save(folder)
+    twins = feature_twins(ours, theirs, block=50)
+    assert twins.twin.tolist() == order.tolist() and (twins.cosine > 0.999).all()
+    table = compare_sweep(run)
+    assert (table["k=4"].twin == order[table["run"].feature.to_numpy()].numpy()).all()
+    with pytest.raises(UserError): feature_twins(ours, MatryoshkaSAE(8, [16], 2))
 
 
 def test_a_study_shows_its_views_and_texts_escaped(tmp_path):

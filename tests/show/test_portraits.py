@@ -6,9 +6,27 @@ from scipy import sparse
 
 from saerad.activations.extraction import residuals
 from saerad.core import UserError, read_table
+from saerad.sae.encoder import Encoder
 from saerad.sae.model import MatryoshkaSAE
-from saerad.show.portraits import PortraitsConfig, logit_lens, nearest_features, portray, strongest_views, top_tokens, view_activations
-from saerad.studies.record import StudiesConfig
+from saerad.show.portraits import (
+    PAINTED,
+    PortraitsConfig,
+    firing_columns,
+    logit_lens,
+    nearest_features,
+    portray,
+    read_prompts,
+    strongest_views,
+    study_table,
+    study_views,
+    telling,
+    top_tokens,
+    view_activations,
+    word_firings,
+    words_of,
+)
+from saerad.studies.phantom import painted
+from saerad.studies.record import Source, StudiesConfig
 from saerad.studies.sources import open_source
 from saerad.subjects.subject import random_mini
 
@@ -20,7 +38,7 @@ def subject(): return random_mini()
 @pytest.fixture(scope="module")
 def sae(subject):
     one = MatryoshkaSAE(subject.d_model, [24, 40], 8)
-    one.threshold.fill_(0.4)
+    one.threshold.fill_(0.02)                  # low, so that features fire on a random model's patches too
     one.scale.fill_(2.0)
     return one
 
@@ -77,3 +95,62 @@ def test_a_portrait_of_every_feature_is_written(subject, sae, source, tmp_path):
     views = read_table(tmp_path / "views.parquet").to_pandas()
     assert views.feature.is_unique and set(views.study) <= {s.study for s in source.split("test")}
     with pytest.raises(UserError): portray(source, subject, MatryoshkaSAE(8, [16], 2), 1, PortraitsConfig(), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def readings(subject, sae, source):
+    studies = source.split("test")[:2]
+    return read_prompts(subject, Encoder(sae), 1, [subject.prompt(s, s.sections["findings"]) for s in studies])
+
+
+def test_a_reading_holds_every_token_and_the_views_of_its_prompt(subject, sae, readings):
+    for reading in readings:
+        assert reading.z.shape == (len(reading.prompt), sae.width) and len(reading.tokens) == len(reading.prompt)
+        alone = list(view_activations(subject, sae, 1, [reading.prompt]))
+        for (study, view, grid, z), mine in zip(alone, reading.views(), strict=True):
+            assert (study, view, grid) == mine[:3] and np.allclose(z.toarray(), mine[3].toarray(), atol=1e-4)
+
+
+def test_the_words_of_a_study_carry_its_most_telling_features(source, sae, readings):
+    words = word_firings(readings, sae.width)
+    rows = study_table(source, readings, words, 3).to_pylist()
+    assert [r["study"] for r in rows] == [r.prompt.study for r in readings] and all(r["split"] == "test" for r in rows)
+    findings = "".join(t for t, s in zip(rows[0]["tokens"], rows[0]["sections"], strict=True) if s == "findings")
+    assert findings.strip() == source[rows[0]["study"]].sections["findings"] and not {"image", "boilerplate"} & set(rows[0]["sections"])
+    worth = np.log(words.shape[0] / np.maximum(np.diff(words.indptr), 1))
+    z = readings[0].z[words_of(readings[0])].toarray()
+    for i, (features, values) in enumerate(zip(rows[0]["features"], rows[0]["activations"], strict=True)):
+        value = z[i] * worth
+        assert np.allclose(z[i, features], values) and len(features) == min(3, np.count_nonzero(z[i]))
+        if features: assert value[features].min() >= np.delete(value, features).max() - 1e-6
+    assert telling(sparse.csr_matrix((2, 5)), np.ones(5), 3) == ([[], []], [[], []])
+
+
+def test_features_that_fire_everywhere_do_not_lead_a_view(readings):
+    table = study_views(readings, 4).to_pandas()
+    everywhere = set(range(64)) - {f for r in readings for *_, z in r.views() for f in np.flatnonzero(z.max(axis=0).toarray() == 0)}
+    assert not everywhere & set(table.feature) and (table.groupby(["study", "view"]).size() <= 4).all()
+
+
+def test_the_words_on_which_a_feature_fires_are_numbered_through_all_studies(sae, readings):
+    words = word_firings(readings, sae.width)
+    columns, dense = firing_columns(readings, words), np.concatenate([r.z[words_of(r)].toarray() for r in readings])
+    for f in (0, 7, 63): assert columns["fires_at"][f].tolist() == np.flatnonzero(dense[:, f]).tolist()
+    patches = np.concatenate([r.z[r.prompt.section == "image"].toarray() for r in readings]) > 0
+    rates = patches.mean(0), (dense > 0).mean(0)
+    known = rates[0] + rates[1] > 0
+    assert np.allclose(np.array(columns["on_images"], float)[known], rates[0][known] / (rates[0] + rates[1])[known])
+
+
+def test_a_painted_finding_shows_the_features_that_rise(subject, sae, tmp_path):
+    source = open_source(StudiesConfig(source="phantom:0", train_patients=1, validation_patients=1, test_patients=20))
+    source = Source(source.spec, [s for s in source if s.study in ("p000059-s1", "p000059-s2")])        # the second is healthy
+    portray(source, subject, sae, 1, PortraitsConfig(view_studies=2, view_features=2), tmp_path)
+    table = read_table(tmp_path / "painted.parquet").to_pandas()
+    [study] = set(table.study)
+    assert not source[study].truth.findings and (table.rise > 0).all() and (table.groupby("kind").size() <= 2).all()
+    row = table.iloc[0]
+    finding = next(f for f in PAINTED if f.kind == row.kind)
+    for when, version in (("before", source[study]), ("after", painted(source[study], finding))):
+        heat = next(z for _, view, _, z in view_activations(subject, sae, 1, [subject.prompt(version)]) if view == "frontal")[:, [row.feature]]
+        assert heat.indices.tolist() == row[f"patches_{when}"].tolist() and np.allclose(heat.data, row[f"activations_{when}"], atol=1e-4)

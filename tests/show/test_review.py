@@ -2,6 +2,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import yaml
@@ -9,7 +10,18 @@ from sklearn.metrics import cohen_kappa_score
 
 from saerad.core import UserError, read_json, read_table, write_json, write_table
 from saerad.show.invented import invent_run
-from saerad.show.review import bootstrap_interval, chosen_features, cohen, fleiss, review_pack, review_score, shuffled_items
+from saerad.show.review import (
+    bootstrap_interval,
+    chosen_features,
+    cohen,
+    disagreements,
+    draw_agreement,
+    fleiss,
+    review_pack,
+    review_score,
+    shuffled_items,
+    write_review,
+)
 from saerad.show.run_folder import Run
 
 NASTY = '<script>document.title = "broken"</script>'
@@ -152,11 +164,14 @@ def test_a_reader_rates_leaves_comes_back_and_exports(pack, browser, tmp_path):
     page.click("#item-2 .reveal")
     page.check("#item-2 [name=fits-2][value='2']")
     assert "2 of 8" in page.inner_text("#done")
-    page.reload()                                     # the browser has kept it
+    page.reload()                                     # the browser has kept it, and goes on where the reader left
+    assert page.is_visible("#item-3") and page.locator(".item:visible").count() == 1
+    page.click("#jump button >> nth=0")
     assert page.input_value("#item-1 [name=comment]") == "<b>wide</b>" and page.is_visible("#item-1 .said") and page.input_value("#reader") == "AB"
     with page.expect_download() as download: page.click("#export")
     download.value.save_as(tmp_path / "AB.json")
     exported = json.loads((tmp_path / "AB.json").read_text(encoding="utf-8"))
+    assert exported["items"]["1"].pop("seconds") >= 0
     assert exported["items"]["1"] | {"at": 0} == {"guess": "an effusion, I think", "coherence": 2, "revealed": True, "fits": 1,
                                               "confusions": ["too_wide"], "comment": "<b>wide</b>", "at": 0}
     assert review_score(tmp_path / "AB.json", pack.with_name("key.json"))["readers"]["AB"]["rated"] == 2
@@ -169,6 +184,62 @@ def test_a_reader_rates_leaves_comes_back_and_exports(pack, browser, tmp_path):
     page.set_input_files("#import", tmp_path / "other.json")
     page.wait_for_selector("#trouble:not([hidden])")
     assert "another pack" in page.inner_text("#trouble") and "2 of 8" in page.inner_text("#done")
+    page.evaluate("localStorage.clear()")
+
+
+def test_an_item_takes_two_keys_and_a_rating_can_be_taken_back(pack, browser):
+    page = browser.page()
+    page.goto(pack.as_uri())
+    assert page.locator(".how").evaluate("e => e.getBoundingClientRect().bottom") < 900, "the instructions stand on one screen"
+    for _ in range(3):
+        shown = page.locator(".item:visible").get_attribute("data-item")
+        page.keyboard.press("2")                      # one clear idea: the explanation appears
+        assert page.is_visible(f"#item-{shown} .said") and page.is_checked(f"#item-{shown} [name=coherence-{shown}][value='2']")
+        page.keyboard.press("a")                      # too wide
+        page.keyboard.press("1")                      # fits partly: the next item appears
+        assert page.locator(".item:visible").get_attribute("data-item") == str(int(shown) + 1)
+    assert "3 of 8" in page.inner_text("#done")
+    page.keyboard.press("u")
+    assert "2 of 8" in page.inner_text("#done") and page.is_visible("#item-3") and page.is_visible("#item-3 .said")
+    assert page.locator("#item-3 [name=fits-3]:checked").count() == 0 and page.is_disabled("#item-3 [name=coherence-3][value='0']")
+    page.keyboard.press("0")
+    page.keyboard.press("ArrowLeft")
+    assert page.is_visible("#item-3") and page.is_checked("#item-3 [value=too_wide]") and page.is_checked("#item-3 [name=fits-3][value='0']")
+    page.evaluate("localStorage.clear()")
+
+
+def test_two_readers_share_one_file_and_see_nothing_of_each_other(pack, browser, tmp_path):
+    page = browser.page()
+    page.goto(pack.as_uri())
+    for name, rating in (("AB", "2"), ("CD", "0")):
+        page.fill("#reader", name)
+        page.click("h1")
+        assert "0 of 8" in page.inner_text("#done") and page.is_visible("#item-1") and page.is_hidden("#item-1 .said")
+        for _ in range(8):
+            page.keyboard.press("1")
+            page.keyboard.press(rating)
+        assert "8 of 8" in page.inner_text("#done")
+    page.fill("#reader", "AB")
+    page.click("h1")
+    assert "8 of 8" in page.inner_text("#done") and page.is_checked("#item-1 [name=fits-1][value='2']")
+    with page.expect_download() as download: page.click("#export")
+    download.value.save_as(tmp_path / "both.json")
+    found = review_score(tmp_path / "both.json", pack.with_name("key.json"))
+    assert set(found["readers"]) == {"AB", "CD"} and found["readers"]["AB"]["mean_own"] == 2 and found["readers"]["CD"]["mean_own"] == 0
+    assert found["between_readers"]["pairs"]["AB and CD"]["cohen"]["items"] == 8 and found["readers"]["AB"]["median_seconds"] is not None
+    page.evaluate("localStorage.clear()")
+
+
+def test_what_readers_differ_on_is_listed_with_its_contexts_and_drawn(pack, tmp_path):
+    files = [answers(pack, "QR", lambda k: 2), answers(pack, "ST", lambda k: 2 if k["own"] else 0)]
+    key = read_json(pack.with_name("key.json"))["items"]
+    table = disagreements(files)
+    assert set(table["item"]) == {int(i) for i, k in key.items() if not k["own"]} and (table.gap == 2).all() and (table.QR > table.ST).all()
+    assert all("[" in text and NASTY in text for text in table.contexts) and not table.own.any()
+    written = write_review(files, tmp_path / "agreed")
+    assert [p.name for p in written] == ["disagreements.csv", "agreement.svg"] and written[1].read_text(encoding="utf-8").lstrip().startswith("<?xml")
+    assert len(pd.read_csv(written[0])) == len(table)
+    assert len(disagreements(files[0])) == 0 and draw_agreement(files[0]).axes
 
 
 def test_an_export_without_initials_is_refused(pack, browser):
