@@ -8,6 +8,7 @@ __all__ = ['PACKAGE', 'STAGES_MODULE', 'RUN_MODULE', 'module_file', 'syntax', 'p
 
 # %% ../../nbs/run/code.ipynb #9d45f903
 import ast
+import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -91,7 +92,7 @@ def assets_of(module: str) -> tuple[str, ...]:
     """Files and folders of `saerad/assets` that a module names, as "assets/NAME"."""
     texts = {node.value for node in ast.walk(syntax(module)) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     if not any(text.split("/")[0] == "assets" for text in texts): return ()
-    named = {text.removeprefix("assets/").strip("/") for text in texts} - {"", "assets"}
+    named = {text.removeprefix("assets/").strip("/") for text in texts if re.fullmatch(r"[\w./-]{1,200}", text)} - {"", "assets"}
     there = {name.split("/")[0] for name in named if (PACKAGE / "assets" / name).exists()}
     return tuple(f"assets/{name}" for name in sorted(there & {path.name for path in (PACKAGE / "assets").iterdir()} - {"mini"}))
 
