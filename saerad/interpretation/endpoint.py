@@ -58,7 +58,7 @@ class EndpointConfig(Section):
     concurrency: int = Field(32, ge=1)              # most calls under way at once; it begins with two
     requests_per_second: float | None = None        # None: found by itself
     most_tokens: int = Field(4096, ge=1)            # an answer that was cut off is asked for again with more room, up to this
-    max_failed: float = Field(0.0, ge=0, le=1)      # share of questions' askers that may stay without answers because the endpoint failed
+    max_failed: float = Field(0.0, ge=0, le=1)      # share of features, or of judged pairs, that may do without where the endpoint failed
     api: Literal["openai", "azure"] = "openai"      # "azure": base_url is the resource, model the deployment
     api_version: str = "2024-10-21"                 # azure only
     structured: bool = False                        # ask for answers by JSON schema; falls back where the endpoint knows none
