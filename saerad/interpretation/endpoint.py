@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['T', 'Message', 'ENDPOINT_FAILED', 'CUT_OFF', 'TOO_LONG', 'COPIED', 'OPTIONAL', 'MOST_IN_A_BATCH', 'EndpointConfig',
-           'host_of', 'is_loopback', 'check_destination', 'Reply', 'Ledger', 'Pace', 'Lanes', 'schema_of', 'key_of',
-           'CallFailed', 'TooLong', 'words_of', 'dressed', 'refused_field', 'Connection', 'models_at',
-           'check_endpoint_answers', 'all_answered', 'can_replay', 'cost_of', 'tokens_in', 'without_images', 'Answer',
-           'Endpoint', 'rooms', 'stoppable', 'waiting_for']
+           'host_of', 'is_loopback', 'check_destination', 'Reply', 'Ledger', 'Pace', 'Lanes', 'object_schema',
+           'schema_of', 'key_of', 'CallFailed', 'TooLong', 'words_of', 'dressed', 'refused_field', 'Connection',
+           'models_at', 'check_endpoint_answers', 'all_answered', 'can_replay', 'cost_of', 'tokens_in',
+           'without_images', 'Answer', 'Endpoint', 'rooms', 'stoppable', 'waiting_for']
 
 # %% ../../nbs/interpretation/endpoint.ipynb #a22ad08d
 import ipaddress
@@ -58,7 +58,7 @@ class EndpointConfig(Section):
     concurrency: int = Field(32, ge=1)              # most calls under way at once; it begins with two
     requests_per_second: float | None = None        # None: found by itself
     most_tokens: int = Field(4096, ge=1)            # an answer that was cut off is asked for again with more room, up to this
-    max_failed: float = Field(0.0, ge=0, le=1)      # share of questions' askers that may stay without answers because the endpoint failed
+    max_failed: float = Field(0.0, ge=0, le=1)      # share of features, or of judged pairs, that may do without where the endpoint failed
     api: Literal["openai", "azure"] = "openai"      # "azure": base_url is the resource, model the deployment
     api_version: str = "2024-10-21"                 # azure only
     structured: bool = False                        # ask for answers by JSON schema; falls back where the endpoint knows none
@@ -347,11 +347,14 @@ class Lanes:
         elif self.open < self.most: self.before, self.open = (self.open, measured), min(self.most, 2 * self.open)
 
 # %% ../../nbs/interpretation/endpoint.ipynb #1fb0b6c2
+def object_schema(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The `response_format` for an object with these fields, all of them."""
+    body = {"type": "object", "properties": dict(fields), "required": list(fields), "additionalProperties": False}
+    return {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": body}}
+
 def schema_of(name: str, kind: Mapping[str, Any], count: int | None = None) -> dict[str, Any]:
     """The `response_format` for an object with the one field `name`; `count` is how many items it has, where it is a list."""
-    field = dict(kind) | ({} if count is None else {"minItems": count, "maxItems": count})
-    body = {"type": "object", "properties": {name: field}, "required": [name], "additionalProperties": False}
-    return {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": body}}
+    return object_schema(name, {name: dict(kind) | ({} if count is None else {"minItems": count, "maxItems": count})})
 
 # %% ../../nbs/interpretation/endpoint.ipynb #806e2a67
 def _reply(completion: Any) -> Reply:

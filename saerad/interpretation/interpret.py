@@ -6,9 +6,9 @@
 __all__ = ['T', 'Marked', 'LINE', 'HABIT', 'BY_SOURCE', 'RATES', 'INTERPRETATIONS', 'STOP_WORDS', 'KNOWN_COLUMNS',
            'InterpretationConfig', 'protocol_of', 'named_files', 'check_settings', 'Explanation', 'Interpreter',
            'Lexical', 'LanguageModel', 'detect_length', 'view_images', 'Score', 'score', 'by_source', 'at_prevalence',
-           'estimate_cost', 'planned_exemplars', 'interpret', 'check_answered', 'checked_estimate', 'format_estimate',
-           'examination', 'content_words', 'repeated_explanations', 'read_explanations', 'compare_explanations',
-           'interpretation_summary', 'names', 'description_names_truth']
+           'estimate_cost', 'planned_exemplars', 'interpret', 'replay_note', 'check_answered', 'checked_estimate',
+           'format_estimate', 'examination', 'content_words', 'repeated_explanations', 'read_explanations',
+           'compare_explanations', 'interpretation_summary', 'names', 'description_names_truth']
 
 # %% ../../nbs/interpretation/interpret.ipynb #9c3184ee
 import base64
@@ -471,7 +471,12 @@ def _asking(interpreter: Interpreter, needed: Mapping[str, Any], ledger: Ledger,
     endpoint = getattr(interpreter, "endpoint", None)
     if endpoint: endpoint.expected = needed["calls"] - len(ledger)
     with stoppable(endpoint): yield
-    if endpoint: ledger.note(all_answered(cfg, protocol_of(cfg)), "every question of a run was asked")
+    if endpoint: ledger.note(replay_note(cfg), "every question of a run was asked")
+
+def replay_note(cfg: InterpretationConfig) -> str:
+    """Where a ledger notes that all questions of this config were asked: under what they depend on, and not under how they were asked."""
+    no_matter = {*EndpointConfig.model_fields, "bootstrap", "min_answered", "background"}
+    return all_answered(cfg, protocol_of(cfg), cfg.model_dump(exclude=no_matter))
 
 def check_answered(rows: Sequence[Mapping[str, Any]], cfg: InterpretationConfig) -> None:
     """Raises `UserError` when more features than `cfg.max_failed` allows are unscored because the endpoint failed."""

@@ -21,7 +21,7 @@ SUMMARY = {
     "studies": ("studies", "patients", "tokens_train", "tokens_validation", "tokens_test"),
     "sae": ("width", "features", "k", "group_sizes", "group_order", "l0", "fvu", "loss_recovered", "dead"),
     "interpretation": ("features", "scored", "f1_above_075", "f1_below_05", "median_f1", "shuffled_median_f1", "negatives", "parse_failures",
-                       "frequency_f1_spearman", "near_median_f1", "median_precision_at_prevalence", "repeated", "refusals", "unscored"),
+                       "frequency_f1_spearman", "near_median_f1", "median_precision_at_prevalence", "repeated", "refusals", "cut_off", "unscored"),
     "steering": ("features", "alphas", "reports", "unchanged", "on_target_only", "mixed", "off_target_only", "degenerate", "sign_spearman",
                  "verdicts", "unanswered_verdicts"),
     "truth": ("concepts", "concepts_recovered", "description_names_truth", "report_finding_f1")}
@@ -61,7 +61,9 @@ def _scores(run: Run) -> dict[str, Any]:
 # %% ../../nbs/run/summary.ipynb #0556251a
 def _of_interpretation(run: Run) -> dict[str, Any]:
     path = run / "interpretations/interpretations.parquet"
-    return interpretation_summary(read_table(path).to_pandas()) if path.exists() else {}
+    if not path.exists(): return {}
+    table = read_table(path).to_pandas()
+    return interpretation_summary(table) | {"cut_off": int(table.cut_off.sum()) if "cut_off" in table else None}
 
 # %% ../../nbs/run/summary.ipynb #4c8b0736
 def _of_steering(run: Run) -> dict[str, Any]:

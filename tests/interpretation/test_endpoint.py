@@ -31,7 +31,6 @@ from saerad.interpretation.endpoint import (
     Lanes,
     Ledger,
     TooLong,
-    all_answered,
     can_replay,
     check_endpoint_answers,
     dressed,
@@ -39,7 +38,7 @@ from saerad.interpretation.endpoint import (
     schema_of,
 )
 from saerad.interpretation.exemplars import Context, Example, ExemplarsConfig, FeatureContexts, collect_exemplars
-from saerad.interpretation.interpret import HABIT, InterpretationConfig, LanguageModel, check_answered, interpret, protocol_of
+from saerad.interpretation.interpret import HABIT, InterpretationConfig, LanguageModel, check_answered, interpret, protocol_of, replay_note
 from saerad.interpretation.replies import parse_list
 
 OPEN = SimpleNamespace(may_leave=True)
@@ -372,10 +371,10 @@ def test_an_endpoint_that_breaks_down_is_asked_for_the_rest_by_the_next_run(worl
         (tmp_path / "interpretations.parquet").write_bytes(b"what was there before")
         with pytest.raises(UserError, match=r"out of memory|HTTP 500"): interpret(world, cfg, 0, OPEN, tmp_path)
         assert (tmp_path / "interpretations.parquet").read_bytes() == b"what was there before" and len(rows(tmp_path / "ledger.sqlite")) == 20
-        assert not can_replay(tmp_path / "ledger.sqlite", all_answered(cfg, protocol_of(cfg)))
+        assert not can_replay(tmp_path / "ledger.sqlite", replay_note(cfg))
         asked, server.trouble = len(server.bodies), lambda number, body: None
         table = interpret(world, cfg, 0, OPEN, tmp_path)
-        assert (table.status == "scored").sum() == 3 and can_replay(tmp_path / "ledger.sqlite", all_answered(cfg, protocol_of(cfg)))
+        assert (table.status == "scored").sum() == 3 and can_replay(tmp_path / "ledger.sqlite", replay_note(cfg))
         before = {json.dumps(b, sort_keys=True) for b in server.bodies[:20]}
         assert not before & {json.dumps(b, sort_keys=True) for b in server.bodies[asked:]}
     assert read_table(tmp_path / "interpretations.parquet").num_rows == len(table)

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from saerad.core import UserError
-from saerad.interpretation.endpoint import Ledger, all_answered
-from saerad.interpretation.interpret import InterpretationConfig, protocol_of
+from saerad.interpretation.endpoint import Ledger
+from saerad.interpretation.interpret import InterpretationConfig, replay_note
 from saerad.run import stages as running
 from saerad.run.cli import explain_exception, main, print_error
 from saerad.run.code import PACKAGE
@@ -126,7 +126,7 @@ def test_a_run_that_has_asked_everything_needs_no_server_and_any_other_ledger_do
     assert code == 2 and is_one_sentence(err) and "does not answer" in err
     cfg = InterpretationConfig(interpreter="openai", base_url="http://127.0.0.1:9/v1")
     told = Ledger(ledger)
-    told.note(all_answered(cfg, protocol_of(cfg)), "every question of a run was asked")
+    told.note(replay_note(cfg), "every question of a run was asked")
     told.settle()
     assert saerad("run", CONFIGS / "phantom.yaml", *SMALL, *ASKED, "--out", tmp_path, "--check")[0] == 0
     code, _, err = saerad("run", CONFIGS / "phantom.yaml", *SMALL, *ASKED, "interpretation.protocol=saerad", "--out", tmp_path, "--check")

@@ -153,6 +153,13 @@ def test_an_endpoint_that_fails_leaves_the_judging_unfinished_and_is_asked_for_t
         assert len(server.bodies) == 9
 
 
+def test_a_judge_that_needs_it_is_held_to_a_form(tmp_path):
+    with JudgeServer() as server, LanguageJudge(cfg(server, structured=True), Ledger(tmp_path / "l"), True) as one:
+        assert one.judge([PAIR])[0].outcome == "mixed"
+        form = server.bodies[0]["response_format"]["json_schema"]["schema"]["properties"]
+        assert tuple(form["outcome"]["enum"]) == OUTCOMES and form["direction"]["enum"] == [-1, 0, 1]
+
+
 def test_a_judge_that_thinks_gets_room(tmp_path):
     def thinks(n, body): return (200, {}, completion("<think>Hm", finish_reason="length")) if body["max_tokens"] < 200 else None
     with JudgeServer(thinks) as server, LanguageJudge(cfg(server), Ledger(tmp_path / "l"), True, room=50) as one:
