@@ -140,6 +140,9 @@ def test_the_encoder_leaves_its_numbers_there_or_brings_them_home(sae, x):
     with Pretend():
         away = sae_on(sae, DEVICE)
         assert sae_on(sae, DEVICE) is away and sae_on(away, DEVICE) is away and away.W_enc.device == DEVICE
+        sae.threshold.fill_(0.3)
+        assert sae_on(sae, DEVICE) is not away and float(sae_on(sae, DEVICE).threshold) == pytest.approx(0.3)
+        away = sae_on(sae, DEVICE)
         stays, comes = Encoder(away).on_device(x), Encoder(away)(x)
         assert stays.device == DEVICE and comes.device.type == "cpu" and torch.equal(comes, stays.cpu())
     assert torch.allclose(comes, sae.encode(x), atol=1e-6)
