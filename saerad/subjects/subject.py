@@ -242,7 +242,9 @@ class Subject:
     def lm(self) -> TransformersModel:
         """The model as nnsight sees it: trace it with a batch from `collate`."""
         stay = {} if getattr(self.model, "hf_device_map", None) else {"device": self.device}      # a pipeline moves a model to the first card
-        with quiet(): return TransformersModel(self.model, tokenizer=self.tokenizer, task="text-generation", **stay)
+        with quiet(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*has a submodule named")      # older DINOv2; nothing here reads inside of it
+            return TransformersModel(self.model, tokenizer=self.tokenizer, task="text-generation", **stay)
 
     @property
     def device(self) -> torch.device:
