@@ -7,11 +7,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from pretend_device import DEVICE, Pretend
+from test_extraction import SMALL, studies
 from test_interventions import hooked, of_kind, padded, study, trained
 from test_training import KINDS, D, Vectors
 from word_world import make_sae, make_store
 
-from saerad.activations.extraction import ExtractionConfig, hooked_rows
+from saerad.activations.extraction import ExtractionConfig, extract, hooked_rows
+from saerad.activations.store import Store
 from saerad.interpretation import exemplars, hard_negatives
 from saerad.interpretation.exemplars import ExemplarsConfig
 from saerad.sae.encoder import BatchEncoder, Encoder, FeatureEncoder, encode_rows, sae_on
@@ -80,6 +82,15 @@ def test_what_is_read_and_written_does_not_depend_on_the_device(here, there):
     for a, b in zip(found, expected, strict=True): assert torch.allclose(a, b, atol=1e-5) if isinstance(a, torch.Tensor) else a == b
 
 
+def test_a_store_has_the_same_rows(here, there, tmp_path):
+    cfg = SMALL.model_copy(update={"more_layers": (3,)})
+    extract(studies(6), here, cfg, tmp_path / "here")
+    with Pretend(): extract(studies(6), there, cfg, tmp_path / "there")
+    for folder in (".", "layer-03"):
+        one, other = (Store.open(tmp_path / side / folder) for side in ("here", "there"))
+        assert one.tokens.equals(other.tokens) and torch.allclose(one.read(one.where()), other.read(other.where()), rtol=1e-4, atol=1e-5)
+
+
 def interventions(prompt) -> list:
     """Every way of changing the stream, at every kind of position, with SAEs that stand on the CPU."""
     v, field = (torch.randn(n, 256, generator=torch.Generator().manual_seed(3)) * 2 for n in (1, len(prompt)))
@@ -129,6 +140,9 @@ def test_the_encoder_leaves_its_numbers_there_or_brings_them_home(sae, x):
     with Pretend():
         away = sae_on(sae, DEVICE)
         assert sae_on(sae, DEVICE) is away and sae_on(away, DEVICE) is away and away.W_enc.device == DEVICE
+        sae.threshold.fill_(0.3)
+        assert sae_on(sae, DEVICE) is not away and float(sae_on(sae, DEVICE).threshold) == pytest.approx(0.3)
+        away = sae_on(sae, DEVICE)
         stays, comes = Encoder(away).on_device(x), Encoder(away)(x)
         assert stays.device == DEVICE and comes.device.type == "cpu" and torch.equal(comes, stays.cpu())
     assert torch.allclose(comes, sae.encode(x), atol=1e-6)
@@ -170,12 +184,14 @@ def test_exemplars_are_the_same_there(store, tmp_path, monkeypatch):
     for name in names: assert pq.read_table(tmp_path / "there" / name).equals(pq.read_table(tmp_path / "here" / name)), name
 
 
-@pytest.mark.parametrize("kind", ["matryoshka", "matryoshka topk"])
+SHAPES = {"batch_topk": KINDS["matryoshka"], "topk": KINDS["matryoshka topk"], "jumprelu": SAEConfig(k=4, kind="jumprelu")}
+
+@pytest.mark.parametrize("kind", SHAPES)
 def test_training_takes_the_same_steps_there(kind, tmp_path):
     """With dead features, and a checkpoint that goes from one device to the other."""
     def steps(device, n, restore=None):
         cfg = TrainingConfig(engine="dense", precision="float32", steps=20, batch_size=64, lr=3e-3, start_rows=256, dead_after=0.05)
-        trainer = Trainer(initial_sae(Vectors(500), KINDS[kind], cfg, 0).to(device), cfg)
+        trainer = Trainer(initial_sae(Vectors(500), SHAPES[kind], cfg, 0).to(device), cfg)
         if restore: assert trainer.restore(restore, "same")
         log = [trainer.train_step(x) for _, (_, _, x) in zip(range(n), Vectors(500).batches("train", 64, 0, start=trainer.step), strict=False)]
         return trainer, log

@@ -297,11 +297,11 @@ def in_rows(t: Tensor) -> Tensor:
     """A matrix of features as it lies in memory, a row for each."""
     return t.detach() if t.is_contiguous() else t.detach().T
 
-# %% ../../nbs/sae/cards.ipynb #cb4c1208
+# %% ../../nbs/sae/cards.ipynb #2dd64653
 class FusedEngine:
     """Steps of a `Trainer` on a card: dense products, everything between them in a few passes, and nothing that comes back to the host.
 
-    For float32 weights and the kinds named here, in one process. After a few steps a step is one CUDA graph (`SAERAD_GRAPHS=0`: never).
+    For float32 weights and the kinds named here, in one process. From the second step on a step is one CUDA graph (`SAERAD_GRAPHS=0`: never).
     """
     name, kinds, counts = "fused", ("batch_topk", "topk"), True      # counts: it does what `Trainer.update_counters` does itself
 
@@ -464,10 +464,10 @@ class FusedEngine:
         self.at += 1
 
     def run(self, x: Float[Tensor, "n d"], capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`compute`, after three times with these sizes as a CUDA graph: then a step costs the host one call."""
+        """`compute`, from the second time with these sizes as a CUDA graph: then a step costs the host one call."""
         key = len(x), capacity
         self.runs[key] += 1
-        if not x.is_cuda or self.runs[key] <= 3 or os.environ.get("SAERAD_GRAPHS") == "0": return self.compute(x, capacity)
+        if not x.is_cuda or self.runs[key] <= 1 or os.environ.get("SAERAD_GRAPHS") == "0": return self.compute(x, capacity)
         if key not in self.graphs: self.graphs[key] = self.capture(x, capacity)
         if self.graphs[key] is None: return self.compute(x, capacity)
         graph, result = self.graphs[key]

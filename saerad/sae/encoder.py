@@ -186,10 +186,13 @@ class BatchEncoder:
             z[rows] = _among_all(sae, x[:1] if x.stride(0) == 0 else x[rows], features).to(z)      # stride 0: all rows are one
         return z
 
-@lru_cache(2)
 def sae_on(sae: MatryoshkaSAE, device: Any) -> MatryoshkaSAE:
-    """The SAE on a device: itself, or a copy that is kept for the next who ask."""
-    return sae if sae.W_enc.device == torch.device(device) else deepcopy(sae).to(device)
+    """The SAE on a device: itself, or a copy that is kept for the next who ask, until somebody writes to the SAE."""
+    if sae.W_enc.device == torch.device(device): return sae
+    return _copy_on(sae, torch.device(device), sum(t._version for t in sae.state_dict().values()))
+
+@lru_cache(2)
+def _copy_on(sae: MatryoshkaSAE, device: torch.device, written: int) -> MatryoshkaSAE: return deepcopy(sae).to(device)
 
 def fastest_device() -> torch.device:
     """The current card where there is one, else the CPU."""
