@@ -156,7 +156,7 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream: return torch.cuda.S
 
 def to_host(x: Tensor) -> Callable[[], Tensor]:
     """Begin to copy a tensor to the host; call the result to have it there."""
-    if x.device.type != "cuda": return lambda: x
+    if x.device.type != "cuda": return lambda: x.cpu()
     side, done = _copy_stream(x.device), torch.cuda.Event()
     side.wait_stream(torch.cuda.current_stream(x.device))
     with torch.cuda.stream(side):

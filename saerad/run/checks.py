@@ -15,7 +15,7 @@ from huggingface_hub import hf_hub_download
 from ..activations.extraction import hookpoints, stored_studies
 from ..core import UserError, read_json
 from ..interpretation.endpoint import all_answered, can_replay, check_destination, check_endpoint_answers
-from ..interpretation.interpret import check_settings, protocol_of
+from ..interpretation.interpret import check_settings, replay_note
 from .config import Config
 from ..show.run_folder import Run
 from ..steering.judges import judges_of, steering_settings
@@ -92,7 +92,7 @@ def check_endpoint(run: Run) -> None:
     check_settings(cfg)
     if cfg.interpreter == "openai":
         check_destination(cfg, run.source.may_leave)
-        if not can_replay(run / "interpretations/ledger.sqlite", all_answered(cfg, protocol_of(cfg))): check_endpoint_answers(cfg)
+        if not can_replay(run / "interpretations/ledger.sqlite", replay_note(cfg)): check_endpoint_answers(cfg)
     if "openai" in judges_of(run.source, steering):
         if can_replay(run / "steering/ledger.sqlite", all_answered(steering.endpoint, "verdicts")): return
         with steering_settings(): check_endpoint_answers(steering.endpoint)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LINES', 'TUBES', 'LOOSE_NAMES', 'LOOSE_WORDS', 'NOT_A_PROMISE', 'ATTRIBUTE_NAMES', 'HARMS', 'DEVICE_KINDS',
-           'OUTCOMES', 'Reader', 'ASK', 'JudgeConfig', 'Target', 'target_of', 'Difference', 'finding_differences',
-           'on_target', 'direction', 'repeats', 'unread_share', 'broken', 'is_critical', 'harms_of', 'Judgement',
-           'judge', 'judges_of', 'reader_named', 'reader_of', 'judge_prompt', 'parse_verdict', 'Verdict',
-           'LanguageJudge', 'judging_estimate', 'unanswered_verdicts', 'steering_settings', 'judge_agreement']
+           'OUTCOMES', 'Reader', 'ASK', 'VERDICT', 'JudgeConfig', 'Target', 'target_of', 'Difference',
+           'finding_differences', 'on_target', 'direction', 'repeats', 'unread_share', 'broken', 'is_critical',
+           'harms_of', 'Judgement', 'judge', 'judges_of', 'reader_named', 'reader_of', 'judge_prompt', 'parse_verdict',
+           'Verdict', 'LanguageJudge', 'judging_estimate', 'unanswered_verdicts', 'steering_settings',
+           'judge_agreement']
 
 # %% ../../nbs/steering/judges.ipynb #0af00e07
 import re
@@ -35,6 +36,7 @@ from saerad.interpretation.endpoint import (
     all_answered,
     check_destination,
     cost_of,
+    object_schema,
     stoppable,
     tokens_in,
 )
@@ -329,6 +331,8 @@ class Verdict:
     why: str = ""
 
 # %% ../../nbs/steering/judges.ipynb #e4224d04
+VERDICT = object_schema("verdict", {"outcome": {"type": "string", "enum": list(OUTCOMES)}, "direction": {"type": "integer", "enum": [-1, 0, 1]}})
+
 class LanguageJudge:
     """A language model that judges pairs, in verdicts of at most `room` tokens at first; use it in a `with` block."""
     def __init__(self, cfg: EndpointConfig, ledger: Ledger, may_leave: bool, room: int = 100):
@@ -356,7 +360,7 @@ class LanguageJudge:
 
     def _verdict(self, pair: tuple[str, str, Target]) -> Verdict:
         wanted = "Answer with one JSON object that has the two fields outcome and direction."
-        answer = self.endpoint.ask_for(judge_prompt(*pair), parse_verdict, wanted, self.room)
+        answer = self.endpoint.ask_for(judge_prompt(*pair), parse_verdict, wanted, self.room, VERDICT)
         return Verdict(*(answer.value or (None, None)), answer.why)
 
 # %% ../../nbs/steering/judges.ipynb #b20b5325
