@@ -209,8 +209,8 @@ def table_of(folder: Path, config: Config, size: Size, calls: int) -> list[dict[
     units = {"extract": ("tokens", kept, PAPER_TOKENS), "train": ("tokens", config.training.steps * config.training.batch_size,
                                                                   paper.training.steps * paper.training.batch_size),
              "exemplars": ("tokens", kept, PAPER_TOKENS), "interpret": ("calls", calls, whole["calls"]),
-             "steer": ("pushes", methods.count(config.steering.method), 50 * len(paper.steering.alphas) * paper.steering.studies), "portray": ("features", features, width),
-             "atlas": ("features", features, width)}
+             "steer": ("pushes", methods.count(config.steering.method), 50 * len(paper.steering.alphas) * paper.steering.studies),
+             "portray": ("features", features, width), "atlas": ("features", features, width)}
     rows = []
     for name, entry in ((name, stages[name]) for name in STAGES if name in stages):
         unit, done, there = units.get(name, ("run", 1, 1))
