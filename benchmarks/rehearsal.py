@@ -198,19 +198,19 @@ class no_key:  # noqa: N801 - reads as a clause
 
 
 def table_of(folder: Path, config: Config, size: Size, calls: int) -> list[dict[str, Any]]:
-    """For each stage what was done, how fast, how much it left, and what that comes to for the paper's own config."""
+    """For each stage what was done, how fast, how much it left, and what that comes to for the paper's own config; a push brings its controls."""
     run, paper = folder / "run", load_config(ROOT / "configs/paper.yaml")
     stages, store = read_json(run / "manifest.json")["stages"], read_json(run / "activations/store.json")
     kept = sum(split["rows"] for split in store["splits"].values())
     features, width = read_json(run / "sae/config.json")["width"], PAPER_WIDTH * paper.sae.expansion
-    reports = read_table(run / "steering/generations.parquet").num_rows
+    methods = read_table(run / "steering/generations.parquet", ["method"])["method"].to_pylist()
     planned = planned_exemplars(width, paper.exemplars)
     whole = estimate_cost(planned[0], paper.interpretation, planned[1])
     units = {"extract": ("tokens", kept, PAPER_TOKENS), "train": ("tokens", config.training.steps * config.training.batch_size,
                                                                   paper.training.steps * paper.training.batch_size),
              "exemplars": ("tokens", kept, PAPER_TOKENS), "interpret": ("calls", calls, whole["calls"]),
-             "steer": ("reports", reports, 50 * len(paper.steering.alphas) * paper.steering.studies), "portray": ("features", features, width),
-             "atlas": ("features", features, width)}
+             "steer": ("pushes", methods.count(config.steering.method), 50 * len(paper.steering.alphas) * paper.steering.studies),
+             "portray": ("features", features, width), "atlas": ("features", features, width)}
     rows = []
     for name, entry in ((name, stages[name]) for name in STAGES if name in stages):
         unit, done, there = units.get(name, ("run", 1, 1))
