@@ -318,7 +318,7 @@ def test_the_report_is_one_file_with_its_figures(built):
 
 
 def test_the_report_answers_in_a_readers_order_within_three_screens(copy, browser):
-    draw_figures(copy, FiguresConfig(dpi=60))
+    draw_figures(copy, FiguresConfig(dpi=60), ["fidelity", "concepts", "f1", "steering", "density", "signs"])
     page = browser.page(width=1280)
     page.goto(write_report(copy).as_uri())
     asked = page.locator(".asks h2").all_inner_texts()
