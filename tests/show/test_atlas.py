@@ -675,10 +675,13 @@ def test_a_film_can_be_enlarged_windowed_and_closed_by_key(built, browser):
     page.wait_for_selector("dialog[open]")
     page.locator("dialog input[name=brightness]").fill("150")
     page.locator("dialog input[name=zoom]").fill("300")
-    assert "brightness(150%)" in page.get_attribute("dialog img", "style") and page.get_attribute("dialog .picture", "style") == "width: 300%;"
+    assert "brightness(150%)" in page.get_attribute("dialog img", "style") and page.get_attribute("dialog .picture", "style") == "--zoom: 3;"
+    wide, frame = (page.locator(f"dialog {what}").bounding_box()["width"] for what in (".picture", ".frame"))
+    assert wide > frame, "it can be moved about in"
     page.uncheck("dialog input[type=checkbox]")
     assert page.locator("dialog .box:visible").count() == 0
     page.click("dialog button >> text=Reset")
+    assert page.locator("dialog .picture").bounding_box()["height"] <= page.locator("dialog .frame").bounding_box()["height"] + 1
     assert page.locator("dialog .box:visible").count() > 0
     page.keyboard.press("Escape")
     page.wait_for_selector("dialog", state="detached")

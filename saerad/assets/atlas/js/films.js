@@ -45,7 +45,7 @@ function enlarge(shown, picture, top) {
     const [img, heat] = [picture.querySelector("img"), picture.querySelector(".heat")];
     img.style.filter = `brightness(${field("brightness").value}%) contrast(${field("contrast").value}%)`;
     heat.style.opacity = field("heat").value / 100;
-    picture.style.width = `${field("zoom").value}%`;
+    picture.style.setProperty("--zoom", field("zoom").value / 100);
     picture.classList.toggle("bare", !boxes.checked);
   }
   const reset = () => { for (const dial of dials) { const input = dial.querySelector("input"); input.value = input.defaultValue; } boxes.checked = true; draw(); };
