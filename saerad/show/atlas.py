@@ -621,7 +621,8 @@ def _title(run: Run) -> str:
     return f"Features of the model {model} on {source}" if source and model else "Features of a run"
 
 # %% ../../nbs/show/atlas.ipynb #3af69b5e
-SCRIPTS = tuple(f"js/{name}.js" for name in ("page", "table", "texts", "films", "charts", "feature", "first", "studies", "ask", "compare"))
+SCRIPTS = tuple(f"js/{name}.js" for name in ("page", "table", "texts", "films", "charts", "feature", "first", "studies", "ask", "compare",
+                                                "pins"))
 COPIED = ("atlas.css", *SCRIPTS, "vendor/table.min.js", "vendor/table.min.css", "vendor/plot.min.js", "vendor/LICENSES.txt")
 PAINTED_ABOUT = ("One radiograph of a held-out patient without findings, and the same with one finding painted into it; all else is as it was, and "
                  "both are on one scale. These are the features that rise most; a feature that is not here did not rise among them.")

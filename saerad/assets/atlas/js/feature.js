@@ -14,15 +14,22 @@ function score(name, value, about = "", control = false) {
   return el("li", { class: control ? "control" : null }, el("small", {}, name), el("b", {}, two(value)), about ? el("small", {}, about) : null);
 }
 
-const no_explanation = (row, data) => data.reason || row.status !== "ok" ? `No explanation: ${data.reason || plain(row.status ?? "not examined")}.` : "It has no explanation yet.";
-const left_out = what => saerad.table.published ? note(`${what} were left out of this published atlas.`) : note(`This run has no ${what.toLowerCase()} of the feature.`);
+function no_explanation(row, data) {
+  if (!data.reason && row.status === "ok") return "It has no explanation yet.";
+  return `No explanation: ${data.reason || plain(row.status ?? "not examined")}.`;
+}
+
+function left_out(what) {
+  return note(saerad.table.published ? `${what} were left out of this published atlas.` : `This run has no ${what.toLowerCase()} of the feature.`);
+}
 
 function feature_nav(row) {
   const all = order(), at = all.indexOf(row.feature);
   const step = (id, text, other) => other == null ? null : el("a", { id, href: link_to({ feature: other }) }, text);
   return el("nav", { "aria-label": "Features" }, home(), step("previous", "‹ previous", at > 0 ? all[at - 1] : null),
     step("next", "next ›", at >= 0 ? all[at + 1] : null),
-    el("span", { class: "actions" }, el("button", { type: "button", class: "copy", onclick: event => copy(event.target, `${location.href.split("#")[0]}#feature=${row.feature}`) }, "Copy link"),
+    el("span", { class: "actions" },
+      el("button", { type: "button", class: "copy", onclick: event => copy(event.target, `${location.href.split("#")[0]}#feature=${row.feature}`) }, "Copy link"),
       pin_button(row.feature), el("a", { href: link_to({ page: "compare", a: row.feature }) }, "Compare …")));
 }
 
@@ -59,6 +66,7 @@ function feature_page(row, data) {
     section("On the radiographs", on_radiographs(data)),
     data.painted.length ? section("Without and with a painted finding", data.painted.map(painted_pair), where(saerad.table.painted_about)) : null,
     section("In the text", data.groups.length ? contexts(data) : left_out("Contexts")),
+    data.examined ? section("Its examination", examined(data)) : null,
     section("What pushing on it does", steering(data)),
   ]));
   $("feature").focus({ preventScroll: true });
