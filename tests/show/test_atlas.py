@@ -618,6 +618,10 @@ def test_a_study_has_a_page_with_its_features_and_back(built, browser):
     assert page.locator("#page .firing tbody tr").count() == 3 and page.inner_text("#page .firing tbody tr >> nth=0").startswith(str(best))
     page.click("#page .reading .token >> text=effusion")
     assert [int(a) for a in page.locator("#page .says a").all_inner_texts()] == [best, 1]
+    page.focus("#page .reading")
+    page.keyboard.press("ArrowLeft")
+    assert "an" in page.inner_text("#page .says h3") and page.locator("#page .token.at").inner_text() == "an", "words are reached by key too"
+    page.click("#page .reading .token >> text=effusion")
     page.hover(f"#page tr[data-feature='{best}']")
     lit = page.locator("#page .reading .token").evaluate_all("tokens => tokens.map(t => t.style.background.startsWith('rgba'))")
     assert lit == [False, False, False, True, True, False]

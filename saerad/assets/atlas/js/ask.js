@@ -67,14 +67,16 @@ function fields_of(kinds, state) {              // only the phantom's radiograph
 }
 
 function question_form(state) {
-  const text = el("textarea", { rows: 2, "aria-label": "Text, read as the findings of a report", placeholder: "There is a small left pleural effusion." }, state.q ?? "");
+  const text = el("textarea", { rows: 2, "aria-label": "Text, read as the findings of a report",
+    placeholder: "There is a small left pleural effusion." }, state.q ?? "");
   const form = el("form", { class: "question", onsubmit: event => {
     event.preventDefault();
     const given = Object.fromEntries([...form.querySelectorAll("input")].map(input => [input.name, input.value.trim()]));
     location.hash = link_to({ page: "ask", q: text.value.trim(), ...given });
   } },
   text, el("div", { class: "fields" }, fields_of(FIRST, state)),
-  el("details", { open: SECOND.some(([name]) => state[name]) }, el("summary", {}, "What differs from …"), el("div", { class: "fields" }, fields_of(SECOND, state))),
+  el("details", { open: SECOND.some(([name]) => state[name]) }, el("summary", {}, "What differs from …"),
+    el("div", { class: "fields" }, fields_of(SECOND, state))),
   el("datalist", { id: "study-ids" }), el("button", {}, "Which features fire?"));
   text.addEventListener("keydown", event => { if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); form.requestSubmit(); } });
   ask_server("../ask/studies").then(ids => {

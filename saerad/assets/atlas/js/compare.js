@@ -23,7 +23,8 @@ function pair_form(state, a) {
   const go = event => { event.preventDefault(); location.hash = link_to({ page: "compare", a: first.value, b: second.value }); };
   return el("form", { class: "question", onsubmit: go },
     el("div", { class: "fields" }, el("label", {}, "Feature", first), el("label", {}, "and feature", second), el("button", {}, "Compare")),
-    near.length ? where("Pinned: ", near.map((feature, i) => [i ? ", " : "", el("a", { href: link_to({ page: "compare", a, b: feature }) }, `with ${feature}`)])) : null);
+    near.length ? where("Pinned: ", near.map((feature, i) => [i ? ", " : "",
+      el("a", { href: link_to({ page: "compare", a, b: feature }) }, `with ${feature}`)])) : null);
 }
 
 function cosine_in_words(a, b, left, right) {

@@ -30,7 +30,8 @@ function film(shown, { most, caption = true } = {}) {
 
 const film_title = shown => shown.study && shown.view ? [`${shown.view}, study `, study_link(shown.study), `, at most ${shown.peak.toFixed(2)}`] : shown.title;
 
-const scale = top => el("div", { class: "scale" }, el("small", {}, "0"), el("i", { "aria-hidden": "true" }), el("small", {}, `${top.toFixed(2)} (activation by patch)`));
+const scale = top => el("div", { class: "scale" }, el("small", {}, "0"), el("i", { "aria-hidden": "true" }),
+  el("small", {}, `${top.toFixed(2)} (activation by patch)`));
 
 // ---- larger: window, zoom, heat and boxes
 const DIALS = [["brightness", "Brightness", 40, 200, 100], ["contrast", "Contrast", 40, 300, 100], ["heat", "Heat", 0, 100, 100],
@@ -50,7 +51,11 @@ function enlarge(shown, picture, top) {
     picture.style.setProperty("--zoom", field("zoom").value / 100);
     picture.classList.toggle("bare", !boxes.checked);
   }
-  const reset = () => { for (const dial of dials) { const input = dial.querySelector("input"); input.value = input.defaultValue; } boxes.checked = true; draw(); };
+  const reset = () => {
+    for (const input of dials.map(dial => dial.querySelector("input"))) input.value = input.defaultValue;
+    boxes.checked = true;
+    draw();
+  };
   const frame = el("div", { class: "frame", tabindex: 0, role: "group", "aria-label": "The radiograph; arrow keys move it" }, picture);
   const dialog = el("dialog", { class: "enlarged", "aria-label": shown.title },
     el("div", { class: "dials" }, dials, shown.boxes.length ? el("label", { class: "tick" }, boxes, "Boxes") : null,
