@@ -34,6 +34,8 @@ LINK = re.compile(r"(!?\[[^\]]*\])\(([^)\s]+)\)")
 PARTS = {"studies": "Studies", "subjects": "Subject models", "activations": "Activations", "sae": "The SAE", "interpretation": "Interpretation",
          "steering": "Steering", "show": "Figures and atlas", "run": "Runs", "analysis": "Analysis", "": "Beside them", "guides": "Guides",
          "results": "What the book finds"}
+ATLAS = ROOT / "runs/phantom/atlas"                 # of the bundled run; it goes into the site where `make run` has made it
+LARGEST = 1_000_000                                 # bytes of a page before its images
 START = ("start_interpretability", "start_radiology_ai", "start_radiologist", "start_student")
 # nbdev_proc_nbs, which would install Quarto and, by whatever pip comes first, the package, although nothing here needs either
 PROCESS = "from nbdev import quarto; quarto._ensure_quarto = lambda: None; quarto.nbdev_proc_nbs.__wrapped__()"
@@ -232,6 +234,13 @@ def markdown_of(nb: nbformat.NotebookNode, at: Path, folder: Path, book: Book) -
     return "\n\n".join(parts) + "\n"
 
 
+def way_to_the_atlas(folder: str) -> str:
+    """What stands at the head of every chapter of results: the features that it speaks of are one click away."""
+    if folder != "results": return ""
+    if ATLAS.is_dir(): return "[The features of the bundled run in its atlas](../atlas/index.html)\n\n"
+    return "[How to look at a run's features: the atlas](../show/atlas.html) (`make run` makes the bundled run's, in `runs/phantom/atlas`)\n\n"
+
+
 def write_pages(processed: Path, book: Book) -> None:
     """Every notebook that nbdev processed becomes a page."""
     config = settings()
@@ -245,7 +254,8 @@ def write_pages(processed: Path, book: Book) -> None:
         out = book.docs / at.with_suffix(".md")
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = "" if at.parent == Path(".") else at.parent.as_posix()
-        out.write_text(relinked(markdown_of(nb, at, out.parent, book), folder, book, home), encoding="utf-8")
+        text = relinked(markdown_of(nb, at, out.parent, book), folder, book, home)
+        out.write_text(re.sub(r"(?m)\A(# .*\n\n(?:> .*\n\n)?)", lambda m, way=way_to_the_atlas(folder): m[0] + way, text), encoding="utf-8")
         book.pages.append((folder, front_matter(nb, at.stem)[0], at.with_suffix(".md").as_posix()))
 
 
@@ -320,6 +330,7 @@ def finish(site: Path, book: Book) -> None:
         if "FORMULA" not in text: continue
         put = partial(formula_at, page=page, book=book)
         page.write_text(re.sub(r"(<p>)?FORMULA(\d{5})X(?(1)</p>)", put, text))
+    if ATLAS.is_dir(): shutil.copytree(ATLAS, site / "atlas")
     for address, file in book.files.items():
         (site / address).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, site / address)
@@ -333,7 +344,7 @@ def from_disk(site: Path) -> None:
     (site / "assets" / "disk.js").write_text(DISK.replace("SOURCE", worker), encoding="utf-8")
     for page in site.rglob("*.html"):
         up = "../" * (len(page.relative_to(site).parts) - 1)
-        if not page.relative_to(site).parts[0] == "files":
+        if page.relative_to(site).parts[0] not in ("files", "atlas"):
             page.write_text(page.read_text().replace("<head>", f'<head><script src="{up}assets/disk.js"></script>', 1))
 
 
@@ -386,7 +397,9 @@ def check(site: Path, book: Book | None = None) -> list[str]:
         pages[path.relative_to(site).as_posix()] = page
     problems = []
     for name, page in pages.items():
-        if name == "404.html" or name.startswith("files/"): continue
+        if name == "404.html" or name.startswith(("files/", "atlas/")): continue
+        if (size := (site / name).stat().st_size) > LARGEST and not name.startswith("source/"):
+            problems.append(f"{name} has {size / 1e6:.1f} MB before its images; cut it in two")
         for url in page.targets: problems += dead(url, name, pages, site)
         problems += [f"{name} loads {url}, which is not in the folder" for url in page.loaded if urlsplit(url).netloc]
         text = "\n".join(page.text)

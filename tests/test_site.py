@@ -110,6 +110,34 @@ def test_the_check_finds(what, site, tmp_path):
     assert problem.startswith("index.html") and said in problem
 
 
+def test_a_page_that_is_too_large_is_found(site, tmp_path):
+    (tmp_path / "index.html").write_text(f"<p>{'words ' * 200_000}</p>", encoding="utf-8")
+    [problem] = site.builder.check(tmp_path)
+    assert problem == "index.html has 1.2 MB before its images; cut it in two"
+
+
+def test_results_lead_to_the_atlas_in_one_click(site, monkeypatch, tmp_path):
+    assert "../show/atlas.html" in site.builder.way_to_the_atlas("results") and site.builder.way_to_the_atlas("sae") == ""
+    monkeypatch.setattr(site.builder, "ATLAS", tmp_path)
+    assert "(../atlas/index.html)" in site.builder.way_to_the_atlas("results")
+
+
+FIELD_WORDS = {"logit lens": "show.portraits:logit_lens", "hard negatives": "interpretation.hard_negatives:add_hard_negatives",
+               "activation patching": "analysis.patching", "sparse probing": "sae.evaluation", "dead features": "sae.training",
+               "JumpReLU": "sae.model"}
+
+
+@pytest.mark.parametrize("words", FIELD_WORDS)
+def test_a_word_of_the_field_leads_to_its_function(words):
+    """The search reads headings, prose and docstrings; it parts names at underscores, so a function is found by the words in its name."""
+    module, _, name = FIELD_WORDS[words].partition(":")
+    chapter = nbformat.read(ROOT / f"nbs/{module.replace('.', '/')}.ipynb", 4)
+    prose = " ".join(c.source for c in chapter.cells if c.cell_type == "markdown")
+    code = "".join(c.source for c in chapter.cells if c.cell_type == "code")
+    assert re.search(words.replace(" ", r"\W+"), prose, re.IGNORECASE), "the chapter uses the field's word"
+    assert not name or (f"def {name}(" in code and set(words.split()) & set(name.split("_")))
+
+
 def test_a_name_without_a_page_is_found(site):
     less = SimpleNamespace(said={"sae.model:Nothing": ("", 1)}, names={})
     assert site.builder.check(site.folder, less) == ["sae.model:Nothing has no page of its own"]

@@ -15,6 +15,7 @@ import threading
 import time
 import webbrowser
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from http import HTTPStatus
@@ -333,8 +334,8 @@ def reply(self: Asker, request: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(request, Mapping) or request.get("against") is None: return answer.as_json()
     other = self.ask(**question_of(request["against"]))
     part = "report" if answer.text != other.text else "image"
-    changed = differences(answer, other, part)[["feature", "first", "second", "change"]].round(3)
-    return answer.as_json() | {"against": other.as_json(), "part": part, "differences": changed.to_dict("records")}
+    changed = differences(answer, other, part)[["feature", "first", "second", "change"]].astype({"first": float, "second": float, "change": float})
+    return answer.as_json() | {"against": other.as_json(), "part": part, "differences": changed.round(3).to_dict("records")}
 
 # %% ../../nbs/show/ask.ipynb #8152467e
 class AtlasServer(ThreadingHTTPServer):
@@ -466,4 +467,4 @@ def serve_atlas(run: Run | Path | str, port: int = 0, show: bool = True) -> None
     except OSError as e: raise UserError(f"port {port} cannot be had ({e.strerror}); choose another with --port, or none.") from e
     print(f"{server.url}\nIt answers this machine alone, until Ctrl-C.", flush=True)
     if show: webbrowser.open(server.url)
-    with server: server.serve_forever()
+    with server, suppress(KeyboardInterrupt): server.serve_forever()

@@ -7,8 +7,8 @@ __all__ = ['FEATURE_COLUMNS', 'TEMPLATE_WORDS', 'AROUND', 'PATCHES_SHOWN', 'FEAT
            'STAGES_SHOWN', 'SCRIPTS', 'COPIED', 'PAINTED_ABOUT', 'QUESTIONS', 'WHAT_TO_SEE', 'shade', 'changes',
            'AtlasConfig', 'feature_table', 'is_template', 'pick_contexts', 'feature_contexts', 'decile_groups',
            'ViewFiles', 'square_view', 'finding_boxes', 'share_inside', 'strongest_patches', 'feature_views',
-           'painted_pairs', 'feature_steering', 'study_pages', 'concept_features', 'what_was_found', 'asset_text',
-           'page_template', 'write_atlas', 'claims', 'headlines', 'best_features', 'portrait_of', 'example_steered',
+           'painted_pairs', 'feature_steering', 'study_pages', 'portrait_of', 'concept_features', 'what_was_found',
+           'asset_text', 'page_template', 'write_atlas', 'claims', 'headlines', 'best_features', 'example_steered',
            'inline_image', 'write_report', 'build_atlas']
 
 # %% ../../nbs/show/atlas.ipynb #8f495d7e
@@ -149,6 +149,12 @@ def _alike(table: pd.DataFrame) -> pd.Series:
     if "group" not in table: return pd.Series(None, index=table.index, dtype=object)
     grouped = table[table.group >= 0].groupby("group").feature
     return grouped.transform("min").where(grouped.transform("size") > 1).reindex(table.index)
+
+# %% ../../nbs/show/atlas.ipynb #0eb2e639
+def _tracked(run: Run) -> pd.DataFrame | None:
+    "Phantom's concepts that a feature tracks."
+    concepts = run.table("sae/concepts.parquet")
+    return None if concepts is None else concepts[concepts.tracked.astype(bool)]
 
 # %% ../../nbs/show/atlas.ipynb #feac1b66
 def _concept_of(table: pd.DataFrame, run: Run) -> pd.Series:
@@ -410,12 +416,6 @@ def _pages(run: Run, table: pd.DataFrame, cfg: AtlasConfig, views: ViewFiles) ->
             | {"views": feature_views(seen.get(f, []), views), "painted": painted_pairs(risen.get(f, []), views), **same}
             | feature_steering(steered.get(f), written, cfg) for f, row in rows.items()}
 
-# %% ../../nbs/show/atlas.ipynb #0eb2e639
-def _tracked(run: Run) -> pd.DataFrame | None:
-    "Phantom's concepts that a feature tracks."
-    concepts = run.table("sae/concepts.parquet")
-    return None if concepts is None else concepts[concepts.tracked.astype(bool)]
-
 # %% ../../nbs/show/atlas.ipynb #f399a608
 def _page(row: Mapping[str, Any], groups: list[dict], portrait: Mapping[str, Any], concepts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     "What the page of one feature shows, without its views and its steering."
@@ -495,6 +495,25 @@ def _study_films(study: str, rows: pd.DataFrame | None, views: ViewFiles) -> lis
         films.append({"title": f"{view}, study {study}", "image": address, "rows": int(mine.iloc[0]["rows"]), "columns": int(mine.iloc[0]["columns"]),
                       "boxes": views.boxes(study, view), "features": [strongest_patches(row) for row in mine.to_dict("records")]})
     return films
+
+# %% ../../nbs/show/atlas.ipynb #bfb76f3e
+def portrait_of(run: Run, feature: int, cfg: AtlasConfig, views: ViewFiles, contexts: int = 8) -> dict[str, Any]:
+    """`exemplars` (the strongest contexts with shades) and `views` of one feature, for pages that hold everything themselves."""
+    if cfg.publish: return {"exemplars": [], "views": []}
+    picked = pick_contexts(Exemplars(run / "exemplars").between(feature, feature + 1), cfg.model_copy(update={"exemplars": contexts}))
+    mine = feature_contexts(picked.to_pylist())[:contexts]
+    top = max((a for c in mine for a in c["activations"]), default=0.0)
+    for c in mine:
+        marks = [i == c["peak"] for i in range(len(c["tokens"]))]
+        c["shaded"] = list(zip(c["tokens"], shade(c["activations"], top), marks, strict=True))
+    seen = run.table("portraits/views.parquet") if views.folder is not None and _on_images(run, feature) else None
+    return {"exemplars": mine, "views": [] if seen is None else feature_views(seen[seen.feature == feature].to_dict("records")[:2], views)}
+
+# %% ../../nbs/show/atlas.ipynb #8a4e3ae2
+def _on_images(run: Run, feature: int) -> bool:
+    "Whether a tenth of a feature's firings are on image tokens."
+    table = run.table("exemplars/features.parquet")
+    return "in_image" in table and bool((table.loc[table.feature == feature, "in_image"] >= 0.1).any())
 
 # %% ../../nbs/show/atlas.ipynb #437320a7
 def concept_features(run: Run, table: pd.DataFrame, count: int) -> pd.DataFrame:
@@ -602,7 +621,8 @@ def _title(run: Run) -> str:
     return f"Features of the model {model} on {source}" if source and model else "Features of a run"
 
 # %% ../../nbs/show/atlas.ipynb #3af69b5e
-SCRIPTS = tuple(f"js/{name}.js" for name in ("page", "table", "texts", "films", "charts", "feature", "first", "studies", "ask", "compare"))
+SCRIPTS = tuple(f"js/{name}.js" for name in ("page", "table", "texts", "films", "charts", "feature", "first", "studies", "ask", "compare",
+                                                "pins"))
 COPIED = ("atlas.css", *SCRIPTS, "vendor/table.min.js", "vendor/table.min.css", "vendor/plot.min.js", "vendor/LICENSES.txt")
 PAINTED_ABOUT = ("One radiograph of a held-out patient without findings, and the same with one finding painted into it; all else is as it was, and "
                  "both are on one scale. These are the features that rise most; a feature that is not here did not rise among them.")
@@ -687,25 +707,6 @@ def best_features(run: Run, cfg: AtlasConfig, views: ViewFiles, count: int = 3, 
     return [{"feature": int(row["feature"]), "explanation": row["explanation"], "scores": _scores_in_words(row),
              **portrait_of(run, int(row["feature"]), cfg, views, contexts)}
             for row in chosen.to_dict("records")]
-
-# %% ../../nbs/show/atlas.ipynb #bfb76f3e
-def portrait_of(run: Run, feature: int, cfg: AtlasConfig, views: ViewFiles, contexts: int = 8) -> dict[str, Any]:
-    """`exemplars` (the strongest contexts with shades) and `views` of one feature, for pages that hold everything themselves."""
-    if cfg.publish: return {"exemplars": [], "views": []}
-    picked = pick_contexts(Exemplars(run / "exemplars").between(feature, feature + 1), cfg.model_copy(update={"exemplars": contexts}))
-    mine = feature_contexts(picked.to_pylist())[:contexts]
-    top = max((a for c in mine for a in c["activations"]), default=0.0)
-    for c in mine:
-        marks = [i == c["peak"] for i in range(len(c["tokens"]))]
-        c["shaded"] = list(zip(c["tokens"], shade(c["activations"], top), marks, strict=True))
-    seen = run.table("portraits/views.parquet") if views.folder is not None and _on_images(run, feature) else None
-    return {"exemplars": mine, "views": [] if seen is None else feature_views(seen[seen.feature == feature].to_dict("records")[:2], views)}
-
-# %% ../../nbs/show/atlas.ipynb #8a4e3ae2
-def _on_images(run: Run, feature: int) -> bool:
-    "Whether a tenth of a feature's firings are on image tokens."
-    table = run.table("exemplars/features.parquet")
-    return "in_image" in table and bool((table.loc[table.feature == feature, "in_image"] >= 0.1).any())
 
 # %% ../../nbs/show/atlas.ipynb #72c2e53f
 def _scores_in_words(row: Mapping[str, Any]) -> str:

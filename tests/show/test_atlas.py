@@ -318,7 +318,7 @@ def test_the_report_is_one_file_with_its_figures(built):
 
 
 def test_the_report_answers_in_a_readers_order_within_three_screens(copy, browser):
-    draw_figures(copy, FiguresConfig(dpi=60))
+    draw_figures(copy, FiguresConfig(dpi=60), ["fidelity", "concepts", "f1", "steering", "density", "signs"])
     page = browser.page(width=1280)
     page.goto(write_report(copy).as_uri())
     asked = page.locator(".asks h2").all_inner_texts()
@@ -618,6 +618,10 @@ def test_a_study_has_a_page_with_its_features_and_back(built, browser):
     assert page.locator("#page .firing tbody tr").count() == 3 and page.inner_text("#page .firing tbody tr >> nth=0").startswith(str(best))
     page.click("#page .reading .token >> text=effusion")
     assert [int(a) for a in page.locator("#page .says a").all_inner_texts()] == [best, 1]
+    page.focus("#page .reading")
+    page.keyboard.press("ArrowLeft")
+    assert "an" in page.inner_text("#page .says h3") and page.locator("#page .token.at").inner_text() == "an", "words are reached by key too"
+    page.click("#page .reading .token >> text=effusion")
     page.hover(f"#page tr[data-feature='{best}']")
     lit = page.locator("#page .reading .token").evaluate_all("tokens => tokens.map(t => t.style.background.startsWith('rgba'))")
     assert lit == [False, False, False, True, True, False]
@@ -675,10 +679,13 @@ def test_a_film_can_be_enlarged_windowed_and_closed_by_key(built, browser):
     page.wait_for_selector("dialog[open]")
     page.locator("dialog input[name=brightness]").fill("150")
     page.locator("dialog input[name=zoom]").fill("300")
-    assert "brightness(150%)" in page.get_attribute("dialog img", "style") and page.get_attribute("dialog .picture", "style") == "width: 300%;"
+    assert "brightness(150%)" in page.get_attribute("dialog img", "style") and page.get_attribute("dialog .picture", "style") == "--zoom: 3;"
+    wide, frame = (page.locator(f"dialog {what}").bounding_box()["width"] for what in (".picture", ".frame"))
+    assert wide > frame, "it can be moved about in"
     page.uncheck("dialog input[type=checkbox]")
     assert page.locator("dialog .box:visible").count() == 0
     page.click("dialog button >> text=Reset")
+    assert page.locator("dialog .picture").bounding_box()["height"] <= page.locator("dialog .frame").bounding_box()["height"] + 1
     assert page.locator("dialog .box:visible").count() > 0
     page.keyboard.press("Escape")
     page.wait_for_selector("dialog", state="detached")

@@ -8,7 +8,10 @@ let kept = { pack, reader: "", readers: { "": {} } }, at = 1, since = Date.now()
 function trouble(sentence) { $("trouble").textContent = sentence; $("trouble").hidden = !sentence; }
 
 function load() {
-  try { const stored = JSON.parse(localStorage.getItem(key)); if (stored && stored.pack === pack && stored.readers) kept = stored; } catch (error) { console.warn(error); }
+  try {
+    const stored = JSON.parse(localStorage.getItem(key));
+    if (stored && stored.pack === pack && stored.readers) kept = stored;
+  } catch (error) { console.warn(error); }
 }
 
 function save() {
@@ -116,8 +119,10 @@ for (const section of items) {
 }
 
 // one key: before the explanation it says how clear the contexts are and shows it; after it, it rates and goes on
+const typing = field => /^(TEXTAREA|SELECT)$/.test(field.tagName) || (field.tagName === "INPUT" && field.type === "text");
+
 document.addEventListener("keydown", event => {
-  if (event.ctrlKey || event.metaKey || event.altKey || /^(TEXTAREA|SELECT)$/.test(event.target.tagName) || (event.target.tagName === "INPUT" && event.target.type === "text")) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || typing(event.target)) return;
   const section = items[at - 1], given = answer(section);
   if (["0", "1", "2"].includes(event.key)) {
     event.preventDefault();

@@ -30,7 +30,10 @@ function try_box() {                            // on the first page
   } }, el("label", { class: "wide" }, "Try a sentence ", field), " ", el("button", {}, "Which features fire?")));
 }
 
-const question_from = (state, n) => Object.fromEntries([["text", state[n]], ...["study", "view", "paint"].map(key => [key, state[`${n}-${key}`]])].filter(([, value]) => value));
+function question_from(state, n) {              // "q" is the first question in the address, "q2" the second
+  const parts = [["text", state[n]], ...["study", "view", "paint"].map(key => [key, state[`${n}-${key}`]])];
+  return Object.fromEntries(parts.filter(([, value]) => value));
+}
 
 saerad.pages.ask = state => {
   if (!saerad.served) return put_page("Try a sentence", note(HOW));
@@ -51,35 +54,54 @@ saerad.pages.ask = state => {
   });
 };
 
+// [key in the address, label, placeholder], in the order of the form
+const FIRST = [["q-study", "after the sections of study", "none"], ["q-view", "over the radiograph of study", "its own, or “none”"],
+  ["q-paint", "with a painted", "e.g. left effusion"]];
+const SECOND = [["q2", "another text", "the same"], ["q2-view", "another radiograph", "the same"], ["q2-paint", "with a painted", "nothing more"]];
+
+function fields_of(kinds, state) {              // only the phantom's radiographs can be painted
+  return kinds.filter(([name]) => saerad.table.phantom || !name.endsWith("paint")).map(([name, label, placeholder]) => {
+    const list = /study|view/.test(name) ? "study-ids" : null;
+    return el("label", {}, label, el("input", { type: "text", name, value: state[name] ?? "", placeholder, list, autocomplete: "off" }));
+  });
+}
+
 function question_form(state) {
-  const field = (name, label, placeholder, attributes = {}) => [name, el("input", { type: "text", value: state[name] ?? "", placeholder, autocomplete: "off", ...attributes }), label];
-  const text = el("textarea", { rows: 2, "aria-label": "Text, read as the findings of a report", placeholder: "There is a small left pleural effusion." }, state.q ?? "");
-  const fields = [field("q-study", "after the sections of study", "none", { list: "study-ids" }), field("q-view", "over the radiograph of study", "its own, or “none”", { list: "study-ids" })];
-  if (saerad.table.phantom) fields.push(field("q-paint", "with a painted", "e.g. left effusion"));
-  const second = [field("q2", "another text", "the same"), field("q2-view", "another radiograph", "the same", { list: "study-ids" })];
-  if (saerad.table.phantom) second.push(field("q2-paint", "with a painted", "nothing more"));
+  const text = el("textarea", { rows: 2, "aria-label": "Text, read as the findings of a report",
+    placeholder: "There is a small left pleural effusion." }, state.q ?? "");
   const form = el("form", { class: "question", onsubmit: event => {
     event.preventDefault();
-    location.hash = link_to({ page: "ask", q: text.value.trim(), ...Object.fromEntries([...fields, ...second].map(([name, input]) => [name, input.value.trim()])) });
-  } }, text, el("div", { class: "fields" }, fields.map(([, input, label]) => el("label", {}, label, input))),
-  el("details", { open: second.some(([name]) => state[name]) }, el("summary", {}, "What differs from …"), el("div", { class: "fields" }, second.map(([, input, label]) => el("label", {}, label, input)))),
+    const given = Object.fromEntries([...form.querySelectorAll("input")].map(input => [input.name, input.value.trim()]));
+    location.hash = link_to({ page: "ask", q: text.value.trim(), ...given });
+  } },
+  text, el("div", { class: "fields" }, fields_of(FIRST, state)),
+  el("details", { open: SECOND.some(([name]) => state[name]) }, el("summary", {}, "What differs from …"),
+    el("div", { class: "fields" }, fields_of(SECOND, state))),
   el("datalist", { id: "study-ids" }), el("button", {}, "Which features fire?"));
   text.addEventListener("keydown", event => { if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); form.requestSubmit(); } });
-  ask_server("../ask/studies").then(ids => { if (Array.isArray(ids)) form.querySelector("datalist").append(...ids.map(id => el("option", { value: id }))); });
+  ask_server("../ask/studies").then(ids => {
+    if (Array.isArray(ids)) form.querySelector("datalist").append(...ids.map(id => el("option", { value: id })));
+  });
   return form;
 }
 
-const heading_of = found => [where(`Read with ${found.shown}`, found.study ? [", after the sections of study ", study_link(found.study)] : null, `; ${Math.round(1000 * found.seconds)} ms.`)];
+function heading_of(found) {
+  const after = found.study ? [", after the sections of study ", study_link(found.study)] : null;
+  return where(`Read with ${found.shown}`, after, `; ${Math.round(1000 * found.seconds)} ms.`);
+}
 
 function answer_view(found) {
   if (!found.against) return [heading_of(found), reading_view(found), films_view(found)];
-  const row = one => el("tr", {}, el("th", { scope: "row" }, feature_link(one.feature)), el("td", {}, explanation_of(one.feature)), el("td", {}, two(one.first)), el("td", {}, two(one.second)), el("td", {}, two(one.change)));
-  const heads = ["feature", "explanation", "first", "second", "change"].map(name => el("th", { scope: "col" }, name));
-  const where_it_counts = found.part === "report" ? "the words of the report" : "the patches of the radiographs";
   const chosen = found.differences[0]?.feature;
-  return [section("What differs", where(`Peak of each feature on ${where_it_counts}; the most telling differences first.`),
-    found.differences.length ? el("div", { class: "wide" }, el("table", { class: "plain" }, el("thead", {}, el("tr", {}, heads)), el("tbody", {}, found.differences.map(row)))) : note("Nothing differs.")),
-  ...[["First", found], ["Second", found.against]].map(([title, one]) => section(title, heading_of(one), reading_view(one), films_view(one, chosen)))];
+  return [difference_view(found), ...[["First", found], ["Second", found.against]].map(([title, one]) =>
+    section(title, heading_of(one), reading_view(one), films_view(one, chosen)))];
+}
+
+function difference_view(found) {
+  const row = one => plain_row(feature_link(one.feature), explanation_of(one.feature), two(one.first), two(one.second), two(one.change));
+  const measured_on = found.part === "report" ? "the words of the report" : "the patches of the radiographs";
+  return section("What differs", where(`Peak of each feature on ${measured_on}; the most telling differences first.`),
+    found.differences.length ? plain_table(["feature", "explanation", "first", "second", "change"], found.differences.map(row)) : note("Nothing differs."));
 }
 
 try_box();

@@ -16,7 +16,9 @@ const legend = entries => el("ul", { class: "legend" }, entries.map(([text, styl
 
 function ticks(low, high) {                     // a few round numbers of a logarithmic axis
   const round = [];
-  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) for (const step of [1, 2, 5]) round.push(Number((step * 10 ** power).toPrecision(1)));
+  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
+    for (const step of [1, 2, 5]) round.push(Number((step * 10 ** power).toPrecision(1)));
+  }
   const inside = round.filter(tick => tick >= low && tick <= high);
   return inside.length > 4 ? inside.filter(tick => String(tick).replace(/[0.]/g, "").startsWith("1")) : inside;
 }
@@ -28,7 +30,8 @@ function histogram(data) {
   const { rectY, ruleY } = vendoredPlot;
   return [chart(`Histogram of ${total} activations; most are between ${most.low.toPrecision(2)} and ${most.high.toPrecision(2)}.`, {
     width: 290, height: 160, marginLeft: 44, marginBottom: 36,
-    x: { type: "log", label: "activation (normalised units)", labelAnchor: "center", labelArrow: "none", ticks: ticks(edges[0], edges.at(-1)), tickFormat: d => Number(d.toPrecision(2)) },
+    x: { type: "log", label: "activation (normalised units)", labelAnchor: "center", labelArrow: "none", ticks: ticks(edges[0], edges.at(-1)),
+      tickFormat: d => Number(d.toPrecision(2)) },
     y: { label: "tokens", labelArrow: "none", ticks: 4, grid: true },
     marks: [rectY(bins, { x1: "low", x2: "high", y: "count", fill: BLUE, insetLeft: 0.5 }), ruleY([0])],
   }), where(about)];

@@ -14,21 +14,30 @@ function score(name, value, about = "", control = false) {
   return el("li", { class: control ? "control" : null }, el("small", {}, name), el("b", {}, two(value)), about ? el("small", {}, about) : null);
 }
 
-const no_explanation = (row, data) => data.reason || row.status !== "ok" ? `No explanation: ${data.reason || plain(row.status ?? "not examined")}.` : "It has no explanation yet.";
-const left_out = what => saerad.table.published ? note(`${what} were left out of this published atlas.`) : note(`This run has no ${what.toLowerCase()} of the feature.`);
+function no_explanation(row, data) {
+  if (!data.reason && row.status === "ok") return "It has no explanation yet.";
+  return `No explanation: ${data.reason || plain(row.status ?? "not examined")}.`;
+}
+
+function left_out(what) {
+  return note(saerad.table.published ? `${what} were left out of this published atlas.` : `This run has no ${what.toLowerCase()} of the feature.`);
+}
 
 function feature_nav(row) {
   const all = order(), at = all.indexOf(row.feature);
   const step = (id, text, other) => other == null ? null : el("a", { id, href: link_to({ feature: other }) }, text);
+  const link = `${location.href.split("#")[0]}#feature=${row.feature}`;
   return el("nav", { "aria-label": "Features" }, home(), step("previous", "‹ previous", at > 0 ? all[at - 1] : null),
     step("next", "next ›", at >= 0 ? all[at + 1] : null),
-    el("span", { class: "actions" }, el("button", { type: "button", class: "copy", onclick: event => copy(event.target, `${location.href.split("#")[0]}#feature=${row.feature}`) }, "Copy link"),
+    el("span", { class: "actions" },
+      el("button", { type: "button", class: "copy", onclick: event => copy(event.target, link) }, "Copy link"),
       pin_button(row.feature), el("a", { href: link_to({ page: "compare", a: row.feature }) }, "Compare …")));
 }
 
 function scores(row, data) {
   if (row.f1 == null) return null;
-  return el("ul", { class: "scores", "aria-label": "Scores" }, score("F1", row.f1, data.interval), score("precision", row.precision), score("recall", row.recall),
+  return el("ul", { class: "scores", "aria-label": "Scores" },
+    score("F1", row.f1, data.interval), score("precision", row.precision), score("recall", row.recall),
     data.near_f1 == null ? null : score("F1 against near misses", data.near_f1),
     score("F1 with another feature's explanation", row.shuffled_f1, "control", true), score("F1 of always saying yes", data.always_yes_f1, "control", true));
 }
@@ -40,7 +49,8 @@ function on_radiographs(data) {
 
 function steering(data) {
   if (!data.doses.length) return note("This feature was not steered.");
-  return [where(data.steering), el("div", { class: "cards two" }, card("What becomes of the reports", outcomes(data.doses)), card("More push, more change?", dose(data))),
+  const charts = el("div", { class: "cards two" }, card("What becomes of the reports", outcomes(data.doses)), card("More push, more change?", dose(data)));
+  return [where(data.steering), charts,
     data.steered.length ? data.steered.map(pair) : left_out("Steered reports")];
 }
 
@@ -59,6 +69,7 @@ function feature_page(row, data) {
     section("On the radiographs", on_radiographs(data)),
     data.painted.length ? section("Without and with a painted finding", data.painted.map(painted_pair), where(saerad.table.painted_about)) : null,
     section("In the text", data.groups.length ? contexts(data) : left_out("Contexts")),
+    data.examined ? section("Its examination", examined(data)) : null,
     section("What pushing on it does", steering(data)),
   ]));
   $("feature").focus({ preventScroll: true });
@@ -70,5 +81,6 @@ function explained_alike(row, most = 12) {      // the others whose explanations
   if (!others.length) return null;
   const named = others.slice(0, most).flatMap((other, i) => [i ? ", " : "", feature_link(other)]), rest = others.length - most;
   const all = "#" + new URLSearchParams({ alike: row.alike });
-  return el("p", { class: "where alike" }, "Explained alike: ", named, rest > 0 ? ` and ${rest} more` : null, " · ", el("a", { href: all }, "see them side by side"));
+  return el("p", { class: "where alike" }, "Explained alike: ", named, rest > 0 ? ` and ${rest} more` : null, " · ",
+    el("a", { href: all }, "see them side by side"));
 }

@@ -22,17 +22,20 @@ function film(shown, { most, caption = true } = {}) {
   const film_top = Math.max(...shown.activations, 1e-9), top = most ?? film_top;
   const picture = () => el("div", { class: "picture", role: "img", "aria-label": film_says(shown) },
     el("img", { src: shown.image, alt: "", loading: "lazy" }), heat_layer(shown, top), box_layer(shown.boxes));
-  const larger = el("button", { type: "button", class: "larger", "aria-label": `Enlarge: ${shown.title}`, onclick: () => enlarge(shown, picture(), top) }, "Enlarge");
+  const larger = el("button", { type: "button", class: "larger", "aria-label": `Enlarge: ${shown.title}`, onclick: () => enlarge(shown, picture(), top) },
+    "Enlarge");
   return el("figure", { class: "film" }, picture(), scale(top), caption ? el("figcaption", {}, el("b", {}, film_title(shown)),
     shown.boxes.some(box => box.text) ? el("ul", {}, shown.boxes.map(box => box.text ? el("li", {}, box.text) : null)) : null, larger) : larger);
 }
 
 const film_title = shown => shown.study && shown.view ? [`${shown.view}, study `, study_link(shown.study), `, at most ${shown.peak.toFixed(2)}`] : shown.title;
 
-const scale = top => el("div", { class: "scale" }, el("small", {}, "0"), el("i", { "aria-hidden": "true" }), el("small", {}, `${top.toFixed(2)} (activation by patch)`));
+const scale = top => el("div", { class: "scale" }, el("small", {}, "0"), el("i", { "aria-hidden": "true" }),
+  el("small", {}, `${top.toFixed(2)} (activation by patch)`));
 
 // ---- larger: window, zoom, heat and boxes
-const DIALS = [["brightness", "Brightness", 40, 200, 100], ["contrast", "Contrast", 40, 300, 100], ["heat", "Heat", 0, 100, 100], ["zoom", "Zoom", 100, 500, 100]];
+const DIALS = [["brightness", "Brightness", 40, 200, 100], ["contrast", "Contrast", 40, 300, 100], ["heat", "Heat", 0, 100, 100],
+  ["zoom", "Zoom", 100, 500, 100]];
 
 function enlarge(shown, picture, top) {
   const dials = DIALS.map(([name, label, min, max, value]) => {
@@ -45,10 +48,14 @@ function enlarge(shown, picture, top) {
     const [img, heat] = [picture.querySelector("img"), picture.querySelector(".heat")];
     img.style.filter = `brightness(${field("brightness").value}%) contrast(${field("contrast").value}%)`;
     heat.style.opacity = field("heat").value / 100;
-    picture.style.width = `${field("zoom").value}%`;
+    picture.style.setProperty("--zoom", field("zoom").value / 100);
     picture.classList.toggle("bare", !boxes.checked);
   }
-  const reset = () => { for (const dial of dials) { const input = dial.querySelector("input"); input.value = input.defaultValue; } boxes.checked = true; draw(); };
+  const reset = () => {
+    for (const input of dials.map(dial => dial.querySelector("input"))) input.value = input.defaultValue;
+    boxes.checked = true;
+    draw();
+  };
   const frame = el("div", { class: "frame", tabindex: 0, role: "group", "aria-label": "The radiograph; arrow keys move it" }, picture);
   const dialog = el("dialog", { class: "enlarged", "aria-label": shown.title },
     el("div", { class: "dials" }, dials, shown.boxes.length ? el("label", { class: "tick" }, boxes, "Boxes") : null,
@@ -70,10 +77,12 @@ function film_of_many(shown, chosen) {
   const one = feature => ({ ...shown, ...(shown.features.find(f => f.feature === feature) ?? { patches: [], activations: [] }) });
   const place = el("div"), first = shown.features.some(f => f.feature === chosen) ? chosen : shown.features[0]?.feature;
   const put = feature => place.replaceChildren(film(one(feature), { caption: false }));
-  const options = shown.features.map(f => el("option", { value: f.feature, selected: f.feature === first }, `${f.feature}: ${explanation_of(f.feature)}`.slice(0, 70)));
+  const said = f => `${f.feature}: ${explanation_of(f.feature)}`.slice(0, 70);
+  const options = shown.features.map(f => el("option", { value: f.feature, selected: f.feature === first }, said(f)));
   const select = el("select", { oninput: event => put(Number(event.target.value)) }, options);
   put(first);
-  return el("div", { class: "many" }, el("h3", {}, shown.title), shown.features.length ? el("label", {}, "Feature ", select) : note("No feature stands out on it."), place);
+  return el("div", { class: "many" }, el("h3", {}, shown.title),
+    shown.features.length ? el("label", {}, "Feature ", select) : note("No feature stands out on it."), place);
 }
 
 // ---- the same radiograph without and with a painted finding

@@ -38,10 +38,9 @@ function concept_card(concept) {
 }
 
 function steered_table(rows) {
-  const head = ["feature", "target", "pushes", "on target only", "off target only", "unchanged"].map(text => el("th", { scope: "col" }, text));
-  const line = row => el("tr", {}, el("th", { scope: "row" }, feature_link(row.feature)), el("td", {}, row.target),
-    el("td", {}, String(row.reports)), el("td", {}, percent(row.on_target_only)), el("td", {}, percent(row.off_target_only)), el("td", {}, percent(row.unchanged)));
+  const line = row => plain_row(feature_link(row.feature), row.target, String(row.reports), percent(row.on_target_only),
+    percent(row.off_target_only), percent(row.unchanged));
   const one = rows.find(row => row.example);
-  return [el("div", { class: "wide" }, el("table", { class: "plain" }, el("thead", {}, el("tr", {}, head)), el("tbody", {}, rows.map(line)))),
+  return [plain_table(["feature", "target", "pushes", "on target only", "off target only", "unchanged"], rows.map(line)),
     one ? pair({ ...one.example, title: `Feature ${one.feature}, ${one.example.title}` }) : null];
 }

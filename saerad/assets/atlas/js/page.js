@@ -60,6 +60,13 @@ const note = (...parts) => el("p", { class: "notice" }, parts);
 const where = (...parts) => el("p", { class: "where" }, parts);
 const command = name => el("code", {}, `saerad ${name}`);
 
+const cells = (...values) => values.map(value => el("td", {}, value));
+
+// a small table: headings, and rows of which the first cell is a heading too
+const plain_table = (heads, rows) => el("div", { class: "wide" }, el("table", { class: "plain" },
+  el("thead", {}, el("tr", {}, heads.map(head => el("th", { scope: "col" }, head)))), el("tbody", {}, rows)));
+const plain_row = (first, ...rest) => el("tr", {}, el("th", { scope: "row" }, first), cells(...rest));
+
 function save_as(name, text, kind = "application/json") {
   const link = el("a", { href: URL.createObjectURL(new Blob([text], { type: kind })), download: name });
   link.click();

@@ -20,7 +20,8 @@ function features_of(reading) {
 // text and table side by side: a word tells its features, a feature its words
 function reading_view(reading, sections_first = false) {
   const features = features_of(reading), says = el("div", { class: "says", "aria-live": "polite" });
-  const text = el("div", { class: "reading", tabindex: 0, role: "group", "aria-label": "The text; arrow keys go from word to word and say what fires there" });
+  const text = el("div", { class: "reading", tabindex: 0, role: "group",
+    "aria-label": "The text; arrow keys go from word to word and say what fires there" });
   const on = new Map(features.map(one => [one.feature, new Map(one.on)])), spans = [];
   const strength = (i, feature) => feature == null ? (reading.by_token[i]?.[0]?.[1] ?? 0) : on.get(feature)?.get(i) ?? 0;
   function shade_by(feature) {
@@ -34,8 +35,9 @@ function reading_view(reading, sections_first = false) {
     at = i;
     spans[at].classList.add("at");
     const fires = reading.by_token[i] ?? [];
-    says.replaceChildren(el("h3", {}, `“${reading.tokens[i].trim()}”`), fires.length ? el("ol", { class: "near" }, fires.map(([feature, activation]) =>
-      el("li", {}, feature_link(feature), el("small", {}, two(activation)), el("span", {}, explanation_of(feature))))) : note("No feature that stands out fires here."));
+    const line = ([feature, activation]) => el("li", {}, feature_link(feature), el("small", {}, two(activation)), el("span", {}, explanation_of(feature)));
+    says.replaceChildren(el("h3", {}, `“${reading.tokens[i].trim()}”`),
+      fires.length ? el("ol", { class: "near" }, fires.map(line)) : note("No feature that stands out fires here."));
   }
   const parts = [];
   reading.tokens.forEach((token, i) => {
@@ -54,14 +56,16 @@ function reading_view(reading, sections_first = false) {
     tell(next[Math.min(next.length - 1, Math.max(0, next.indexOf(at) + step))]);
   });
   const line = one => el("tr", { "data-feature": one.feature, onmouseenter: () => shade_by(one.feature), onfocusin: () => shade_by(one.feature) },
-    el("th", { scope: "row" }, feature_link(one.feature)), el("td", {}, el("span", { title: explanation_of(one.feature) }, explanation_of(one.feature))), el("td", {}, two(one.peak)),
-    el("td", {}, String(one.words)), el("td", {}, one.strongest.trim()));
+    el("th", { scope: "row" }, feature_link(one.feature)),
+    cells(el("span", { title: explanation_of(one.feature) }, explanation_of(one.feature)), two(one.peak), String(one.words), one.strongest.trim()));
   const heads = ["feature", "explanation", "peak", "words", "strongest on"].map(name => el("th", { scope: "col" }, name));
   const rows = el("tbody", { onmouseleave: () => shade_by(null) }, features.slice(0, ROWS_FIRST).map(line)), rest = features.slice(ROWS_FIRST);
-  const more = rest.length ? el("button", { type: "button", onclick: () => { rows.append(...rest.map(line)); more.remove(); } }, `Show ${rest.length} more`) : null;
+  const more = rest.length
+    ? el("button", { type: "button", onclick: () => { rows.append(...rest.map(line)); more.remove(); } }, `Show ${rest.length} more`) : null;
   shade_by(null);
   return el("div", { class: "asked" }, el("div", {}, text, says),
-    el("div", { class: "wide" }, el("table", { class: "plain firing" }, el("caption", {}, "Features that stand out. Point at one to see its words; press a word to see its features."),
+    el("div", { class: "wide" }, el("table", { class: "plain firing" },
+      el("caption", {}, "Features that stand out. Point at one to see its words; press a word to see its features."),
       el("thead", {}, el("tr", {}, heads)), rows), ...present([more])));
 }
 
@@ -77,7 +81,10 @@ saerad.pages.study = state => {
   if (!saerad.table.studies.length && !saerad.served) return put_page("Study", note("This atlas shows no studies."));
   if (saerad.table.studies.length && !need("data/studies.js", saerad.studies)) return put_page("Study", note("Reading …"));
   if (!state.id) return studies_page();
-  if (!saerad.served) return put_page("Study", note(`Study ${state.id} has no page here: an atlas on disk holds ${saerad.table.studies.length} held-out studies. `, command("atlas --serve"), " shows any."));
+  if (!saerad.served) {
+    const held = `Study ${state.id} has no page here: an atlas on disk holds ${saerad.table.studies.length} held-out studies. `;
+    return put_page("Study", note(held, command("atlas --serve"), " shows any."));
+  }
   put_page(`Study ${state.id}`, note("The model is reading it …"));
   return ask_server(`../ask/study?id=${encodeURIComponent(state.id)}`).then(found => {
     if (saerad.state.id !== state.id) return;
@@ -91,8 +98,10 @@ function study_page(study) {
   const step = (text, other) => other == null ? null : el("a", { href: link_to({ page: "study", id: other }) }, text);
   const again = saerad.served ? el("a", { href: link_to({ page: "ask", q: findings_of(study), "q-study": study.study }) }, "ask about it") : null;
   put_page(`Study ${study.study}`,
-    el("nav", { "aria-label": "Studies" }, step("‹ previous", at > 0 ? all[at - 1] : null), step("next ›", at >= 0 ? all[at + 1] : null), step("all studies", ""), again),
-    where(`Patient ${study.patient}, ${study.split} split. The model has read it with the radiologist's own report.`), films_view(study), section("In the text", reading_view(study, true)));
+    el("nav", { "aria-label": "Studies" }, step("‹ previous", at > 0 ? all[at - 1] : null), step("next ›", at >= 0 ? all[at + 1] : null),
+      step("all studies", ""), again),
+    where(`Patient ${study.patient}, ${study.split} split. The model has read it with the radiologist's own report.`),
+    films_view(study), section("In the text", reading_view(study, true)));
 }
 
 const findings_of = study => study.tokens.filter((_, i) => study.sections[i] === "findings").join("").trim();
