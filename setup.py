@@ -24,7 +24,8 @@ setup(
     include_package_data=False,
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "book": cfg["book_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "book": cfg["book_requirements"].split(),
+                    "lm": cfg["lm_requirements"].split()},
     entry_points={"console_scripts": ["saerad=saerad.run.cli:main"]},
     zip_safe=False,
 )

@@ -18,6 +18,7 @@ from ..activations.extraction import hookpoints, stored_studies
 from ..core import UserError, read_json
 from ..interpretation.endpoint import check_destination, host_of, key_of
 from ..interpretation.interpret import check_settings
+from ..interpretation.local import find_model
 from .config import Config
 from ..show.run_folder import Run
 from ..studies.record import SPLITS, Source
@@ -90,7 +91,8 @@ def check_endpoint(run: Run) -> None:
     """Raise `UserError` when the interpreter's files or key are missing, or its endpoint does not answer or may not see the text."""
     cfg = run.config.interpretation
     check_settings(cfg)
-    if cfg.interpreter == "lexical": return
+    if cfg.interpreter == "local": find_model(cfg.model)
+    if cfg.interpreter != "openai": return
     check_destination(cfg, run.source.may_leave)
     if (run / "interpretations/ledger.sqlite").exists(): return  # answers that are there already need no endpoint
     key_of(cfg)

@@ -365,11 +365,11 @@ def test_the_prompts_of_a_feature(few):
 
 def test_a_replay_needs_no_endpoint_and_gives_the_same_bytes(few, tmp_path):
     with WordServer() as server: interpret(few, config(server), 0, CLOSED, tmp_path)
-    before = {n: file_hash(tmp_path / n) for n in ("interpretations.parquet", "ledger.sqlite")}
+    before = {n: file_hash(tmp_path / n) for n in ("examinations.parquet", "interpretations.parquet", "ledger.sqlite")}
     (tmp_path / "interpretations.parquet").unlink()
     interpret(few, config(server), 0, CLOSED, tmp_path)
     assert before == {n: file_hash(tmp_path / n) for n in before}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["interpretations.parquet", "ledger.sqlite"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(before)
 
 
 def test_the_key_is_used_and_never_stored(few, tmp_path, monkeypatch):
@@ -954,7 +954,7 @@ def test_a_budget_stops_cleanly_and_goes_on(few, tmp_path):
     ended = table[table.feature.isin(Exemplars(few).features.query("status == 'ok'").feature)]
     assert len(ended) == 3 and ((ended.status == "scored") | (ended.reason != "")).all()
     assert len(spent) and 0 < len(server.bodies) < needed["calls"]
-    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".parquet"] == ["interpretations.parquet"]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix == ".parquet") == ["examinations.parquet", "interpretations.parquet"]
 
 
 def test_a_spent_budget_asks_no_more(few, tmp_path):
