@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FEATURE_COLUMNS', 'PATCHES_SHOWN', 'FEATURES_PER_FILE', 'HISTOGRAM_EDGES', 'NOTICES', 'STAGES_SHOWN', 'COPIED',
-           'shade', 'changes', 'AtlasConfig', 'feature_table', 'pick_contexts', 'feature_contexts', 'decile_groups',
-           'ViewFiles', 'finding_boxes', 'share_inside', 'feature_views', 'feature_steering', 'asset_text',
-           'page_template', 'write_atlas', 'headlines', 'best_features', 'portrait_of', 'example_steered',
+           'NOT_ASKED', 'shade', 'changes', 'AtlasConfig', 'feature_table', 'pick_contexts', 'feature_contexts',
+           'decile_groups', 'ViewFiles', 'finding_boxes', 'share_inside', 'feature_views', 'feature_steering',
+           'asset_text', 'page_template', 'write_atlas', 'headlines', 'best_features', 'portrait_of', 'example_steered',
            'inline_image', 'write_report', 'build_atlas']
 
 # %% ../../nbs/show/atlas.ipynb #8f495d7e
@@ -33,6 +33,7 @@ from pydantic import Field
 from ..core import Section, UserError, progress, write_beside
 from ..interpretation.exemplars import Exemplars
 from ..sae.model import MatryoshkaSAE
+from .examined import examined_pages
 from .figures import OUTCOME_COLOURS, PLOTS, alpha_unit, judged_reports
 from .run_folder import Run, as_run
 from ..steering.judges import OUTCOMES
@@ -322,10 +323,12 @@ def _pages(run: Run, table: pd.DataFrame, cfg: AtlasConfig, views: ViewFiles) ->
         picked = pick_contexts(exemplars.between(first, first + FEATURES_PER_FILE), cfg).to_pylist() if exemplars else []
         contexts: dict[int, list[dict]] = {}
         for row in picked: contexts.setdefault(row["feature"], []).append(row)
+        judged = {} if cfg.publish else examined_pages(run, first, first + FEATURES_PER_FILE)
         rows = {int(row["feature"]): row for row in table.iloc[first:first + FEATURES_PER_FILE].to_dict("records")}
         yield first // FEATURES_PER_FILE, {
             f: _page(row, decile_groups(feature_contexts(contexts.get(f, []))), portraits.get(f, [{}])[0], concepts.get(f, []))
-            | {"views": feature_views(seen.get(f, []), views), **same} | feature_steering(steered.get(f), written, cfg) for f, row in rows.items()}
+            | {"views": feature_views(seen.get(f, []), views), "examined": judged.get(f), **same}
+            | feature_steering(steered.get(f), written, cfg) for f, row in rows.items()}
 
 # %% ../../nbs/show/atlas.ipynb #0eb2e639
 def _tracked(run: Run) -> pd.DataFrame | None:
@@ -419,7 +422,7 @@ def _title(run: Run) -> str:
     return f"Features of the model {model} on {source}" if source and model else "Features of a run"
 
 # %% ../../nbs/show/atlas.ipynb #3af69b5e
-COPIED = ("atlas.css", "atlas.js", "vendor/table.min.js", "vendor/table.min.css", "vendor/plot.min.js", "vendor/LICENSES.txt")
+COPIED = ("atlas.css", "atlas.js", "examined.js", "vendor/table.min.js", "vendor/table.min.css", "vendor/plot.min.js", "vendor/LICENSES.txt")
 
 def _write_data(folder: Path, run: Run, table: pd.DataFrame, cfg: AtlasConfig) -> None:
     "The rows of the table and the pages of the features, as scripts."
@@ -459,6 +462,7 @@ def headlines(summary: Mapping[str, Any], interpreter: str = "") -> list[tuple[s
                   "A randomly initialised model can be reconstructed well too: this is necessary and proves little.", sae),
              _say("With the reconstruction in the stream's place {loss_recovered:.1%} of the loss is recovered, against zeros; {dead:.1%} of "
                   "the features are dead.", "Zeros are a soft floor; the figure also shows the mean.", sae),
+             _who_was_asked(read),
              _say("{scored:,} of {features:,} features have an examined explanation; {f1_above_075} reach an F1 above 0.75, {f1_below_05} stay "
                   "below 0.5; the median is {median_f1:.2f}.", "Silent contexts were drawn: {negatives}; others would give another F1.", read),
              _say("With the explanation of another feature the median F1 is {shuffled_median_f1:.2f}.",
@@ -478,6 +482,24 @@ def _say(claim: str, caveat: str, numbers: Mapping[str, Any]) -> tuple[str, str]
     known = {k: v for k, v in numbers.items() if v is not None}
     try: return tuple(re.sub(r"(?<=\d)%", " %", sentence.format(**known)) for sentence in (claim, caveat))
     except KeyError: return None
+
+# %% ../../nbs/show/atlas.ipynb #48f9fc3c
+def _who_was_asked(read: Mapping[str, Any]) -> tuple[str, str] | None:
+    "Interpreter, model and protocol, of how many features, and what became of those without a score."
+    if not read.get("interpreter"): return None
+    model, asked, failed = read.get("model") or "", read.get("asked"), {k: v for k, v in (read.get("unscored") or {}).items() if k not in NOT_ASKED}
+    who = f"The {read['interpreter']} interpreter{f' ({model})' if model else ''} was asked by the protocol {read.get('protocol')}"
+    commonest = max(failed, key=failed.get, default="")
+    lost = f"{sum(failed.values()):,} of them could not be scored, most often because: {commonest}." if failed else ""
+    return f"{who} to explain {asked:,} of {read['features']:,} features." if asked is not None else f"{who}.", lost
+
+NOT_ASKED = ("not chosen", "dead", "too few contexts")
+
+def _no_feature(read: Mapping[str, Any]) -> str:
+    "Why the report has no feature to show: nobody was asked, or none could be scored."
+    if not read.get("asked"): return "No feature has been explained and scored yet."
+    who = _who_was_asked(read)
+    return f"{read['asked']:,} features were tried and none could be scored. {who[1] if who else ''}"
 
 # %% ../../nbs/show/atlas.ipynb #aaf43037
 def best_features(run: Run, cfg: AtlasConfig, views: ViewFiles, count: int = 3, contexts: int = 3) -> list[dict[str, Any]]:
@@ -561,7 +583,7 @@ def write_report(run: Run | Path | str, cfg: AtlasConfig | None = None) -> Path:
         title=_title(run), notice=NOTICES[cfg.publish], best=_features_inline(run, cfg, atlas), atlas=atlas, css=asset_text("atlas.css"),
         headlines=headlines(run.json("summary.json") or {}, _interpreter_names(run)),
         figures=[{"caption": PLOTS[n].caption, "data": inline_image(run / f"figures/{n}.svg")} for n in drawn],
-        steered=example_steered(run, cfg), no_steered=_no_steered(cfg), skipped=[n.replace("_", " ") for n in PLOTS if n not in drawn])
+        no_feature=_no_feature((run.json("summary.json") or {}).get("interpretation") or {}), steered=example_steered(run, cfg), no_steered=_no_steered(cfg), skipped=[n.replace("_", " ") for n in PLOTS if n not in drawn])
     with write_beside(run / "report.html") as part: part.write_text(page, encoding="utf-8")
     return run / "report.html"
 

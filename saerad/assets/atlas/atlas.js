@@ -232,6 +232,7 @@ function feature(row, data) {
     el("div", { class: "cards" }, card("How strongly it fires", histogram(data)), card("Where it fires", places(data)), card("Logit lens: what it promotes", logitLens(data)), card("Nearest features", neighbours(data))),
     section("On the radiographs", data.views.length ? [el("div", { class: "views" }, data.views.map(view)), el("p", { class: "where" }, data.views_about)] : data.places.image || saerad.table.published ? left("Radiographs") : note("It does not fire on radiographs.")),
     section("In the text", data.groups.length ? contexts(data) : left("Contexts")),
+    data.examined ? section("Its examination", examined(data)) : null,
     section("What pushing on it does", data.doses.length ? [el("p", { class: "where" }, data.steering), el("div", { class: "cards two" }, card("What becomes of the reports", outcomes(data)), card("More push, more change?", dose(data)))] : note("This feature was not steered."),
       data.steered.map(pair), data.doses.length && !data.steered.length ? left("Steered reports") : null)]));
   $("feature").focus({ preventScroll: true });
