@@ -495,11 +495,11 @@ def _who_was_asked(read: Mapping[str, Any]) -> tuple[str, str] | None:
 
 NOT_ASKED = ("not chosen", "dead", "too few contexts")
 
-def _no_feature(read: Mapping[str, Any]) -> str:
+def _no_feature(run: Run) -> str:
     "Why the report has no feature to show: nobody was asked, or none could be scored."
+    read = (run.json("summary.json") or {}).get("interpretation") or {}
     if not read.get("asked"): return "No feature has been explained and scored yet."
-    who = _who_was_asked(read)
-    return f"{read['asked']:,} features were tried and none could be scored. {who[1] if who else ''}"
+    return " ".join((f"{read['asked']:,} features were tried and none could be scored.", *(_who_was_asked(read) or ("", ""))[1:]))
 
 # %% ../../nbs/show/atlas.ipynb #aaf43037
 def best_features(run: Run, cfg: AtlasConfig, views: ViewFiles, count: int = 3, contexts: int = 3) -> list[dict[str, Any]]:
@@ -583,7 +583,8 @@ def write_report(run: Run | Path | str, cfg: AtlasConfig | None = None) -> Path:
         title=_title(run), notice=NOTICES[cfg.publish], best=_features_inline(run, cfg, atlas), atlas=atlas, css=asset_text("atlas.css"),
         headlines=headlines(run.json("summary.json") or {}, _interpreter_names(run)),
         figures=[{"caption": PLOTS[n].caption, "data": inline_image(run / f"figures/{n}.svg")} for n in drawn],
-        no_feature=_no_feature((run.json("summary.json") or {}).get("interpretation") or {}), steered=example_steered(run, cfg), no_steered=_no_steered(cfg), skipped=[n.replace("_", " ") for n in PLOTS if n not in drawn])
+        no_feature=_no_feature(run), steered=example_steered(run, cfg), no_steered=_no_steered(cfg),
+        skipped=[n.replace("_", " ") for n in PLOTS if n not in drawn])
     with write_beside(run / "report.html") as part: part.write_text(page, encoding="utf-8")
     return run / "report.html"
 
