@@ -1157,8 +1157,9 @@ def test_features_are_chosen_in_every_way(folder):
     assert choose_features(features, (NEVER, int(ok.feature.iloc[0])), 0) == [ok.feature.iloc[0]]      # a dead one keeps its own reason
 
 
-@pytest.mark.parametrize("choice, sentence", [((4, 9999), "names feature 9999; the SAE has features 0 to"), ((-1,), "names feature -1"),
-                                              ("top:3 by wisdom", "has no numbers wisdom; it has .*density"), ("level:7", "the SAE has levels 0 to 1")])
+@pytest.mark.parametrize("choice, sentence", [
+    ((4, 9999), "names feature 9999; the SAE has features 0 to"), ((-1,), "names feature -1"),
+    ("top:3 by wisdom", "has no numbers wisdom; it has .*density"), ("level:7", "the SAE has levels 0 to 1")])
 def test_a_feature_that_does_not_exist_is_named(folder, choice, sentence):
     with pytest.raises(UserError, match=sentence): choose_features(Exemplars(folder).features, choice, 0)
 
@@ -1166,7 +1167,7 @@ def test_a_feature_that_does_not_exist_is_named(folder, choice, sentence):
 def test_the_form_of_a_choice_is_checked_with_the_config():
     assert InterpretationConfig(features=7).features == (7,) and InterpretationConfig(features=[3, 1]).features == (3, 1)
     for wrong in ("best", "top:0", "top:", "sample:x", "level:", "top:3 by "):
-        with pytest.raises(ValueError, match='give "all", a list of feature numbers'): InterpretationConfig(features=wrong)
+        with pytest.raises(UserError, match="interpretation.features is .*; give all, a list of feature"): InterpretationConfig(features=wrong)
 
 
 def test_only_chosen_features_are_asked_about(folder, tmp_path):
