@@ -10,6 +10,7 @@ __all__ = ['PACKAGED', 'ENDS', 'CUT_OFF', 'find_model', 'load_model', 'prompt_to
 import json
 import re
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,14 +85,18 @@ def write_answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], 
 
 # %% ../../nbs/interpretation/local.ipynb #311cb510
 @torch.inference_mode()
-def logits_after(model: Any, prompt: Sequence[int], rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """float32 logits [rows, longest row, vocabulary] after each token of rows that all follow one prompt, which is read once."""
+def logits_after(model: Any, prompt: Sequence[int], rows: Sequence[Sequence[int]], at_once: int = 8) -> list[torch.Tensor]:
+    """For each of some rows that all follow one prompt float32 logits [tokens, vocabulary] after each of its tokens; the prompt is read once."""
     from transformers import DynamicCache
-    cache, longest = DynamicCache(config=model.config), max(map(len, rows))
-    model(torch.tensor([list(prompt)], device=model.device), past_key_values=cache, logits_to_keep=1)
-    cache.batch_repeat_interleave(len(rows))
-    filled = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=model.device)   # no row looks at what follows it
-    return model(filled, past_key_values=cache).logits.float().cpu()
+    read, logits = DynamicCache(config=model.config), {}
+    model(torch.tensor([list(prompt)], device=model.device), past_key_values=read, logits_to_keep=1)
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))     # rows of a kind together: filling up costs as much as reading
+    for part in (by_length[i:i + at_once] for i in range(0, len(rows), at_once)):
+        cache, longest = deepcopy(read), len(rows[part[-1]])
+        cache.batch_repeat_interleave(len(part))
+        filled = torch.tensor([[*rows[i], *[0] * (longest - len(rows[i]))] for i in part], device=model.device)   # no token looks at what follows it
+        logits |= {i: of[:len(rows[i])] for i, of in zip(part, model(filled, past_key_values=cache).logits.float().cpu(), strict=True)}
+    return [logits[i] for i in range(len(rows))]
 
 # %% ../../nbs/interpretation/local.ipynb #0524255b
 def answer_odds(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], answers: tuple[str, str] = ("Yes", "No")) -> list[float]:
@@ -101,7 +106,7 @@ def answer_odds(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], answe
     common = next((i for i, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1), min(map(len, rows)))
     common = min(common, min(map(len, rows)) - 1)
     logits = logits_after(model, rows[0][:common], [row[common:] for row in rows])
-    last = torch.stack([of[len(row) - common - 1] for of, row in zip(logits, rows, strict=True)])
+    last = torch.stack([of[-1] for of in logits])
     return (last[:, begins[0]].logsumexp(1) - last[:, begins[1]].logsumexp(1)).tolist()
 
 # %% ../../nbs/interpretation/local.ipynb #fb01616e
@@ -109,7 +114,7 @@ def excerpt_probabilities(model: Any, tokenizer: Any, prompt: Sequence[int], exc
     """Log-probability (natural, summed over tokens) of each excerpt as what is written after a prompt."""
     rows = [[prompt[-1], *tokenizer(e, add_special_tokens=False)["input_ids"]] for e in excerpts]
     logits = logits_after(model, prompt[:-1], [row[:-1] for row in rows])
-    return [float((of[range(len(row) - 1), row[1:]] - of[:len(row) - 1].logsumexp(1)).sum()) for of, row in zip(logits, rows, strict=True)]
+    return [float((of[range(len(of)), row[1:]] - of.logsumexp(1)).sum()) for of, row in zip(logits, rows, strict=True)]
 
 # %% ../../nbs/interpretation/local.ipynb #2d10ab73
 def model_mark(name: str) -> str:
