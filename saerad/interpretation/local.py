@@ -182,5 +182,6 @@ CUT_OFF = "cut off"
 
 def _reply_of(start: str, text: str, count: int, read: int, most: int) -> Reply:
     "What a model has written, or why that is no answer."
-    trouble = "empty reply" if not text.strip() else CUT_OFF if count >= most and not text.endswith(tuple(ENDS)) else ""
-    return Reply("" if trouble else start + text.rstrip(), trouble, tokens_in=read, tokens_out=count)
+    sentence, ended, _ = re.sub(r"\. ", ".\n", text.rstrip(" ") + " ").partition("\n")     # the token that ended it may hold the next word
+    trouble = "empty reply" if not sentence.strip() else CUT_OFF if count >= most and not ended else ""
+    return Reply("" if trouble else start + sentence.rstrip(), trouble, tokens_in=read, tokens_out=count)
