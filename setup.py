@@ -24,7 +24,7 @@ setup(
     include_package_data=False,
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "dicom", "book")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "dicom", "lm", "book")},
     entry_points={"console_scripts": ["saerad=saerad.run.cli:main"]},
     zip_safe=False,
 )

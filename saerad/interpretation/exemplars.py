@@ -10,7 +10,8 @@ __all__ = ['EDGES', 'ROLES', 'HARD_ROLES', 'SCHEMA', 'ExemplarsConfig', 'Windows
            'Example', 'FeatureContexts', 'Exemplars']
 
 # %% ../../nbs/interpretation/exemplars.ipynb #57d2fdac
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -563,6 +564,7 @@ class FeatureContexts:
     hard_scoring: tuple[Context, ...] = ()    # scoring side: hard negatives, all silent
     hard_sources: tuple[str, ...] = ()        # what makes each of them hard
     marks: tuple[tuple[int, ...], ...] = ()   # of the active scoring contexts: on which tokens the feature fires; only for setting exams
+    peaks: tuple[float, ...] = ()             # and how strongly at most (normalised units); only for the record of exams
 
 # %% ../../nbs/interpretation/exemplars.ipynb #70adc115
 class _Ranged:
@@ -619,6 +621,19 @@ class Exemplars:
         """The exemplars of one feature, as a table to look at."""
         return self.between(feature, feature + 1).to_pandas()
 
+    def only(self, features: Collection[int]) -> "Exemplars":
+        """The same tables with the contexts of some features; those of the others have the status "not chosen"."""
+        some, left_out = copy(self), ~self.features.feature.isin(features) & (self.features.status == "ok")
+        some.features = self.features.assign(status=self.features.status.mask(left_out, "not chosen"))
+        return some
+
+    def __getitem__(self, feature: int) -> FeatureContexts:
+        """What an interpreter gets of one feature, read by itself; raises `UserError` for one that is not there or has no contexts."""
+        rows = self.features[self.features.feature == feature]
+        if not len(rows): raise UserError(f"{self.folder} has no feature {feature}; it has features 0 to {len(self.features) - 1}.")
+        if (status := rows.status.iloc[0]) != "ok": raise UserError(f"feature {feature} has no contexts ({status}); choose another.")
+        return self._of(int(feature), rows.prevalence.iloc[0], pa.concat_tables([f.between(feature, feature + 1) for f in self.files]))
+
     def contexts(self, step: int = 32) -> Iterator[FeatureContexts]:
         """Every feature with status "ok" in turn, `step` features read at once; raises `UserError` for a leak between the sides."""
         prevalence = self.features[self.features.status == "ok"].set_index("feature").prevalence.to_dict()
@@ -642,9 +657,10 @@ class Exemplars:
         scoring = np.r_[of["score_active"], of["score_silent"]]
         contexts = {name: tuple(plain[i] for i in rows) for name, rows in (*of.items(), ("scoring", scoring))}
         sources = tuple(table["source"].take(of["score_near"]).to_pylist()) if len(of["score_near"]) else ()
-        marks = tuple(tuple(i for i, a in enumerate(row) if a > 0) for row in _lists(table["activations"].take(of["score_active"])))
+        heights = _lists(table["activations"].take(of["score_active"]))
+        marks = tuple(tuple(i for i, a in enumerate(row) if a > 0) for row in heights)
         return FeatureContexts(feature, prevalence, active, contexts["explain_silent"], contexts["scoring"], role[scoring] == "score_active",
-                               contexts["explain_near"], contexts["score_near"], sources, marks)
+                               contexts["explain_near"], contexts["score_near"], sources, marks, tuple(map(max, heights)))
 
     def _plain(self, table: pa.Table) -> list[Context]:
         "The contexts of some rows, without activations."

@@ -16,6 +16,7 @@ from ..activations.extraction import hookpoints, stored_studies
 from ..core import UserError, read_json
 from ..interpretation.endpoint import all_answered, can_replay, check_destination, check_endpoint_answers
 from ..interpretation.interpret import check_settings, replay_note
+from ..interpretation.local import find_model
 from .config import Config
 from ..show.run_folder import Run
 from ..steering.judges import judges_of, steering_settings
@@ -90,6 +91,7 @@ def check_endpoint(run: Run) -> None:
     """Raise `UserError` when the interpreter's files or key are missing, or an endpoint does not answer or may not see the text."""
     cfg, steering = run.config.interpretation, run.config.steering
     check_settings(cfg)
+    if cfg.interpreter == "local": find_model(cfg.model)
     if cfg.interpreter == "openai":
         check_destination(cfg, run.source.may_leave)
         if not can_replay(run / "interpretations/ledger.sqlite", replay_note(cfg)): check_endpoint_answers(cfg)

@@ -20,8 +20,9 @@ from ..studies.record import SPLITS
 SUMMARY = {
     "studies": ("studies", "patients", "tokens_train", "tokens_validation", "tokens_test"),
     "sae": ("width", "features", "k", "group_sizes", "group_order", "l0", "fvu", "loss_recovered", "dead"),
-    "interpretation": ("features", "scored", "f1_above_075", "f1_below_05", "median_f1", "shuffled_median_f1", "negatives", "parse_failures",
-                       "frequency_f1_spearman", "near_median_f1", "median_precision_at_prevalence", "repeated", "refusals", "cut_off", "unscored"),
+    "interpretation": ("interpreter", "model", "protocol", "features", "asked", "scored", "f1_above_075", "f1_below_05", "median_f1",
+                       "shuffled_median_f1", "negatives", "parse_failures", "frequency_f1_spearman", "near_median_f1",
+                       "median_precision_at_prevalence", "repeated", "refusals", "cut_off", "unscored", "median_auroc"),
     "steering": ("features", "alphas", "reports", "unchanged", "on_target_only", "mixed", "off_target_only", "degenerate", "sign_spearman",
                  "verdicts", "unanswered_verdicts"),
     "truth": ("concepts", "concepts_recovered", "description_names_truth", "report_finding_f1")}

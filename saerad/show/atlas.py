@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FEATURE_COLUMNS', 'TEMPLATE_WORDS', 'AROUND', 'PATCHES_SHOWN', 'FEATURES_PER_FILE', 'HISTOGRAM_EDGES', 'NOTICES',
-           'STAGES_SHOWN', 'SCRIPTS', 'COPIED', 'PAINTED_ABOUT', 'QUESTIONS', 'WHAT_TO_SEE', 'shade', 'changes',
-           'AtlasConfig', 'feature_table', 'is_template', 'pick_contexts', 'feature_contexts', 'decile_groups',
-           'ViewFiles', 'square_view', 'finding_boxes', 'share_inside', 'strongest_patches', 'feature_views',
-           'painted_pairs', 'feature_steering', 'study_pages', 'portrait_of', 'concept_features', 'what_was_found',
-           'asset_text', 'page_template', 'write_atlas', 'claims', 'headlines', 'best_features', 'example_steered',
-           'inline_image', 'write_report', 'build_atlas']
+           'STAGES_SHOWN', 'SCRIPTS', 'COPIED', 'PAINTED_ABOUT', 'NOT_ASKED', 'QUESTIONS', 'WHAT_TO_SEE', 'shade',
+           'changes', 'AtlasConfig', 'feature_table', 'is_template', 'pick_contexts', 'feature_contexts',
+           'decile_groups', 'ViewFiles', 'square_view', 'finding_boxes', 'share_inside', 'strongest_patches',
+           'feature_views', 'painted_pairs', 'feature_steering', 'study_pages', 'portrait_of', 'concept_features',
+           'what_was_found', 'asset_text', 'page_template', 'write_atlas', 'claims', 'headlines', 'best_features',
+           'example_steered', 'inline_image', 'write_report', 'build_atlas']
 
 # %% ../../nbs/show/atlas.ipynb #8f495d7e
 import base64
@@ -36,6 +36,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from ..core import Section, UserError, progress, write_beside
 from ..interpretation.exemplars import Exemplars
 from ..sae.model import MatryoshkaSAE
+from .examined import examined_pages
 from .figures import OUTCOME_COLOURS, PLOTS, alpha_unit, judged_reports
 from .run_folder import Run, as_run
 from ..steering.judges import OUTCOMES
@@ -410,10 +411,11 @@ def _pages(run: Run, table: pd.DataFrame, cfg: AtlasConfig, views: ViewFiles) ->
         picked = pick_contexts(exemplars.between(first, first + FEATURES_PER_FILE), cfg).to_pylist() if exemplars else []
         contexts: dict[int, list[dict]] = {}
         for row in picked: contexts.setdefault(row["feature"], []).append(row)
+        judged = {} if cfg.publish else examined_pages(run, first, first + FEATURES_PER_FILE)
         rows = {int(row["feature"]): row for row in table.iloc[first:first + FEATURES_PER_FILE].to_dict("records")}
         yield first // FEATURES_PER_FILE, {
             f: _page(row, decile_groups(feature_contexts(contexts.get(f, []))), portraits.get(f, [{}])[0], concepts.get(f, []))
-            | {"views": feature_views(seen.get(f, []), views), "painted": painted_pairs(risen.get(f, []), views), **same}
+            | {"views": feature_views(seen.get(f, []), views), "painted": painted_pairs(risen.get(f, []), views), "examined": judged.get(f), **same}
             | feature_steering(steered.get(f), written, cfg) for f, row in rows.items()}
 
 # %% ../../nbs/show/atlas.ipynb #f399a608
@@ -621,7 +623,7 @@ def _title(run: Run) -> str:
     return f"Features of the model {model} on {source}" if source and model else "Features of a run"
 
 # %% ../../nbs/show/atlas.ipynb #3af69b5e
-SCRIPTS = tuple(f"js/{name}.js" for name in ("page", "table", "texts", "films", "charts", "feature", "first", "studies", "ask", "compare",
+SCRIPTS = tuple(f"js/{name}.js" for name in ("page", "table", "texts", "films", "charts", "examined", "feature", "first", "studies", "ask", "compare",
                                                 "pins"))
 COPIED = ("atlas.css", *SCRIPTS, "vendor/table.min.js", "vendor/table.min.css", "vendor/plot.min.js", "vendor/LICENSES.txt")
 PAINTED_ABOUT = ("One radiograph of a held-out patient without findings, and the same with one finding painted into it; all else is as it was, and "
@@ -675,6 +677,7 @@ def claims(summary: Mapping[str, Any], interpreter: str = "") -> list[tuple[str,
              "patients).", "The concepts are the phantom's; this says nothing of real reports.", truth),
             ("inside", "The subject model's own reports find what is on the radiograph with a macro F1 of {report_finding_f1:.2f}.",
              "What the model does not know, no feature can show.", truth),
+            *(("true", "{who}", "{lost}", dict(zip(("who", "lost"), pair, strict=True))) for pair in [_who_was_asked(read)] if pair),
             ("true", "{scored:,} of {features:,} features have an examined explanation; {f1_above_075} reach an F1 above 0.75, {f1_below_05} stay "
              "below 0.5; the median is {median_f1:.2f}.", "Silent contexts were drawn: {negatives}; others would give another F1.", read),
             ("true", "With the explanation of another feature the median F1 is {shuffled_median_f1:.2f}.",
@@ -696,6 +699,24 @@ def _say(claim: str, caveat: str, numbers: Mapping[str, Any]) -> tuple[str, str]
     known = {k: v for k, v in numbers.items() if v is not None}
     try: return tuple(re.sub(r"(?<=\d)%", " %", sentence.format(**known)) for sentence in (claim, caveat))
     except KeyError: return None
+
+# %% ../../nbs/show/atlas.ipynb #48f9fc3c
+def _who_was_asked(read: Mapping[str, Any]) -> tuple[str, str] | None:
+    "Interpreter, model and protocol, of how many features, and what became of those without a score."
+    if not read.get("interpreter"): return None
+    model, asked, failed = read.get("model") or "", read.get("asked"), {k: v for k, v in (read.get("unscored") or {}).items() if k not in NOT_ASKED}
+    who = f"The {read['interpreter']} interpreter{f' ({model})' if model else ''} was asked by the protocol {read.get('protocol')}"
+    commonest = max(failed, key=failed.get, default="")
+    lost = f"{sum(failed.values()):,} of them could not be scored, most often because: {commonest}." if failed else ""
+    return f"{who} to explain {asked:,} of {read['features']:,} features." if asked is not None else f"{who}.", lost
+
+NOT_ASKED = ("not chosen", "dead", "too few contexts")
+
+def _no_feature(run: Run) -> str:
+    "Why the report has no feature to show: nobody was asked, or none could be scored."
+    read = (run.json("summary.json") or {}).get("interpretation") or {}
+    if not read.get("asked"): return "No feature has been explained and scored yet."
+    return " ".join((f"{read['asked']:,} features were tried and none could be scored.", *(_who_was_asked(read) or ("", ""))[1:]))
 
 # %% ../../nbs/show/atlas.ipynb #aaf43037
 def best_features(run: Run, cfg: AtlasConfig, views: ViewFiles, count: int = 3, contexts: int = 3) -> list[dict[str, Any]]:
@@ -801,7 +822,8 @@ def write_report(run: Run | Path | str, cfg: AtlasConfig | None = None) -> Path:
     asked, left = _questions(run, drawn)
     page = page_template("report.html").render(
         title=_title(run), notice=NOTICES[cfg.publish], best=_features_inline(run, cfg, atlas), atlas=atlas, css=asset_text("atlas.css"),
-        questions=asked, figures=[_figure(run, n) for n in left], steered=example_steered(run, cfg), no_steered=_no_steered(cfg),
+        questions=asked, no_feature=_no_feature(run),
+        figures=[_figure(run, n) for n in left], steered=example_steered(run, cfg), no_steered=_no_steered(cfg),
         skipped=[n.replace("_", " ") for n in PLOTS if n not in drawn])
     with write_beside(run / "report.html") as part: part.write_text(page, encoding="utf-8")
     return run / "report.html"

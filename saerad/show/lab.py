@@ -30,7 +30,9 @@ from saerad.show.atlas import (
     inline_image,
     page_template,
     portrait_of,
+    shade,
 )
+from .examined import examined_pages
 from .run_folder import Run, as_run
 
 # %% ../../nbs/show/lab.ipynb #6fb0165c
@@ -60,7 +62,7 @@ def _repr_html_(self: RunFeature) -> str:
     head = _tag("p", _tag("b", f"feature {self.feature}"), f", level {self.row.get('level', '?')}: ",
                 self.row.get("explanation") or "no explanation", style="margin:0")
     shown = self._portrait() if self.run.has("exemplars/exemplars.parquet") else []
-    return str(_tag("div", head, _tag("p", scores or "not scored", style="margin:0 0 .4em;opacity:.75"), *shown))
+    return str(_tag("div", head, _tag("p", scores or "not scored", style="margin:0 0 .4em;opacity:.75"), *shown, *self._examined()))
 
 # %% ../../nbs/show/lab.ipynb #e6094ce2
 @patch
@@ -92,6 +94,22 @@ def _context(shown: Mapping[str, Any]) -> Html:
     words = _tag("span", *(_word(*piece) for piece in shown["shaded"]), style="white-space:pre-wrap")
     return _tag("div", words, _tag("small", f"   {shown['place']}", style="opacity:.6"),
                 style="border:1px solid rgba(128,128,128,.35);border-radius:4px;padding:.15em .5em;margin:.15em 0")
+
+# %% ../../nbs/show/lab.ipynb #59acd242
+@patch
+def _examined(self: RunFeature) -> list[Html]:
+    "Hits, misses and false alarms, folded away; nothing where no examination was kept."
+    seen = examined_pages(self.run, self.feature, self.feature + 1).get(self.feature)
+    if seen is None: return []
+    top = max((a for group in seen["groups"] for c in group["contexts"] for a in c["activations"]), default=0.0)
+    return [_tag("p", seen["about"], style="margin:.4em 0;opacity:.75"),
+            *(_tag("details", _tag("summary", group["title"]), *(_judged(c, top) for c in group["contexts"])) for group in seen["groups"])]
+
+def _judged(shown: Mapping[str, Any], top: float) -> Html:
+    "One judged context; named words are framed."
+    words = [Html(_word(token, opacity, False).replace('style="', 'style="outline:1px solid currentColor;' if named else 'style="', 1))
+             for token, opacity, named in zip(shown["tokens"], shade(shown["activations"], top), shown["named"], strict=True)]
+    return _tag("div", _tag("span", *words, style="white-space:pre-wrap"), _tag("small", f"   {shown['place']}", style="opacity:.6"))
 
 # %% ../../nbs/show/lab.ipynb #12c8bbd5
 @patch(as_prop=True)

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
+import pyarrow.parquet as pq
 import yaml
 
 from ..activations.extraction import ExtractionConfig, folder_of
 from ..activations.store import Store
 from ..core import Section, read_json, read_table
+from ..interpretation.examinations import read_examination
+from ..interpretation.exemplars import Exemplars
 from ..sae.model import MatryoshkaSAE
 from ..studies.record import Source, StudiesConfig
 from ..studies.sources import open_source
@@ -49,6 +52,22 @@ class Run:
         if not self.has(name): return None
         if not name.endswith(".jsonl"): return read_json(self / name)
         return [json.loads(line) for line in (self / name).read_text(encoding="utf-8").splitlines() if line]
+
+    def scores(self, feature: int) -> dict[str, Any] | None:
+        """Explanation and scores of one feature, its row of `interpretations.parquet`; None where there is none."""
+        path = self / "interpretations/interpretations.parquet"
+        rows = pq.read_table(path, filters=[("feature", "==", feature)]).to_pylist() if path.is_file() else []
+        return rows[0] if rows else None
+
+    def exemplars(self, feature: int) -> pd.DataFrame | None:
+        """The contexts of one feature, near misses too, read without those of others; None where no stage has written them."""
+        if not self.has("exemplars/exemplars.parquet"): return None
+        return pd.concat([f.between(feature, feature + 1).to_pandas() for f in Exemplars(self / "exemplars").files], ignore_index=True)
+
+    def examinations(self, feature: int) -> pd.DataFrame | None:
+        """What was said of each context on which one feature's explanation was examined, read without the others; None where it was not kept."""
+        path = self / "interpretations/examinations.parquet"
+        return read_examination(path, feature) if path.is_file() else None
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -41,6 +41,8 @@ from saerad.interpretation.interpret import (
     at_prevalence,
     by_source,
     check_settings,
+    checked_estimate,
+    choose_features,
     compare_explanations,
     description_names_truth,
     detect_prompt,
@@ -51,6 +53,7 @@ from saerad.interpretation.interpret import (
     interpretation_summary,
     named_files,
     names,
+    planned_exemplars,
     protocol_of,
     read_explanations,
     repeated_explanations,
@@ -359,11 +362,11 @@ def test_the_prompts_of_a_feature(few):
 
 def test_a_replay_needs_no_endpoint_and_gives_the_same_bytes(few, tmp_path):
     with WordServer() as server: interpret(few, config(server), 0, CLOSED, tmp_path)
-    before = {n: file_hash(tmp_path / n) for n in ("interpretations.parquet", "ledger.sqlite")}
+    before = {n: file_hash(tmp_path / n) for n in ("examinations.parquet", "interpretations.parquet", "ledger.sqlite")}
     (tmp_path / "interpretations.parquet").unlink()
     interpret(few, config(server), 0, CLOSED, tmp_path)
     assert before == {n: file_hash(tmp_path / n) for n in before}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["interpretations.parquet", "ledger.sqlite"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(before)
 
 
 def test_the_key_is_used_and_never_stored(few, tmp_path, monkeypatch):
@@ -853,7 +856,7 @@ def test_a_budget_stops_cleanly_and_goes_on(few, tmp_path):
     ended = table[table.feature.isin(Exemplars(few).features.query("status == 'ok'").feature)]
     assert len(ended) == 3 and ((ended.status == "scored") | (ended.reason != "")).all()
     assert len(spent) and 0 < len(server.bodies) < needed["calls"]
-    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".parquet"] == ["interpretations.parquet"]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix == ".parquet") == ["examinations.parquet", "interpretations.parquet"]
 
 
 def test_a_spent_budget_asks_no_more(few, tmp_path):
@@ -1036,3 +1039,78 @@ def test_the_strongest_are_said_apart_and_predict_nothing():
     assert strongest(active, tell_study=False) == "" and strongest(active[:10], True) == ""
     rule = (Clause("nodule", stated="left nodule"), Clause(place="frontal image", stated="central line"))
     assert sorted(read_rule(rule_sentence(rule) + strongest(active, True))) == sorted(rule)
+
+
+# the choice of features, and the record of their examinations
+
+def test_features_are_chosen_in_every_way(folder):
+    features = Exemplars(folder).features
+    ok = features[features.status == "ok"]
+    assert choose_features(features, "all", 0) == ok.feature.tolist()
+    few, more = (set(choose_features(features, f"sample:{n}", 0)) for n in (3, 6))
+    assert len(few) == 3 and len(more) == 6 and few < more <= set(ok.feature) and few != set(choose_features(features, "sample:3", 1))
+    assert len(choose_features(features, "sample:9999", 0)) == len(ok)
+    top = choose_features(features, "top:4 by density", 0)
+    assert top == choose_features(features, "top:4", 0) and set(top) == set(ok.nlargest(4, "density", keep="first").feature)
+    assert choose_features(features, "level:0", 0) == ok[ok.level == 0].feature.tolist()
+    assert choose_features(features, (NEVER, int(ok.feature.iloc[0])), 0) == [ok.feature.iloc[0]]      # a dead one keeps its own reason
+
+
+@pytest.mark.parametrize("choice, sentence", [
+    ((4, 9999), "names feature 9999; the SAE has features 0 to"), ((-1,), "names feature -1"),
+    ("top:3 by wisdom", "has no numbers wisdom; it has .*density"), ("level:7", "the SAE has levels 0 to 1")])
+def test_a_feature_that_does_not_exist_is_named(folder, choice, sentence):
+    with pytest.raises(UserError, match=sentence): choose_features(Exemplars(folder).features, choice, 0)
+
+
+def test_the_form_of_a_choice_is_checked_with_the_config():
+    assert InterpretationConfig(features=7).features == (7,) and InterpretationConfig(features=[3, 1]).features == (3, 1)
+    for wrong in ("best", "top:0", "top:", "sample:x", "level:", "top:3 by "):
+        with pytest.raises(UserError, match="interpretation.features is .*; give all, a list of feature"): InterpretationConfig(features=wrong)
+
+
+def test_only_chosen_features_are_asked_about(folder, tmp_path):
+    made = Exemplars(folder)
+    cfg = InterpretationConfig(features="sample:4", bootstrap=10)
+    table, chosen = interpret(folder, cfg, 0, CLOSED, tmp_path), choose_features(made.features, "sample:4", 0)
+    assert set(table[table.reason != "not chosen"].query("reason not in ['dead', 'too few contexts']").feature) == set(chosen)
+    assert len(table) == len(made.features) and set(read_table(tmp_path / "examinations.parquet")["feature"].to_pylist()) <= set(chosen)
+    whole = interpret(folder, cfg.model_copy(update={"features": "all"}), 0, CLOSED, tmp_path / "all").set_index("feature")
+    kept = table.set_index("feature").loc[chosen]
+    assert (kept.explanation == whole.loc[chosen].explanation).all() and np.allclose(kept.f1, whole.loc[chosen].f1)   # as if all had been
+    said = interpretation_summary(table)
+    assert (said["asked"], said["interpreter"], said["model"], said["protocol"]) == (4, "lexical", "", "paper")
+
+
+def test_the_estimate_counts_what_was_chosen(few, folder):
+    cfg = config(features="sample:2")
+    chosen, every = checked_estimate(Exemplars(folder), cfg), checked_estimate(Exemplars(folder), config())
+    assert chosen["features"] == chosen["explain"] == 2 < every["features"] and chosen["tokens_in"] < every["tokens_in"]
+    assert estimate_cost(planned_exemplars(500, ExemplarsConfig())[0], cfg)["features"] == 2
+
+
+def test_one_feature_is_read_by_itself(folder):
+    made = Exemplars(folder)
+    for f in list(made.contexts())[:3]:
+        alone = made[f.feature]
+        assert [vars(a) for a in alone.active] == [vars(a) for a in f.active] and (alone.truth == f.truth).all()
+        assert alone.marks == f.marks and alone.peaks == f.peaks and len(f.peaks) == f.truth.sum() and min(f.peaks) > 0
+    with pytest.raises(UserError, match="has no feature 9999; it has features 0 to"): made[9999]
+    with pytest.raises(UserError, match=f"feature {NEVER} has no contexts \\(dead\\)"): made[NEVER]
+
+
+def test_the_record_gives_every_score_again(near, tmp_path):
+    """F1, the control's F1 and the false positive rates of each source are those of the answers that were kept."""
+    table = interpret(near, InterpretationConfig(protocol="saerad", bootstrap=10), 0, CLOSED, tmp_path).set_index("feature")
+    record = read_table(tmp_path / "examinations.parquet").to_pandas()
+    assert set(record.feature) == set(table[table.status == "scored"].index)
+    assert (record.groupby("feature").row.diff().dropna() >= 0).all()
+    for f, rows in record.groupby("feature"):
+        plain = rows[rows.source.isin(["firing", "random"])]
+        assert np.isclose(table.f1[f], f1_score(plain.truth, plain.answer == 1))
+        control = plain[plain.answer_shuffled.notna()]
+        if len(control) and not np.isnan(table.shuffled_f1[f]):
+            assert np.isclose(table.shuffled_f1[f], f1_score(control.truth, control.answer_shuffled == 1))
+        for source in table.by_source[f]:
+            assert np.isclose(source["false_positive_rate"], (rows[rows.source == source["source"]].answer == 1).mean())
+        assert (rows[rows.truth].activation > 0).all() and (rows[~rows.truth].activation == 0).all()
