@@ -67,7 +67,7 @@ def rebuild(x):
     z = torch.zeros(len(x), width, device=device)
     z[selected.row, selected.col] = selected.value
     return sae.decode(z)
-report(lambda i, x: trainer.train_step(x), rebuild)
+report(lambda i, x: trainer.train_step(x, measured=False), rebuild)
 '''
 
 DICTIONARY_LEARNING = COMMON + '''
