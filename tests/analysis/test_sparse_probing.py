@@ -2,6 +2,7 @@
 import os
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -268,7 +269,7 @@ def test_names_and_table():
     names = sp.group_names([(0, 1), (2, 3), (7,)], lines, words=1)
     assert names == ["effusion", "heart", ""] and sp.group_names([(0,)], {}) == [""]
     sae, z = plain_sae([[1, 0], [1, 0], [0, 1]]), sparse.csr_matrix(np.array([[1.0, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 1]]))
-    table = sp.group_table(sae, [(0, 1), (0, 2)], z, {0: "pleural effusion", 1: "effusion"})
+    table = sp.group_table(sae, [(0, 1), (0, 2)], z, {0: "pleural effusion", 1: "effusion", 2: "heart"})
     assert table.density.tolist() == [0.5, 0.5] and table.cosine.tolist() == pytest.approx([1.0, 0.0]) and "effusion" in table.name[0]
 
 
@@ -323,6 +324,9 @@ def test_saes_side_by_side_at_equal_l0(real):
     moved = sp.at_l0(sae, store, 8)
     x = store.read(test.rows)
     assert table.fvu["a"] == pytest.approx(fvu(x, moved(x)), rel=1e-3)
+    as_runs = {name: SimpleNamespace(store=store, source=source, sae=sae) for name in ("a", "c")}
+    again = sp.probing_table(as_runs, l0=8, least=(200, 60), sizes=(1,), draws=2)
+    assert again.name.tolist() == ["a", "c"] and again.fvu[0] == again.fvu[1] and again.told_1.between(0, 1).all()
     assert (table.told_group >= 0).all() and table[["perturbation", "absorbed"]].notna().all().all()
 
 
