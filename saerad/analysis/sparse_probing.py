@@ -432,7 +432,7 @@ def alike(sae: MatryoshkaSAE, z: sparse.spmatrix, features: Int[np.ndarray, " f"
 # %% ../../nbs/analysis/sparse_probing.ipynb #db5a2b5f
 def feature_graph(sae: MatryoshkaSAE, z: sparse.spmatrix, features: Int[np.ndarray, " f"], edge: float, cofiring: float = 0.0,
                   block: int = 2048) -> sparse.csr_matrix:
-    """The pairs of features that are `edge` alike or more, as a sparse matrix [f, f], `block` rows at a time; only firing together needs all at once."""
+    """The pairs of features that are `edge` alike or more, as a sparse matrix [f, f]; `block` rows at a time but for firing together."""
     rows = torch.nn.functional.normalize(sae.W_dec.detach().cpu()[features], dim=1).numpy()
     together = firing_together(z, features) if cofiring else None
     parts = []
