@@ -108,7 +108,7 @@ def test_settings_say_what_cannot_be(tiny):
 
 def test_a_run_is_refused_before_it_begins(tmp_path):
     from saerad.run.checks import check_endpoint
-    run = SimpleNamespace(config=SimpleNamespace(interpretation=config(tmp_path / "nothing")), source=OPEN)
+    run = SimpleNamespace(config=SimpleNamespace(interpretation=config(tmp_path / "nothing"), steering=None), source=OPEN)
     with pytest.raises(UserError, match="there is no model at"): check_endpoint(run)
 
 

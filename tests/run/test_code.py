@@ -94,7 +94,7 @@ EDITS = {"subjects.maira2": ("subjects/maira2.py", "patches[:, 1:]", "patches[:,
          "assets/prompts": ("assets/prompts/fuzz-1.txt", " ", "  "),
          "run.stages.do_evaluate": ("run/stages.py", "run.config.evaluation, run", "run.config.evaluation or None, run"),
          "run.stages.training_rows": ("run/stages.py", "if cfg.training.online else run.store", "if cfg.training.online else run.store or None"),
-         "run.checks": ("run/checks.py", "timeout=10", "timeout=9"),
+         "run.checks": ("run/checks.py", "characters / 4", "characters / 5"),
          "steering.steer": ("steering/steer.py", "def steer(", "def helper():\n    from ..sae.added import value\n    return value\n\ndef steer(")}
 
 
