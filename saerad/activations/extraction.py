@@ -307,7 +307,7 @@ def extract(source: Source, subject: Subject, cfg: ExtractionConfig, out: Path |
     keys = {layer: store_key(source, subject, single_layer(cfg, layer)) for layer in hookpoints(cfg)}
     if all(finished_store(folder_of(out, cfg, layer), key) for layer, key in keys.items()):
         barrier()
-        return Store.open(out)
+        return _with_norms(out, cfg)
     studies = stored_studies(source, cfg)
     parts = parts_of(len(studies), cfg)
     for p, begin, end in parts_of(len(studies), cfg, *rank_and_size()):
@@ -316,7 +316,10 @@ def extract(source: Source, subject: Subject, cfg: ExtractionConfig, out: Path |
             writers = {layer: stack.enter_context(_writer(source, subject, *own, p, len(parts), begin)) for layer, own in stores.items()}
             _write_part(subject, studies, begin, end, cfg, writers, f"extraction, part {p + 1} of {len(parts)}")
     barrier()
-    if not (Path(out) / "store.json").exists(): return None
+    return _with_norms(out, cfg) if (Path(out) / "store.json").exists() else None
+
+def _with_norms(out: Path | str, cfg: ExtractionConfig) -> Store:
+    "The store of the main hookpoint, after the lengths of each store's vectors were written beside it, where they are not yet."
     for layer in hookpoints(cfg):
         if said := write_norms(Store.open(folder_of(out, cfg, layer))): print(f"Layer {layer}: {said}", file=sys.stderr)
     return Store.open(out)

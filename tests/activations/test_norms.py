@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
+from saerad.activations.extraction import ExtractionConfig, extract
 from saerad.activations.norms import norm_limit, norm_summary, norm_table, ordinary_rows, sink_sentence, write_norms
 from saerad.activations.store import TOKEN_SCHEMA, Store, StoreWriter
 from saerad.core import read_json
@@ -13,6 +14,9 @@ from saerad.sae.convert import convert, doctor
 from saerad.sae.evaluation import reconstruction
 from saerad.sae.model import MatryoshkaSAE, SAEConfig
 from saerad.sae.training import Trainer, TrainingConfig, initial_sae, train_sae
+from saerad.studies.record import StudiesConfig
+from saerad.studies.sources import open_source
+from saerad.subjects.subject import open_subject
 
 
 def store_of(folder, sinks: float, every: int = 1) -> Store:
@@ -102,3 +106,13 @@ def test_a_checkpoint_knows_the_limit(tmp_path, engine):
 def norm_limit_of(store, cfg) -> float:
     reader = store.batches("train", cfg.batch_size, 0)
     return norm_limit(torch.cat([next(reader)[2] for _ in range(cfg.start_rows // cfg.batch_size)]), 10.0)
+
+
+def test_a_store_that_was_finished_without_its_lengths_gets_them(tmp_path):
+    source = open_source(StudiesConfig(source="phantom:0", train_patients=2, validation_patients=1, test_patients=1))
+    subject, cfg = open_subject(), ExtractionConfig(layer=1)
+    extract(source, subject, cfg, tmp_path)
+    written = (tmp_path / "norms.json").read_bytes()
+    (tmp_path / "norms.json").unlink()              # killed between the store and its lengths
+    extract(source, subject, cfg, tmp_path)
+    assert (tmp_path / "norms.json").read_bytes() == written
