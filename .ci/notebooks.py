@@ -91,7 +91,7 @@ def check_notebook(path: Path) -> list[str]:
     if nb.metadata.get("kernelspec") != KERNEL: problems.append(f"{name}: kernelspec {nb.metadata.get('kernelspec')}, not {KERNEL}")
     code = [c for c in nb.cells if c.cell_type == "code" and not SKIP.search(c.source)]
     shown = [c for c in code if not re.search(r"(?m)^#\|\s*(export|hide|default_exp)", c.source)]
-    problems += check_opening(nb, name) + check_picture(nb, name) + check_looks(nb, name)
+    problems += check_opening(nb, name) + check_picture(nb, name) + check_looks(nb, name) + check_imports(nb, name)
     if any(last_is_a_value(c.source) for c in shown) and not any(c.outputs for c in shown): problems.append(f"{name}: was never executed")
     for i, cell in enumerate(nb.cells):
         if cell.cell_type != "code": continue
@@ -121,6 +121,18 @@ def check_picture(nb, name: Path) -> list[str]:
     exported = next((i for i, c in enumerate(nb.cells) if re.match(r"#\| ?exports?\b(?!\n(import|from) )", c.source)), len(nb.cells))
     if any(shows(c) for c in nb.cells[:min(exported, 13)]): return []
     return [f"{name}: no picture before its first function and among its first 13 cells"]
+
+
+def check_imports(nb, name: Path) -> list[str]:
+    """The site executes every cell that imports, and those alone: such a cell does nothing else, unless it is exported."""
+    problems = []
+    for i, cell in enumerate(nb.cells):
+        if cell.cell_type != "code" or SKIP.search(cell.source) or re.match(r"#\| ?export", cell.source) or "nbdev_export()" in cell.source: continue
+        try: nodes = list(ast.walk(ast.parse(cell.source)))
+        except SyntaxError: continue        # a magic
+        both = [any(isinstance(node, kinds) for node in nodes) for kinds in ((ast.Import, ast.ImportFrom), (ast.Expr, ast.Assign))]
+        if all(both): problems.append(f"{name}, cell {i}: imports and does something else too: make two cells of it")
+    return problems
 
 
 def check_looks(nb, name: Path, most: int = 5) -> list[str]:
