@@ -373,7 +373,8 @@ class Links(HTMLParser):
         told = tag == "link" and given.get("rel") in ("canonical", "preconnect")     # to machines, not followed
         self.targets += [given[a] for a in ("href", "src") if given.get(a) and not told]
         self.loaded += [given[a] for a in ("href", "src") if given.get(a) and not told and (tag == "link" or a == "src")]
-        if tag in ("pre", "code", "script", "style", "nav", "math"): self.inside.append(tag)
+        data = tag == "table" and "dataframe" in (given.get("class") or "")       # an output's table holds data, whatever they look like
+        if tag in ("pre", "code", "script", "style", "nav", "math") or data: self.inside.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
         if self.inside and self.inside[-1] == tag: self.inside.pop()
