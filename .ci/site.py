@@ -423,7 +423,10 @@ def dead(url: str, page: str, pages: dict[str, Links], site: Path) -> list[str]:
 
 
 def main() -> int:
-    subprocess.run([sys.executable, "-c", PROCESS], cwd=ROOT, check=True)
+    index = ROOT / "saerad/_modidx.py"
+    names = index.read_bytes()
+    try: subprocess.run([sys.executable, "-c", PROCESS], cwd=ROOT, check=True)
+    finally: index.write_bytes(names)       # nbdev writes it anew, without the names
     book = build(ROOT / "_proc", ROOT / "_site")
     problems = check(ROOT / "_site", book)
     for problem in problems: print(problem)
