@@ -37,7 +37,8 @@ def copied(to, chapters=CHAPTERS):
     for name in (".ci/site.py", ".ci/notebooks.py", "settings.ini", "setup.py", "README.md", *(f"nbs/{c}.ipynb" for c in chapters)):
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, to / name)
-    (to / "saerad").symlink_to(ROOT / "saerad")
+    shutil.copytree(ROOT / "saerad", to / "saerad", ignore=shutil.ignore_patterns("assets", "__pycache__"))      # nbdev writes into it
+    (to / "saerad/assets").symlink_to(ROOT / "saerad/assets")
     for chapter in chapters:
         nb = nbformat.read(to / f"nbs/{chapter}.ipynb", 4)
         for cell in nb.cells:
