@@ -28,7 +28,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .norms import write_norms
-from .store import TOKEN_SCHEMA, Store, StoreWriter
+from .store import TOKEN_SCHEMA, Store, StoreWriter, tidy_store
 from ..core import Section, UserError, content_hash, join_processes, prefetch, progress, rng
 from ..studies.record import SPLITS, Source, Study
 from ..subjects.subject import Prompt, Subject
@@ -307,6 +307,7 @@ def extract(source: Source, subject: Subject, cfg: ExtractionConfig, out: Path |
     keys = {layer: store_key(source, subject, single_layer(cfg, layer)) for layer in hookpoints(cfg)}
     if all(finished_store(folder_of(out, cfg, layer), key) for layer, key in keys.items()):
         barrier()
+        for layer in keys: tidy_store(folder_of(out, cfg, layer))
         return _with_norms(out, cfg)
     studies = stored_studies(source, cfg)
     parts = parts_of(len(studies), cfg)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKEN_SCHEMA', 'DTYPES', 'PART', 'BLOCK', 'CHUNK_BYTES', 'SAFETENSORS_TYPES', 'NAMED', 'MEMORY', 'pack_rows',
-           'unpack_rows', 'checksum', 'StoreWriter', 'Store', 'delivery_to', 'deal_batches']
+           'unpack_rows', 'checksum', 'tidy_store', 'StoreWriter', 'Store', 'delivery_to', 'deal_batches']
 
 # %% ../../nbs/activations/store.ipynb #d813e746
 import errno
@@ -15,7 +15,7 @@ import re
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -209,6 +209,13 @@ def _part_record(folder: Path, meta: dict[str, Any], part: int, begin: int, end:
     whole = all(_has_checksum(folder / s["file"], s["xxh3"]) for s in shards)
     return {"key": meta["key"], "shards": shards, "problems": problems, "finished": end if whole else None}
 
+# %% ../../nbs/activations/store.ipynb #7c1d90aa
+def _remove_dead_locks(locks: Iterable[Path]) -> None:
+    "Remove the lock files of processes that are gone; those of living ones stay."
+    for lock in locks:
+        try: _release_lock(lock, _take_lock(lock))
+        except UserError: pass
+
 # %% ../../nbs/activations/store.ipynb #519daaad
 class _PartOfStore:
     "The files of one part of a store: what an earlier writer left of them, and how the finished parts are joined."
@@ -272,14 +279,8 @@ class _PartOfStore:
             with write_beside(joined) as path, pq.ParquetWriter(path, TOKEN_SCHEMA, compression="zstd") as out:
                 for s in shards: out.write_table(pq.read_table(self.folder / _tokens_file(s)))
             write_json(self.folder / "store.json", self._store_record(shards, parts, joined))
-        self._tidy_up({"store.json", "tokens.parquet", *(s["file"] for s in shards)})
-
-    def _tidy_up(self, kept: set[str]) -> None:
-        "Remove all but the files of the store, and the locks of processes that were killed."
-        _remove_files(self.folder, kept.__contains__)
-        for lock in set(self.folder.glob(".part-*.lock")) - {self._lock_file}:
-            try: _release_lock(lock, _take_lock(lock))
-            except UserError: pass
+        _remove_files(self.folder, {"store.json", "tokens.parquet", *(s["file"] for s in shards)}.__contains__)
+        _remove_dead_locks(set(self.folder.glob(".part-*.lock")) - {self._lock_file})
 
     def _store_record(self, shards: list[dict], parts: list[dict], tokens: Path) -> dict[str, Any]:
         "What `store.json` says."
@@ -288,6 +289,19 @@ class _PartOfStore:
                 "shards": [{k: v for k, v in s.items() if k != "tokens_xxh3"} for s in shards],
                 "tokens_xxh3": checksum(tokens), "splits": _count_splits(tokens), "parts": [p["finished"] for p in parts],
                 "made_from": self.made_from, "problems": [q for p in parts for q in p["problems"]]}
+
+# %% ../../nbs/activations/store.ipynb #7c1d90ac
+def tidy_store(folder: Path | str) -> None:
+    """Remove what a writer that was killed after its last record left beside a whole store; writes nothing where nothing is left."""
+    folder = Path(folder)
+    kept = {"store.json", "tokens.parquet", *(s["file"] for s in read_json(folder / "store.json")["shards"])}
+    if not any(p.name.endswith(".lock") or NAMED.fullmatch(p.name) and p.name not in kept for p in folder.iterdir()): return
+    lock = _take_lock(folder / ".join.lock", wait=True)
+    try:
+        if (folder / "store.json").exists():        # else another process has begun to make it again
+            _remove_files(folder, kept.__contains__)
+            _remove_dead_locks(folder.glob(".part-*.lock"))
+    finally: _release_lock(folder / ".join.lock", lock)
 
 # %% ../../nbs/activations/store.ipynb #a5f3b548
 class StoreWriter(_PartOfStore):

@@ -1,4 +1,5 @@
 """Extraction: the right tokens, the right vectors, and the same bytes whatever happens on the way."""
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -410,6 +411,24 @@ def test_killed_at_twenty_random_moments(tmp_path: Path, monkeypatch: pytest.Mon
         assert contents(tmp_path / str(i)) == expected, moment
     torch.set_num_threads(threads)
     assert -signal.SIGKILL in killed
+
+
+def test_killed_just_before_it_swept(tmp_path: Path) -> None:
+    """Whoever finds the store whole sweeps in the place of the killed one, but leaves the lock of a living process; then nothing is written."""
+    subject, source, folder = tiny(), studies(12), tmp_path / "store"
+    extract(source, subject, MANY, folder)
+    expected = contents(folder)
+    for name in (".part-00000.lock", ".part-00001.lock", ".join.lock", "tokens-00000.parquet", "part-00000.json", ".shard-00009.safetensors.77.part"):
+        (folder / name).write_bytes(b"")
+    with open(folder / ".part-00001.lock", "w") as living:
+        fcntl.flock(living, fcntl.LOCK_EX)
+        extract(source, subject, MANY, folder)
+        assert set(contents(folder)) - set(expected) == {".part-00001.lock"}
+    extract(source, subject, MANY, folder)
+    assert contents(folder) == expected
+    before = os.stat(folder).st_mtime_ns
+    extract(source, subject, MANY, folder)
+    assert os.stat(folder).st_mtime_ns == before
 
 
 TORCHRUN = """
