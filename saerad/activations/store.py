@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKEN_SCHEMA', 'DTYPES', 'PART', 'BLOCK', 'CHUNK_BYTES', 'SAFETENSORS_TYPES', 'NAMED', 'MEMORY', 'pack_rows',
-           'unpack_rows', 'checksum', 'tidy_store', 'StoreWriter', 'Store', 'delivery_to', 'deal_batches']
+           'unpack_rows', 'checksum', 'StoreWriter', 'Store', 'tidy_store', 'delivery_to', 'deal_batches']
 
 # %% ../../nbs/activations/store.ipynb #d813e746
 import errno
@@ -290,19 +290,6 @@ class _PartOfStore:
                 "tokens_xxh3": checksum(tokens), "splits": _count_splits(tokens), "parts": [p["finished"] for p in parts],
                 "made_from": self.made_from, "problems": [q for p in parts for q in p["problems"]]}
 
-# %% ../../nbs/activations/store.ipynb #7c1d90ac
-def tidy_store(folder: Path | str) -> None:
-    """Remove what a writer that was killed after its last record left beside a whole store; writes nothing where nothing is left."""
-    folder = Path(folder)
-    kept = {"store.json", "tokens.parquet", *(s["file"] for s in read_json(folder / "store.json")["shards"])}
-    if not any(p.name.endswith(".lock") or NAMED.fullmatch(p.name) and p.name not in kept for p in folder.iterdir()): return
-    lock = _take_lock(folder / ".join.lock", wait=True)
-    try:
-        if (folder / "store.json").exists():        # else another process has begun to make it again
-            _remove_files(folder, kept.__contains__)
-            _remove_dead_locks(folder.glob(".part-*.lock"))
-    finally: _release_lock(folder / ".join.lock", lock)
-
 # %% ../../nbs/activations/store.ipynb #a5f3b548
 class StoreWriter(_PartOfStore):
     """Write a store, or one part of it, study by study; one that was killed resumes where it was and ends with the same bytes.
@@ -564,6 +551,19 @@ class Store:
         "Shape and type of what is held for one row."
         stored = {k: (shape[1:], kind) for k, (_, shape, kind) in self._files[0].tensors.items()}
         return stored | {"order": ((), np.dtype(np.int64))}       # numbers in the store, not in the shard
+
+# %% ../../nbs/activations/store.ipynb #7c1d90ac
+def tidy_store(folder: Path | str) -> None:
+    """Remove what a writer that was killed after its last record left beside a whole store; writes nothing where nothing is left."""
+    folder = Path(folder)
+    kept = {"store.json", "tokens.parquet", *(s["file"] for s in read_json(folder / "store.json")["shards"])}
+    if not any(p.name.endswith(".lock") or NAMED.fullmatch(p.name) and p.name not in kept for p in folder.iterdir()): return
+    lock = _take_lock(folder / ".join.lock", wait=True)
+    try:
+        if (folder / "store.json").exists():        # else another process has begun to make it again
+            _remove_files(folder, kept.__contains__)
+            _remove_dead_locks(folder.glob(".part-*.lock"))
+    finally: _release_lock(folder / ".join.lock", lock)
 
 # %% ../../nbs/activations/store.ipynb #80ecf77e
 @dataclass

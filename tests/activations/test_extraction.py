@@ -420,7 +420,7 @@ def test_killed_just_before_it_swept(tmp_path: Path) -> None:
     expected = contents(folder)
     for name in (".part-00000.lock", ".part-00001.lock", ".join.lock", "tokens-00000.parquet", "part-00000.json", ".shard-00009.safetensors.77.part"):
         (folder / name).write_bytes(b"")
-    with open(folder / ".part-00001.lock", "w") as living:
+    with open(folder / ".part-00001.lock", "w", encoding="utf-8") as living:
         fcntl.flock(living, fcntl.LOCK_EX)
         extract(source, subject, MANY, folder)
         assert set(contents(folder)) - set(expected) == {".part-00001.lock"}
