@@ -6,8 +6,8 @@
 __all__ = ['app', 'ConfigPath', 'Settings', 'Out', 'From', 'Keep', 'Check', 'StoreFolder', 'review_app', 'mini_app', 'run_until',
            'folder_for', 'run_command', 'atlas_command', 'ask_command', 'interpret_command', 'estimate_of',
            'stream_width', 'studies_command', 'sweep_command', 'run_sweep', 'doctor_command', 'convert_command',
-           'export_command', 'compare_command', 'review_pack_command', 'review_score_command', 'mini_train_command',
-           'bench_command', 'bench_table', 'main', 'print_error', 'explain_exception']
+           'export_command', 'release_command', 'compare_command', 'review_pack_command', 'review_score_command',
+           'mini_train_command', 'bench_command', 'bench_table', 'main', 'print_error', 'explain_exception']
 
 # %% ../../nbs/run/cli.ipynb #f10e2614
 import errno
@@ -219,6 +219,16 @@ def export_command(run: Annotated[Path, typer.Argument(help="folder of a run")],
     elif to == "csv": print(export_csv(run, out))
     elif to == "delphi": print(export_delphi(Store.open(run / "activations"), MatryoshkaSAE.load(run / "sae"), out, hookpoint, splits, length))
     else: raise UserError(f"--to {to} is not a format; the formats are delphi, neuronpedia and csv.")
+
+# %% ../../nbs/run/cli.ipynb #4e1ea5e1
+@app.command("release")
+def release_command(run: Annotated[Path, typer.Argument(help="folder of a run")], out: Annotated[Path, typer.Argument(help="a new folder")],
+                    name: Annotated[str, typer.Option(help="what the card calls it (default: the run's name)")] = "",
+                    atlas: Annotated[bool, typer.Option(help="the feature atlas too")] = True,
+                    most_mb: Annotated[float, typer.Option("--most-mb", help="what all of it may have, in MB")] = 10.0) -> None:
+    """Write a run's SAE for three libraries, its explanations, its atlas and a card into a folder."""
+    from saerad.show.release import write_release
+    print(write_release(run, out, name, atlas, most_mb))
 
 # %% ../../nbs/run/cli.ipynb #acb1d8fa
 @app.command("compare")
