@@ -686,12 +686,35 @@ def claims(summary: Mapping[str, Any], interpreter: str = "") -> list[tuple[str,
              "A high F1 needs the words, not the reason.", truth),
             ("done", "Of {reports} steered reports {on_target_only:.0%} changed on target only, {mixed:.0%} on and off target, "
              "{off_target_only:.0%} off target only; {unchanged:.0%} did not change and {degenerate:.0%} fell apart.",
-             "The figure shows what random directions of the same length do.", steer)]
+             "The figure shows what random directions of the same length do.", steer),
+            *(("done", *pair, steer) for pair in _on_target_claims(steer))]
     return [(question, *pair) for question, claim, caveat, numbers in said if (pair := _say(claim, caveat, numbers))]
 
 def headlines(summary: Mapping[str, Any], interpreter: str = "") -> list[tuple[str, str]]:
     """(claim, caveat) sentences from `summary.json`, in a reader's order."""
     return [(claim, caveat) for _, claim, caveat in claims(summary, interpreter)]
+
+# %% ../../nbs/show/atlas.ipynb #2d6b95ea
+def _on_target_claims(steer: Mapping[str, Any]) -> list[tuple[str, str]]:
+    "Claims about the senses of on target, additions and suppressions, and the model's own reports; none for a run that has not judged them."
+    own, random = ({case: _case_in_words(part.get(case)) for case in ("on_target", "addition", "suppression")}
+                   for part in (steer, steer.get("random") or {}))
+    names = {"on_target": "Purely on target over all reports", "addition": "Where a finding was absent, pushing for it added it and nothing else",
+             "suppression": "Where it was there, pushing against it took of it and of nothing else"}
+    said = [(f"{name}: {own[case]}.", f"Random directions of the same length: {random[case] or 'none were tried'}.")
+            for case, name in names.items() if own[case]]
+    if steer.get("unreadable_baselines"):
+        said.append(("{unreadable_baselines} of {baselines} of the model's own reports cannot be read before any steering.",
+                     "A steered report counts as fallen apart only where it is worse than these."))
+    return said
+
+def _case_in_words(case: Mapping[str, Any] | None) -> str:
+    "The three senses of a case with their intervals, in words; of a case by image, on the studies' own films."
+    told = (case or {}).get("shown", case or {})
+    if not told.get("reports") or told["strict"][1] is None: return ""
+    names = {"strict": "strictly", "paper": "in the paper's wording", "clinical": "clinically"}
+    shares = ", ".join(f"{name} {told[s][0]:.0%} [{100 * told[s][1]:.0f}, {100 * told[s][2]:.0f}]" for s, name in names.items())
+    return f"{shares} ({told['reports']} reports)"
 
 # %% ../../nbs/show/atlas.ipynb #81fd0be6
 def _say(claim: str, caveat: str, numbers: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -775,7 +798,7 @@ def _no_steered(cfg: AtlasConfig) -> str:
 QUESTIONS = {"faithful": ("Is it faithful?", ("fidelity", "training"), "The SAE has not been measured yet."),
              "inside": ("What is in it?", ("concepts", "sections", "density"), "Nothing is known of the truth behind this run's studies."),
              "true": ("Is it true, what is said of its features?", ("f1", "precision_recall"), "No explanation has been examined yet."),
-             "done": ("What can be done with it?", ("steering", "doses"), "Nothing was steered.")}
+             "done": ("What can be done with it?", ("steering", "on_target", "doses"), "Nothing was steered.")}
 WHAT_TO_SEE = {
     "overview": "Look at the sizes: every later number rests on them.",
     "training": "Look for curves that have levelled off before training ended.",
@@ -789,8 +812,9 @@ WHAT_TO_SEE = {
     "frequency_f1": "Look for a slope: rare features are the ones that one would like to trust.",
     "f1_levels": "Look at the gap between each level and its dashed control.",
     "steering": "Look at green against the random directions below: only the difference is the features' doing.",
+    "on_target": "Look at whether features leave random directions behind, and by how much the three senses differ.",
     "signs": "Look at the diagonal: a feature that means something should work both ways.",
-    "doses": "Look at where the curves leave those of random directions.",
+    "doses": "Look at where the curves leave those of random directions, and at what the untouched reports are like, at 0.",
     "effects": "Look for colour outside the frames: that is what was not meant.",
     "predicted": "Look for a slope along the diagonal.",
     "concepts": "Look at what lies left of the line: concepts without a feature of their own.",

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RUST', 'GREY', 'OUTCOME_COLOURS', 'SHADES', 'PLOTS', 'plot_overview', 'plot_training',
            'plot_fidelity', 'plot_sweep', 'plot_density', 'plot_sections', 'plot_f1', 'plot_precision_recall',
-           'plot_negatives', 'plot_frequency_f1', 'plot_f1_levels', 'plot_steering', 'plot_signs', 'plot_doses',
-           'plot_effects', 'plot_predicted', 'plot_concepts', 'plot_film', 'own_letters', 'house_style',
-           'FiguresConfig', 'Plot', 'draw_plot', 'collect_overview', 'draw_overview', 'collect_training',
-           'draw_training', 'collect_fidelity', 'draw_fidelity', 'collect_sweep', 'draw_sweep_curves',
-           'collect_density', 'draw_density', 'collect_sections', 'draw_sections', 'collect_f1', 'draw_f1',
-           'draw_precision_recall', 'collect_negatives', 'draw_negatives', 'collect_frequency', 'draw_frequency',
-           'collect_levels', 'draw_levels', 'alpha_unit', 'judged_reports', 'collect_steering', 'draw_steering',
-           'collect_signs', 'draw_signs', 'collect_doses', 'draw_dose_curves', 'collect_effects', 'draw_effect_heatmap',
-           'collect_predicted', 'draw_predicted', 'collect_concepts', 'draw_concepts', 'phantom_studies',
-           'collect_film', 'draw_film', 'Drawn', 'draw_figures']
+           'plot_negatives', 'plot_frequency_f1', 'plot_f1_levels', 'IMAGES', 'plot_steering', 'CHANGES',
+           'plot_on_target', 'plot_signs', 'plot_doses', 'plot_effects', 'plot_predicted', 'plot_concepts', 'plot_film',
+           'own_letters', 'house_style', 'FiguresConfig', 'Plot', 'draw_plot', 'collect_overview', 'draw_overview',
+           'collect_training', 'draw_training', 'collect_fidelity', 'draw_fidelity', 'collect_sweep',
+           'draw_sweep_curves', 'collect_density', 'draw_density', 'collect_sections', 'draw_sections', 'collect_f1',
+           'draw_f1', 'draw_precision_recall', 'collect_negatives', 'draw_negatives', 'collect_frequency',
+           'draw_frequency', 'collect_levels', 'draw_levels', 'alpha_unit', 'judged_reports', 'collect_steering',
+           'draw_steering', 'collect_on_target', 'draw_on_target', 'collect_signs', 'draw_signs', 'collect_doses',
+           'draw_dose_curves', 'collect_effects', 'draw_effect_heatmap', 'collect_predicted', 'draw_predicted',
+           'collect_concepts', 'draw_concepts', 'phantom_studies', 'collect_film', 'draw_film', 'Drawn', 'draw_figures']
 
 # %% ../../nbs/show/figures.ipynb #8601b980
 from collections.abc import Callable, Iterator, Sequence
@@ -401,13 +401,18 @@ def alpha_unit(run: Run) -> str:
     return {"raw": "α, raw units of the residual stream", "scale": "α, share of a typical residual's length"}.get(unit, "α")
 
 # %% ../../nbs/show/figures.ipynb #8baa6a8c
+IMAGES = {"other": "another film", "blank": "blank image"}
+
 def judged_reports(run: Run) -> pd.DataFrame | None:
     """Judgements with degenerate reports as an outcome of their own, whether each is a `control`, and what was `pushed`; None without steering."""
     table = run.table("steering/judgements.parquet")
     if table is None: return None
     if "control" not in table: table["control"] = False
     pushed = table["method"].str.replace("_", " ") if "method" in table else pd.Series("random", index=table.index)
-    if "image" in table: pushed = pushed.where(table.image != "blank", "blank image")
+    if "image" in table:
+        elsewhere = table["image"].map(IMAGES)      # missing for the study's own film
+        elsewhere = elsewhere.where(pushed != "random", "random, " + elsewhere)
+        pushed = pushed.where(elsewhere.isna(), elsewhere)
     return table.assign(outcome=table.outcome.where(~table.degenerate.astype(bool), "degenerate"),
                         pushed=pushed.where(table.control.astype(bool), "feature"), control=table.control.astype(bool))
 
@@ -438,6 +443,52 @@ def draw_steering(numbers: pd.DataFrame, ax: Axes) -> None:
 plot_steering = PLOTS["steering"] = Plot(collect_steering, draw_steering, ("steering/judgements.parquet",),
                                          "What happens to a report when a feature is pushed "
                          "on, by strength and sign, beside pushes of the same length that are no feature of ours.", wide=True, height=2.2)
+
+# %% ../../nbs/show/figures.ipynb #4c6e9b28
+CHANGES = {"on target, whatever else": None, "purely: clinically": "outcome_clinical", "purely: paper's wording": "outcome_paper",
+           "purely: strict": "outcome"}
+
+def collect_on_target(run: Run) -> pd.DataFrame | None:
+    """Shares of additions and suppressions with intervals over patients: as asked, and purely so in each sense, by image; None without."""
+    table = judged_reports(run)
+    if not {"outcome_paper", "outcome_clinical", "sign", "eligible"} <= set(table): return None
+    shown = table["image"].map({"shown": "its own film", **IMAGES}) if "image" in table else pd.Series("its own film", index=table.index)
+    method = table.pushed.where(~table.pushed.isin(IMAGES.values()), "feature").str.split(",").str[0]
+    table, rows = table.assign(film=shown, who=method, owner=table["patient" if "patient" in table else "study"]), []
+    able = table[table.eligible.astype(bool) & table.who.isin(["feature", "random"])]
+    for (film, who, sign), reports in able.groupby(["film", "who", "sign"], sort=False):
+        for what, column in CHANGES.items():
+            hits = reports.on_direction.eq(True) & (column is None or reports[column].eq("on_target_only"))
+            low, high = _patient_interval(hits.groupby(reports.owner).agg(["sum", "size"]).to_numpy())
+            rows.append(("addition" if sign > 0 else "suppression", film, who, what, float(hits.mean()), low, high, len(reports)))
+    return pd.DataFrame(rows, columns=["case", "film", "pushed", "what", "share", "low", "high", "reports"])
+
+# %% ../../nbs/show/figures.ipynb #95f1c7b6
+def draw_on_target(numbers: pd.DataFrame, *axes: Axes) -> None:
+    """Additions and suppressions: a row for each image and push, a mark with its interval for each meaning of "on target"."""
+    looks = dict(zip(CHANGES, (("#2B2B2B", "o"), (ORANGE, "^"), (BLUE, "s"), (GREEN, "D")), strict=True))
+    titles = {"addition": "addition: absent before, +α", "suppression": "suppression: there before, −α"}
+    known = set(zip(numbers.film, numbers.pushed, strict=True))
+    order = [at for film in ("its own film", *IMAGES.values()) for at in ((film, "feature"), (film, "random")) if at in known]
+    for ax, (case, title) in zip(axes, titles.items(), strict=True):
+        for offset, (what, (colour, mark)) in zip((-0.27, -0.09, 0.09, 0.27), looks.items(), strict=True):
+            rows = numbers[(numbers.case == case) & (numbers.what == what)]
+            y = [order.index((r.film, r.pushed)) + offset for r in rows.itertuples()]
+            ax.hlines(y, rows.low, rows.high, color=colour, linewidth=0.9)
+            ax.plot(rows.share, y, mark, color=colour, markersize=3.5, label=what, clip_on=False)
+        ax.set(title=title, xlim=(-0.02, 1.02), ylim=(len(order) - 0.5, -0.5), xlabel="share of reports in which that was possible")
+        ax.set_yticks(range(len(order)), [_row_name(numbers, case, *at) for at in order])
+    axes[-1].legend(loc="lower right", fontsize=6)
+
+def _row_name(numbers: pd.DataFrame, case: str, film: str, who: str) -> str:
+    "Whose film, what was pushed, and in how many reports of the case."
+    rows = numbers[(numbers.case == case) & (numbers.film == film) & (numbers.pushed == who)]
+    return f"{film}, {who}\n(n = {int(rows.reports.iloc[0]) if len(rows) else 0})"
+
+# %% ../../nbs/show/figures.ipynb #0b7d4fe3
+plot_on_target = PLOTS["on_target"] = Plot(collect_on_target, draw_on_target, ("steering/judgements.parquet",),
+                                           "What pushing adds and what it takes away, apart: shares of the reports in which that was possible, "
+                                           "in each sense of purely on target, with 95 % intervals over patients.", 2, True, 2.8)
 
 # %% ../../nbs/show/figures.ipynb #7ddf91fb
 def collect_signs(run: Run) -> pd.DataFrame | None:
@@ -479,9 +530,21 @@ def collect_doses(run: Run) -> pd.DataFrame | None:
         for what in ("changed", "on target", "degenerate"):
             low, high = _patient_interval(reports[what].groupby(patient[reports.index]).agg(["sum", "size"]).to_numpy())
             rows.append((pushed, alpha, what, float(reports[what].mean()), low, high, len(reports)))
-    numbers = pd.DataFrame(rows, columns=["pushed", "alpha", "what", "share", "low", "high", "reports"])
+    rows += _untouched(run, sorted(set(table.pushed) & {"feature", "random"}))
+    columns = ["pushed", "alpha", "what", "share", "low", "high", "reports"]
+    numbers = pd.DataFrame(rows, columns=columns).sort_values(["pushed", "alpha"], kind="stable", ignore_index=True)
     numbers.attrs = {"unit": alpha_unit(run)}
     return numbers
+
+def _untouched(run: Run, pushes: Sequence[str]) -> list[tuple]:
+    "The same shares at α = 0, and that of reports which the rule for broken ones rejects alone; none in a run that has not judged them."
+    table = run.table("steering/baselines.parquet")
+    if table is None: return []
+    own = table[table["image"] == "shown"].drop_duplicates("study")
+    told = {"changed": own.outcome != "unchanged", "on target": own.on > 0, "degenerate": own.degenerate.astype(bool),
+            "unreadable": own.unreadable != ""}
+    low_high = {what: _patient_interval(hits.groupby(own.patient).agg(["sum", "size"]).to_numpy()) for what, hits in told.items()}
+    return [(pushed, 0.0, what, float(hits.mean()), *low_high[what], len(own)) for pushed in pushes for what, hits in told.items()]
 
 def _patient_interval(by_patient: np.ndarray, draws: int = 1000) -> tuple[float, float]:
     "95 % bootstrap interval of a share over patients, from (hits, reports) of each."
@@ -498,12 +561,15 @@ def draw_dose_curves(numbers: pd.DataFrame, ours: Axes, control: Axes) -> None:
         panel = numbers[numbers.pushed == pushed]
         for what, (colour, mark, line) in looks.items():
             rows = panel[panel.what == what]
-            sides = [rows[rows.alpha < 0], rows[rows.alpha > 0]]
+            sides = [rows] if (rows.alpha == 0).any() else [rows[rows.alpha < 0], rows[rows.alpha > 0]]
             last = next((s for s in sides if len(s)), None)
             for side in sides:
                 ax.plot(side.alpha, side.share, color=colour, marker=mark, markersize=3.5, linestyle=line, label=what if side is last else None)
                 ax.fill_between(side.alpha, side.low, side.high, color=colour, alpha=0.15, linewidth=0)
                 if len(side) == 1: ax.vlines(side.alpha, side.low, side.high, color=colour, linewidth=0.8)
+        alone = panel[panel.what == "unreadable"]
+        label = "unreadable untouched" if len(alone) else None
+        ax.plot(alone.alpha, alone.share, "s", color=RUST, markerfacecolor="none", markersize=7, label=label)
         ax.axvline(0, color=GREY, linewidth=0.6)
         ax.set(xlabel=numbers.attrs.get("unit", "α"), ylim=(-0.02, 1.02),
                title="features" if pushed == "feature" else "random directions" if len(panel) else "no random directions")

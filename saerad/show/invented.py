@@ -63,6 +63,14 @@ def _invent_exemplars(scores: pd.DataFrame, draw: np.random.Generator, each: int
                          "view": "", "tokens": tokens, "activations": [h * decile / 10 for h in heights], "peak": 3, "decile": decile})
     return rows
 
+# %% ../../nbs/show/invented.ipynb #b8d25f91
+def _invent_senses(outcome: str, alpha: float, stated: bool) -> dict[str, object]:
+    "The verdicts in the other senses, and whether there was anything to change."
+    paper, clinical = ("on_target_only" if outcome == "mixed" and stated == wanted else outcome for wanted in (True, False))
+    sign = 1 if alpha > 0 else -1
+    return {"outcome_paper": "off_target_only" if outcome == "degenerate" else paper, "outcome_clinical": clinical, "sign": sign, "stated": stated,
+            "eligible": stated == (sign < 0)}
+
 # %% ../../nbs/show/invented.ipynb #1512ad2e
 def _invent_steering(scores: pd.DataFrame, draw: np.random.Generator) -> tuple[list[dict], list[dict]]:
     "Steered reports of the eight best features and of a random direction."
@@ -79,13 +87,24 @@ def _invent_steering(scores: pd.DataFrame, draw: np.random.Generator) -> tuple[l
                 aim, other = FINDINGS[best.index(feature) % 4 if feature >= 0 else 0], FINDINGS[int(draw.integers(0, 4))]
                 changed = {"on_target_only": [aim], "mixed": [aim, other], "off_target_only": [other]}.get(outcome, [])
                 judged = common | {"feature": best[0] if feature < 0 else feature, "control": feature < 0, "outcome": outcome, "target": aim,
-                                   "degenerate": outcome == "degenerate", "on_direction": outcome == "on_target_only",
-                                   "added": changed if alpha > 0 else [], "removed": changed if alpha < 0 else []}
+                                   "degenerate": outcome == "degenerate", "on_direction": outcome in ("on_target_only", "mixed"),
+                                   "added": changed if alpha > 0 else [], "removed": changed if alpha < 0 else [],
+                                   **_invent_senses(outcome, alpha, stated=study in ("s0", "s1", "s2"))}
                 generations.append(common | {"baseline": "There is a small effusion. The heart is <normal>.",
                                              "steered": "There is no effusion. The heart is <normal>." if outcome != "unchanged"
                                              else "There is a small effusion. The heart is <normal>."})
                 judgements.append(judged)
     return generations, judgements
+
+# %% ../../nbs/show/invented.ipynb #c93e7a50
+def _invent_page() -> dict[str, object]:
+    "What the summary says of additions and suppressions."
+    def senses(strict: float, reports: int) -> dict[str, object]:
+        shares = {"strict": strict, "paper": strict + 0.1, "clinical": strict + 0.05, "towards": strict + 0.2}
+        return {"reports": reports} | {k: [round(v, 2), round(v - 0.08, 2), round(v + 0.08, 2)] for k, v in shares.items()}
+    def cases(strict: float) -> dict[str, object]:
+        return {"on_target": senses(strict, 96), "addition": {"shown": senses(strict + 0.1, 24)}, "suppression": {"shown": senses(strict, 24)}}
+    return cases(0.2) | {"random": cases(0.08)}
 
 # %% ../../nbs/show/invented.ipynb #260c38e4
 def _invent_sae(folder: Path, draw: np.random.Generator) -> None:
@@ -110,7 +129,7 @@ def _invent_sae(folder: Path, draw: np.random.Generator) -> None:
         "interpretation": {"features": 160, "scored": 110, "f1_above_075": 30, "f1_below_05": 25, "median_f1": 0.62,
                            "shuffled_median_f1": 0.31, "negatives": "random", "parse_failures": 0, "frequency_f1_spearman": 0.2},
         "steering": {"features": 8, "alphas": [-10.0, 10.0], "reports": 96, "unchanged": 0.4, "on_target_only": 0.2, "mixed": 0.1,
-                     "off_target_only": 0.25, "degenerate": 0.05, "sign_spearman": 0.5},
+                     "off_target_only": 0.25, "degenerate": 0.05, "sign_spearman": 0.5, "baselines": 6, "unreadable_baselines": 0, **_invent_page()},
         "truth": {"concepts": 30, "concepts_recovered": 0.5, "description_names_truth": 0.7, "report_finding_f1": 0.9}})
 
 # %% ../../nbs/show/invented.ipynb #70797e26

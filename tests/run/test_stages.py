@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 import yaml
 
-from saerad.core import UserError
+from saerad.core import UserError, read_table
 from saerad.run import stages as running
 from saerad.run.checks import check
 from saerad.run.cli import main
@@ -31,7 +31,7 @@ extraction: {layer: 2, rows_per_shard: 512}
 sae: {expansion: 1, k: 8}
 training: {steps: 40, batch_size: 128, checkpoint_every: 10}
 evaluation: {loss_studies: 4, report_studies: 2, max_new_tokens: 24}
-steering: {features: [0], alphas: [-10, 10], studies: 2, controls: 0, max_new_tokens: 24}
+steering: {features: [0], alphas: [-10, 10], studies: 2, controls: 0, max_new_tokens: 24, images: [shown, other, blank]}
 """
 # Files whose bytes must not depend on whether the run was killed on the way.
 SAME = ("activations/tokens.parquet", "activations/store.json", "sae/sae.safetensors", "sae/metrics.jsonl", "sae/evaluation.json",
@@ -167,6 +167,14 @@ def test_a_run_leaves_what_the_plan_says(done):
     assert all(seconds is not None for seconds in summary["seconds"].values())
     shares = [summary["steering"][name] for name in ("unchanged", "on_target_only", "mixed", "off_target_only", "degenerate")]
     assert sum(shares) == pytest.approx(1)
+    steer, judged = summary["steering"], read_table(out / "steering/judgements.parquet").to_pandas()
+    assert set(judged["image"]) == {"shown", "other", "blank"} and steer["baselines"] == 2 and steer["unreadable_baselines"] in (0, 1, 2)
+    share, low, high = steer["on_target"]["strict"]
+    assert share == pytest.approx(steer["on_target_only"], abs=1e-4) and low <= share <= high
+    assert set(steer["on_target"]) == {"reports", "strict", "paper", "clinical", "towards"} == set(steer["random"]["on_target"])
+    shares = read_table(out / "steering/shares.parquet").to_pandas()
+    zero = shares[(shares.method == "none") & (shares.feature == -1) & (shares.stated == "any")].set_index(["image", "what"])
+    assert set(zero.alpha) == {0} and (zero.share.xs("unchanged", level="what") == 1).all() and len(zero.share.xs("unreadable", level="what")) == 3
     said = summary["interpretation"]
     assert said["refusals"] == 0 and said["scored"] + sum(said["unscored"].values()) == said["features"]
 

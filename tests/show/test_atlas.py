@@ -139,6 +139,18 @@ def test_headlines_leave_out_what_is_missing():
          "What the model does not know, no feature can show.")]
 
 
+def test_the_report_says_the_three_senses_with_their_intervals_and_controls():
+    case = {"reports": 40, "strict": [0.1, 0.05, 0.2], "paper": [0.2, 0.1, 0.3], "clinical": [0.15, 0.1, 0.2], "towards": [0.3, 0.2, 0.4]}
+    nothing = {"reports": 0, **dict.fromkeys(("strict", "paper", "clinical", "towards"), [None] * 3)}
+    steer = {"on_target": case, "addition": {"shown": case, "blank": case}, "suppression": {}, "random": {"on_target": nothing},
+             "baselines": 4, "unreadable_baselines": 3}
+    told = headlines({"steering": steer})
+    assert told[0] == ("Purely on target over all reports: strictly 10 % [5, 20], in the paper's wording 20 % [10, 30], clinically 15 % [10, 20] "
+                       "(40 reports).", "Random directions of the same length: none were tried.")
+    assert [claim.split(":")[0] for claim, _ in told[1:2]] == ["Where a finding was absent, pushing for it added it and nothing else"]
+    assert told[2][0] == "3 of 4 of the model's own reports cannot be read before any steering." and len(told) == 3
+
+
 # ---- the atlas ------------------------------------------------------------------------------------------------------
 
 def test_the_table_has_every_feature_and_its_scores(built):

@@ -27,6 +27,7 @@ from saerad.show.figures import (
     collect_film,
     collect_levels,
     collect_negatives,
+    collect_on_target,
     collect_signs,
     collect_steering,
     draw_figures,
@@ -226,6 +227,41 @@ def test_a_run_judged_in_several_ways_has_a_bar_for_each(tmp_path):
             for method, image in (("add", "shown"), ("add", "blank"), ("other_feature", "shown"), ("random", "shown"))]
     write_table(tmp_path / "steering/judgements.parquet", pa.Table.from_pylist(rows))
     assert collect_steering(Run(tmp_path)).pushed.tolist() == ["feature", "blank image", "other feature", "random"]
+
+
+def test_random_directions_on_other_images_stay_apart_from_features(tmp_path):
+    rows = [{"feature": 1, "alpha": 5.0, "outcome": "mixed", "degenerate": False, "control": True, "method": method, "image": image}
+            for method in ("add", "random") for image in ("other", "blank")]
+    write_table(tmp_path / "steering/judgements.parquet", pa.Table.from_pylist(rows))
+    assert sorted(collect_steering(Run(tmp_path)).pushed) == ["another film", "blank image", "random, another film", "random, blank image"]
+
+
+def test_additions_and_suppressions_stand_apart_by_image_and_sense(run, tmp_path):
+    numbers = collect_on_target(Run(run)).set_index(["case", "pushed", "what"])
+    judged = read_table(run / "steering/judgements.parquet").to_pandas()
+    mine = judged[~judged.control & (judged.alpha > 0) & ~judged.stated]
+    assert numbers.share["addition", "feature", "purely: strict"] == pytest.approx((mine.outcome == "on_target_only").mean())
+    assert numbers.share["addition", "feature", "purely: clinically"] == pytest.approx((mine.outcome_clinical == "on_target_only").mean())
+    assert numbers.reports["suppression", "feature", "purely: strict"] == (~judged.control & (judged.alpha < 0) & judged.stated).sum()
+    assert (numbers.low <= numbers.share).all() and (numbers.share <= numbers.high).all() and set(numbers.film) == {"its own film"}
+    write_table(tmp_path / "steering/judgements.parquet", pa.Table.from_pandas(pd.concat([
+        judged.assign(image=image, method=np.where(judged.control, "random", "add"), control=judged.control | (image != "shown"))
+        for image in ("shown", "other", "blank")])))
+    drawn = draw_plot("on_target", tmp_path)[1]
+    films = ("its own film", "another film", "blank image")
+    assert set(zip(drawn.film, drawn.pushed, strict=True)) == {(f, w) for f in films for w in ("feature", "random")}
+    write_table(tmp_path / "steering/judgements.parquet", pa.Table.from_pandas(judged.drop(columns="outcome_paper")))
+    assert draw_plot("on_target", tmp_path) == "there are no numbers to draw"
+
+
+def test_the_untouched_reports_stand_at_zero(tmp_path):
+    invent_run(tmp_path)
+    own = [{"image": "shown", "study": f"s{i}", "patient": f"p{i}", "outcome": "unchanged", "on": 0, "degenerate": False,
+            "unreadable": "unread" if i < 3 else ""} for i in range(4)]
+    write_table(tmp_path / "steering/baselines.parquet", pa.Table.from_pylist(own))
+    zero = collect_doses(Run(tmp_path)).query("alpha == 0 and pushed == 'feature'").set_index("what")
+    assert zero.share.to_dict() == {"changed": 0, "on target": 0, "degenerate": 0, "unreadable": 0.75} and (zero.reports == 4).all()
+    assert not isinstance(draw_plot("doses", tmp_path), str)
 
 
 def test_letters_are_matplotlibs_own_whatever_the_machine_has(tmp_path):

@@ -10,11 +10,13 @@ from saerad.steering.effects import (
     co_activation,
     effect_matrix,
     geometry,
+    on_target_summary,
     outcome_shares,
     output_scores,
     predicted_steerability,
     prediction_quality,
     share_interval,
+    shares_apart,
 )
 from saerad.studies.findings import read_findings
 from saerad.subjects.subject import random_mini
@@ -57,6 +59,47 @@ def test_shares_by_method_feature_and_strength():
     one = shares[(shares.feature == 2) & (shares.alpha == -1)].set_index("what")
     assert one.reports["mixed"] == 4 and one.share["mixed"] == 0.25
     assert (shares.low.fillna(0) <= shares.share.fillna(0)).all()
+
+
+def apart_judgements() -> pd.DataFrame:
+    """Six studies, of which the first three state the target, at both signs, on two images, with a random direction beside."""
+    rows = []
+    for method, image, pure in (("add", "shown", {"s0", "s4"}), ("add", "blank", {"s4"}), ("random", "shown", set())):
+        for sign in (-1, 1):
+            for i in range(6):
+                stated = i < 3
+                hit = f"s{i}" in pure and stated == (sign < 0)
+                strict = "on_target_only" if hit else "mixed" if stated == (sign < 0) else "unchanged"
+                rows.append({"method": method, "image": image, "sign": sign, "alpha": 2.0 * sign, "study": f"s{i}", "stated": stated,
+                             "outcome": strict, "outcome_paper": strict if i else "on_target_only",
+                             "outcome_clinical": "on_target_only" if hit else "unchanged"})
+    table = pd.DataFrame(rows).assign(feature=1, effect=0, harms=[()] * len(rows))
+    return table.assign(eligible=table.stated == (table.sign < 0), control=(table.method != "add") | (table.image != "shown"),
+                        on_direction=(table.outcome == "on_target_only").where(table.outcome == "on_target_only", None))
+
+
+def test_addition_and_suppression_stand_apart():
+    cases = shares_apart(apart_judgements())
+    at = cases[(cases.feature == -1) & (cases.what == "on_target_only")].set_index(["method", "image", "sign", "stated"])
+    assert at.share["add", "shown", 1, "absent"] == pytest.approx(1 / 3) == at.share["add", "shown", -1, "present"]
+    assert at.share["add", "blank", -1, "present"] == 0 == at.share["random", "shown", 1, "absent"] == at.share["add", "shown", 1, "present"]
+    assert (at.reports == 3).all() and (at.low <= at.share).all() and (at.share <= at.high).all()
+    aimless = apart_judgements().assign(stated=None)
+    assert shares_apart(aimless).empty
+
+
+def test_the_page_of_numbers_has_every_sense_with_its_interval_and_its_control():
+    told = on_target_summary(apart_judgements())
+    assert told["on_target"]["reports"] == 12 and told["on_target"]["strict"][0] == pytest.approx(2 / 12, abs=1e-4)
+    assert told["on_target"]["paper"][0] == pytest.approx(3 / 12, abs=1e-4)                        # the first study is pure in the paper's wording
+    assert list(told["addition"]) == ["shown", "blank"] and told["addition"]["shown"]["reports"] == 3
+    share, low, high = told["suppression"]["shown"]["clinical"]
+    assert low <= share <= high and share == pytest.approx(1 / 3, abs=1e-4) == told["suppression"]["shown"]["towards"][0]
+    assert told["suppression"]["blank"]["strict"][0] == 0 and told["random"]["addition"]["shown"]["strict"][0] == 0
+    assert on_target_summary(judgements()) == {}                                                   # of an older run
+    nothing = on_target_summary(apart_judgements().iloc[:0])
+    assert nothing["on_target"] == {"reports": 0, "strict": [None] * 3, "paper": [None] * 3, "clinical": [None] * 3, "towards": [None] * 3}
+    assert nothing["addition"] == {}
 
 
 def test_the_effect_matrix_is_the_change_within_pairs():

@@ -1,5 +1,6 @@
 """Verdicts on pairs of statements, broken reports, harms by name, the language model as a judge against a real server, and how far judges agree."""
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pandas as pd
@@ -13,9 +14,11 @@ from saerad.core import UserError
 from saerad.interpretation.endpoint import EndpointConfig, Ledger
 from saerad.steering.judges import (
     OUTCOMES,
+    SENSES,
     JudgeConfig,
     LanguageJudge,
     Target,
+    Usual,
     broken,
     finding_differences,
     harms_of,
@@ -26,6 +29,7 @@ from saerad.steering.judges import (
     parse_verdict,
     target_of,
     unanswered_verdicts,
+    usual_of,
 )
 from saerad.studies.findings import Reading, read_findings
 from saerad.studies.record import Source
@@ -68,6 +72,40 @@ def test_pairs_of_statements_get_the_right_verdict(before, after, target, outcom
     assert (told.outcome, told.effect) == (outcome, effect)
 
 
+EXAMPLES = pd.read_csv(Path(__file__).parent / "on_target.tsv", sep="\t", keep_default_na=False)
+
+
+@pytest.mark.parametrize("row", EXAMPLES.to_dict("records"), ids=lambda r: f"{r['target']}: {r['before'][:20]} > {r['after'][:20]}")
+def test_what_is_on_target_in_each_sense(row):
+    told = judge(row["before"], row["after"], target_of(row["target"]))
+    assert {sense: getattr(told, column) for sense, column in SENSES.items()} == {sense: row[sense] for sense in SENSES}
+
+
+def test_the_senses_differ_as_they_should():
+    """What is strictly pure is pure in both other senses; none is the same as another; a rewording is no change in any."""
+    assert len(EXAMPLES) >= 30
+    pure = {s: set(EXAMPLES[EXAMPLES[s] == ON].index) for s in SENSES}
+    assert pure["strict"] < pure["paper"] and pure["strict"] < pure["clinical"]
+    assert pure["paper"] - pure["clinical"] and pure["clinical"] - pure["paper"]
+    draw = Random(3)
+    for _ in range(400):
+        old, new = draw.sample(WRITTEN, 2)
+        told = judge(old.text, new.text, Target(frozenset(draw.choices([f.kind for w in (old, new) for f in w.meant] or ["nodule"], k=1))))
+        if told.outcome == ON: assert told.outcome_paper == told.outcome_clinical == ON
+        if told.outcome == SAME: assert told.outcome_paper == told.outcome_clinical == SAME
+        assert told.outcome_paper != "degenerate" and (told.outcome == "degenerate") == (told.outcome_clinical == "degenerate")
+
+
+def test_what_is_usual_is_what_nine_in_ten_do_not_exceed():
+    good, odd = "Small left effusion. The heart is normal.", "Xa yb. Zc wd."
+    assert usual_of([good] * 11 + [odd], read_findings).unread == 0 and usual_of([good] * 9 + [odd] * 3, read_findings).unread == 1
+    assert usual_of([], read_findings) == Usual() and usual_of([""] * 3, read_findings, [float("nan")]).empty
+    assert usual_of([good], read_findings, [1.5]).perplexity == 1.5
+    weak = usual_of([odd, odd, odd, good], read_findings)
+    assert broken(odd, read_findings(odd), JudgeConfig()) == "unread" and broken(odd, read_findings(odd), JudgeConfig(), usual=weak) == ""
+    assert broken("no " * 9, Reading(()), JudgeConfig(), usual=weak) == "repeats" and broken("", Reading(()), JudgeConfig(), usual=weak) == "empty"
+
+
 def test_pairs_drawn_from_all_statements_get_the_verdict_of_their_right_readings():
     draw, right = Random(17), {w.text: Reading(w.meant) for w in WRITTEN}
     for _ in range(1500):
@@ -103,6 +141,9 @@ def test_a_sign_counts_only_beyond_the_baseline():
     ("Small pneumothorax.", "Clear lungs.", ("critical_dropped",)),
     ("Small pneumothorax.", "The pneumothorax has resolved.", ("critical_dropped", "unfounded_change")),
     ("Large effusion.", "Small effusion.", ()),
+    ("Clear lungs.", "Small pneumothorax.", ("critical_invented",)),
+    ("Clear lungs.", "The pneumothorax has resolved.", ("unfounded_change",)),
+    ("Clear lungs.", "The endotracheal tube is too high.", ("critical_invented", "device_invented")),
     ("Large effusion.", "Clear lungs.", ("critical_dropped",)),
     ("Small effusion.", "Clear lungs.", ()),
     ("The endotracheal tube is too high.", "Clear lungs.", ("critical_dropped",)),

@@ -22,14 +22,20 @@ from saerad.steering import steer as steering
 from saerad.steering.judges import OUTCOMES, Target, direction, finding_differences, judge, on_target, reader_of, repeats, target_of
 from saerad.steering.steer import (
     SteeringConfig,
+    baselines_table,
     choose_features,
     choose_studies,
+    judgements_table,
     mean_differences,
+    notes_of,
+    other_films,
     side_by_side,
     sign_spearman,
     steer,
     steering_summary,
     steering_vector,
+    unreadable_baselines,
+    with_film_of,
 )
 from saerad.studies.findings import Finding, Reading, read_findings
 from saerad.studies.record import Source, Study, View
@@ -252,7 +258,8 @@ def run(source, subject, sae, tmp_path_factory):
 
 def test_the_stage_writes_its_tables(run, source):
     generations, judgements, verdicts = (read_table(run / f"{name}.parquet") for name in ("generations", "judgements", "verdicts"))
-    assert sorted(p.name for p in run.iterdir()) == ["generations.parquet", "judgements.parquet", "steering.json", "verdicts.parquet"]
+    assert sorted(p.name for p in run.iterdir()) == ["baselines.parquet", "generations.parquet", "judgements.parquet", "steering.json",
+                                                        "verdicts.parquet"]
     methods = generations.to_pandas().method.value_counts().to_dict()
     assert methods == {"add": 2 * 2 * 2, "random": 2 * 2, "prompt": 2 * 2 * 2}       # two features, two strengths, two studies
     judged = judgements.to_pandas()
@@ -325,7 +332,7 @@ def test_a_strength_that_breaks_every_report_is_said(source, subject, sae, tmp_p
 
 
 @pytest.mark.parametrize("changes", [{"method": "clamp", "alphas": (0.0, 40.0)}, {"method": "scale", "alphas": (0.0, 5.0)},
-                                     {"together": True}, {"without_image": True}, {"features": [1]}])
+                                     {"together": True}, {"images": ("shown", "other", "blank")}, {"features": [1]}])
 def test_every_way_of_steering_runs_and_is_told_apart(source, subject, sae, tmp_path, changes):
     cfg = SteeringConfig(**{**CFG.model_dump(), "studies": 1, "compare": ("random", "other_feature"), **changes})
     judged = steer(source, subject, sae, SAID, cfg, 0, tmp_path, layer=4).to_pandas()
@@ -334,15 +341,65 @@ def test_every_way_of_steering_runs_and_is_told_apart(source, subject, sae, tmp_
     if cfg.method != "add":           # the controls have each feature's own coefficient, whose size depends on the text
         assert set(written[written.method == "random"].compared_feature) == {1, 4} and written.norm.isna().all()
     if cfg.together: assert written[written.method == "add"].features.map(list).tolist() == [[1, 4]] * 2
-    if cfg.without_image: assert set(judged[judged.image == "blank"].control) == {True}
+    if len(cfg.images) == 3:
+        unseen = judged[judged.image != "shown"]
+        assert set(unseen.image) == {"other", "blank"} and unseen.control.all() and set(unseen.method) == {"add", "random"}
 
 
-def test_blank_images_need_images(source, sae, tmp_path, monkeypatch):
+def test_other_images_need_images(source, sae, tmp_path, monkeypatch):
     blind = random_mini(0)
     lay_out = blind.lay_out
     blind.lay_out = lambda study, report: replace(lay_out(study, report), pixels=None)
-    with pytest.raises(UserError, match="steering.without_image needs images"):
-        steer(source, blind, sae, SAID, CFG.model_copy(update={"without_image": True}), 0, tmp_path, layer=4)
+    with pytest.raises(UserError, match="steering.images needs images"):
+        steer(source, blind, sae, SAID, CFG.model_copy(update={"images": ("shown", "blank")}), 0, tmp_path, layer=4)
+
+
+@pytest.mark.parametrize(("given", "images"), [
+    ({}, ("shown",)), ({"without_image": False}, ("shown",)), ({"without_image": True}, ("shown", "blank")),
+    ({"images": ["other", "shown"], "without_image": True}, ("shown", "other", "blank")), ({"images": ["blank", "shown"]}, ("shown", "blank"))])
+def test_the_old_key_means_a_list_of_images(given, images):
+    cfg = SteeringConfig(**given)
+    assert cfg.images == images and SteeringConfig(**cfg.model_dump()) == cfg
+    for wrong, words in ({"images": ["blank"]}, "list shown"), ({"images": ["shown", "shown"]}, "each once"), ({"without_image": 3}, "is 3; write"):
+        with pytest.raises(UserError, match=words): SteeringConfig(**wrong)
+
+
+def test_another_film_is_of_another_patient_and_the_words_stay(source, subject):
+    studies = source.split("test")
+    films = other_films(source, studies, 0, subject)
+    shown = {s.study: s.views["frontal"].name for s in studies}
+    owners = {s.views["frontal"].name: s.patient for s in studies}
+    for s in studies:
+        film = films[s.study]
+        assert film.sections == s.sections and film.patient == s.patient and film.views["frontal"].name != shown[s.study]
+        assert owners[film.views["frontal"].name] != s.patient
+    again, another = (other_films(source, studies, seed, subject) for seed in (0, 1))
+    names = [[f[s.study].views["frontal"].name for s in studies] for f in (films, again, another)]
+    assert names[0] == names[1] != names[2]
+    alone = Source("table:here", [s for s in studies if s.patient == studies[0].patient])
+    with pytest.raises(UserError, match="no other test patient has the views"): other_films(alone, alone.split("test"), 0, subject)
+
+
+def test_another_film_brings_its_prior_along():
+    def film(name): return View(name, lambda: np.eye(4, dtype=np.uint8))
+    def visit(name, **more): return Study(name, name, "test", {"findings": name}, {"frontal": film(f"{name} now")}, **more)
+    mine, theirs = (visit(n, prior=visit(f"{n} before")) for n in ("mine", "theirs"))
+    swapped = with_film_of(mine, theirs)
+    assert {k: v.name for k, v in swapped.all_views.items()} == {"frontal": "theirs now", "prior": "theirs before now"}
+    assert swapped.prior_report == mine.prior_report and swapped.sections == mine.sections
+
+
+def test_every_image_has_its_own_baseline(source, subject, sae, tmp_path):
+    cfg = CFG.model_copy(update={"images": ("shown", "other", "blank"), "compare": ("random",), "max_new_tokens": 8})
+    steer(source, subject, sae, SAID, cfg, 0, tmp_path, layer=4)
+    written, at_zero = (read_table(tmp_path / f"{n}.parquet").to_pandas() for n in ("generations", "baselines"))
+    films = other_films(source, choose_studies(source, 2, 0, subject, 40), 0, subject)
+    for (study, image), rows in written.groupby(["study", "image"]):
+        prompt = subject.prompt(films[study] if image == "other" else source[study])
+        if image == "blank": prompt = replace(prompt, pixels=torch.zeros_like(prompt.pixels))
+        assert set(rows.baseline) == {subject.generate([prompt], 8)[0]}
+    assert len(at_zero) == 2 * 3 * 2 and set(at_zero.alpha) == {0} and set(at_zero.method) == {"none"} and at_zero.control.all()
+    assert set(at_zero.outcome) | set(at_zero.outcome_paper) | set(at_zero.outcome_clinical) == {"unchanged"} and not at_zero.degenerate.any()
 
 
 def test_a_study_without_the_picture_that_is_needed_is_named(subject, sae, tmp_path):
@@ -406,6 +463,58 @@ def test_nothing_to_steer_is_an_empty_table_not_a_failure(source, subject, sae, 
 def test_a_layer_or_a_width_that_does_not_fit_is_named(source, subject, sae, tmp_path):
     with pytest.raises(UserError, match="layer"): steer(source, subject, sae, SAID, CFG, 0, tmp_path, layer=99)
     with pytest.raises(UserError, match="width"): steer(source, subject, MatryoshkaSAE(8, (2,), 1), SAID, CFG, 0, tmp_path, layer=4)
+
+
+# ---------------------------------------------------------------- the untouched reports first
+BABBLE = ("Xa yb zc. Wd ve uf.", "Qo po. Ri si.", "Ta ub vc. We xf.", "Small left effusion. The heart is normal.")
+
+
+def pairs(baselines, steered, **more):
+    """A table of generations: one steered report, at α = 5, for each baseline."""
+    n = len(baselines)
+    same = {"feature": 1, "alpha": 5.0, "method": "add", "compared_feature": -1, "image": "shown", "positions": "all"}
+    numbers = [str(i) for i in range(n)]
+    return pa.table({"study": numbers, "patient": numbers, "baseline": list(baselines), "steered": list(steered)}
+                    | {k: [v] * n for k, v in same.items()} | {k: more.get(k, [2.0] * n) for k in ("perplexity", "baseline_perplexity")})
+
+
+def test_a_weak_models_own_reports_are_told_before_alpha_is_blamed():
+    targets, cfg = {1: EFFUSION}, SteeringConfig(features=[1])
+    weak = pairs(BABBLE, ["Yd. Effusion. Xa. Ve.", "Qo po ri. Si ti.", "We xf.", "Left effusion. Xa yb. Zc wd. Ve."])
+    judged, own = judgements_table(weak, targets, read_findings, cfg), baselines_table(weak, targets, read_findings, cfg)
+    assert not any(judged["degenerate"].to_pylist()) and set(own["outcome"].to_pylist()) == {"unchanged"}
+    assert unreadable_baselines(own) == {"baselines": 4, "unreadable_baselines": 3, "why": {"unread": 3}}
+    notes = notes_of(judged, targets, [1], cfg, own)
+    assert notes[0].startswith("this model's own reports are unreadable in 3 of 4 cases before any steering (3 with sentences that cannot be read)")
+    assert not any("makes every report unreadable" in n for n in notes)
+
+
+def test_a_weak_model_can_still_be_broken_further():
+    targets, cfg = {1: EFFUSION}, SteeringConfig(features=[1])
+    looped = pairs(BABBLE, ["no no no no no no no no no no"] * 4)
+    judged, own = judgements_table(looped, targets, read_findings, cfg), baselines_table(looped, targets, read_findings, cfg)
+    assert judged["broken"].to_pylist() == ["repeats"] * 4
+    first, second = notes_of(judged, targets, [1], cfg, own)[:2]
+    assert "3 of 4 cases before any steering" in first and "α = 5 makes every report unreadable (4 of 4)" in second
+
+
+def test_one_odd_report_among_twelve_does_not_blind_the_rule():
+    targets, cfg = {1: EFFUSION}, SteeringConfig(features=[1])
+    own = [BABBLE[0], *["Small left effusion. The heart is normal."] * 11]
+    judged = judgements_table(pairs(own, [BABBLE[1]] * 12), targets, read_findings, cfg).to_pandas()
+    assert judged.broken.tolist() == ["", *["unread"] * 11]
+    steered, unlikely = ["Effusion."] * 12, {"perplexity": [40.0] * 12}
+    assert set(judgements_table(pairs(own, steered, **unlikely), targets, read_findings, cfg)["broken"].to_pylist()) == {"perplexity"}
+    varied = pairs(own, steered, **unlikely, baseline_perplexity=[2.0] * 8 + [50.0] * 4)                # four of twelve baselines are as unlikely
+    assert set(judgements_table(varied, targets, read_findings, cfg)["broken"].to_pylist()) == {""}
+
+
+def test_a_good_models_reports_are_judged_as_before():
+    targets, cfg = {1: EFFUSION}, SteeringConfig(features=[1])
+    good = pairs(["Small left effusion. The heart is normal."] * 4, [BABBLE[0], "", "no " * 12, "Effusion."])
+    judged, own = judgements_table(good, targets, read_findings, cfg), baselines_table(good, targets, read_findings, cfg)
+    assert judged["broken"].to_pylist() == ["unread", "empty", "repeats", ""] and unreadable_baselines(own)["unreadable_baselines"] == 0
+    assert not any("before any steering" in n for n in notes_of(judged, targets, [1], cfg, own))
 
 
 # ---------------------------------------------------------------- numbers and looks
