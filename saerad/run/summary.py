@@ -19,7 +19,7 @@ from ..studies.record import SPLITS
 # %% ../../nbs/run/summary.ipynb #9c7ad12c
 SUMMARY = {
     "studies": ("studies", "patients", "tokens_train", "tokens_validation", "tokens_test"),
-    "sae": ("width", "features", "k", "group_sizes", "group_order", "l0", "fvu", "loss_recovered", "dead"),
+    "sae": ("width", "features", "k", "group_sizes", "group_order", "lr", "l0", "fvu", "loss_recovered", "dead"),
     "interpretation": ("interpreter", "model", "protocol", "features", "asked", "scored", "f1_above_075", "f1_below_05", "median_f1",
                        "shuffled_median_f1", "negatives", "parse_failures", "frequency_f1_spearman", "near_median_f1",
                        "median_precision_at_prevalence", "repeated", "refusals", "cut_off", "unscored", "median_auroc"),
@@ -46,6 +46,7 @@ def _of_sae(run: Run) -> dict[str, Any]:
     if not (run / "sae/sae.safetensors").exists(): return {}
     sae, scores = run.sae, _scores(run)
     return {"width": sae.d, "features": sae.width, "k": sae.k, "group_sizes": list(sae.group_sizes), "group_order": sae.group_order,
+            "lr": (run.json("sae/training.json") or {}).get("lr"),
             **{k: scores.get(k) for k in ("l0", "fvu", "loss_recovered", "dead")}}
 
 def _of_truth(run: Run) -> dict[str, Any]:
