@@ -123,7 +123,8 @@ class Stage:
 STAGES = {s.name: s for s in (
     Stage("subject", do_subject, ("subject", "studies"), (), ("subject",), ("studies",)),
     Stage("extract", do_extract, ("extraction",), ("subject",), ("activations",), ("studies", "model")),
-    Stage("train", do_train, ("sae", "training"), ("extract",), ("sae/sae.safetensors", "sae/config.json", "sae/metrics.jsonl", "sae/checkpoint")),
+    Stage("train", do_train, ("sae", "training"), ("extract",), ("sae/sae.safetensors", "sae/config.json", "sae/training.json", "sae/metrics.jsonl",
+                                                                 "sae/checkpoint")),
     Stage("evaluate", do_evaluate, ("evaluation",), ("train",), ("sae/evaluation.json", "sae/concepts.parquet", "sae/control")),
     Stage("exemplars", do_exemplars, ("exemplars",), ("train",), ("exemplars",)),
     Stage("interpret", do_interpret, ("interpretation",), ("exemplars",),

@@ -24,13 +24,13 @@ from typing import Any, Literal
 import safetensors.torch as st
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, field_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..activations.norms import norm_limit, ordinary_rows
 from ..activations.store import Store
-from ..core import Section, UserError, content_hash, has_bfloat16, prefetch, progress, write_beside
+from ..core import Section, UserError, content_hash, has_bfloat16, prefetch, progress, write_beside, write_json
 from .cards import FusedEngine, FusedSparseEngine
 from .kernels import product
 from .kinds import Selected, kind_of
@@ -43,7 +43,7 @@ class TrainingConfig(Section):
     """How the SAE is trained. Defaults that the MAIRA-2 study does not state are marked (ours)."""
     steps: int = Field(3000, ge=1)
     batch_size: int = Field(2048, ge=1)
-    lr: float | None = Field(None, gt=0)             # None: 2e-4 / sqrt(width / 2^14), as dictionary_learning
+    lr: float | Literal["auto"] | None = "auto"      # auto: by width and steps (ours); null: as dictionary_learning
     betas: tuple[float, float] = (0.9, 0.999)
     warmup: float = Field(0.05, ge=0, le=1)          # share of the run over which the rate rises (ours)
     decay: float = Field(0.2, ge=0, le=1)            # share of the run, its end, over which it falls to 0 (ours)
@@ -64,11 +64,32 @@ class TrainingConfig(Section):
     checkpoint_every: int = Field(500, ge=1)         # steps
     log_every: int = Field(50, ge=1)                 # steps
 
+    @field_validator("lr", mode="before")
+    @classmethod
+    def _lr(cls, value: Any) -> Any:
+        try: known = value in (None, "auto") or float(value) > 0
+        except (TypeError, ValueError): known = False
+        if not known: raise UserError(f"training.lr is {value!r}; give auto, null or a number above 0.")
+        return value
+
     def rate(self, step: int, width: int) -> float:
         """Learning rate of `step` (from 0): a linear rise, a plateau, a linear fall to 0 at the end of the run."""
-        full = self.lr or 2e-4 / (width / 2**14) ** 0.5
         rise, fall = self.warmup * self.steps, self.decay * self.steps
-        return full * min(1.0, (step + 1) / max(rise, 1), (self.steps - step) / max(fall, 1))
+        return self.full_rate(width) * min(1.0, (step + 1) / max(rise, 1), (self.steps - step) / max(fall, 1))
+
+    def full_rate(self, width: int) -> float:
+        """The rate of the plateau for a dictionary of `width` features: `lr`, or what its rule makes of the width and the number of steps.
+
+        null is the rule of dictionary_learning, 2e-4 / sqrt(width / 2^14), after the scaling law in Gao et al. 2024, figure 3. `auto` is
+        `1 + 160 / sqrt(steps)` times that, and ten times at most: a short run has to go further with each step. Found in benchmarks/rates.py.
+        """
+        if isinstance(self.lr, float): return self.lr
+        usual = 2e-4 / (width / 2**14) ** 0.5
+        return usual if self.lr is None else usual * min(1 + 160 / self.steps ** 0.5, 10)
+
+    def used(self, width: int) -> dict[str, Any]:
+        """What `training.json` holds beside an SAE: the rate as a number, how it was asked for, and what it goes with."""
+        return {"lr": self.full_rate(width), "lr_asked": self.lr, **self.model_dump(include={"steps", "batch_size", "warmup", "decay"})}
 
 # %% ../../nbs/sae/training.ipynb #7a8adde2
 @dataclass
@@ -602,7 +623,7 @@ def pick_device(name: str, rank: int = 0) -> torch.device:
 
 # %% ../../nbs/sae/training.ipynb #b2bc0e94
 def train_sae(store: Store, sae_cfg: SAEConfig, cfg: TrainingConfig, seed: int, out: Path | str) -> MatryoshkaSAE:
-    """Train on the store's training split; writes the SAE, `metrics.jsonl` and `checkpoint/` into `out`.
+    """Train on the store's training split; writes the SAE, `training.json`, `metrics.jsonl` and `checkpoint/` into `out`.
 
     A killed run is resumed from its last checkpoint and, on the CPU, ends with the same bytes. Under `torchrun` the processes train together.
     Raises `UserError` when `k` or the groups do not fit the width of the store, or memory does not suffice.
@@ -658,7 +679,9 @@ class _Training:
 
     def finish(self) -> MatryoshkaSAE:
         sae = self.ranks.whole(self.trainer.sae)
-        if self.ranks.is_first: sae.save(self.job.out)
+        if self.ranks.is_first:
+            write_json(self.job.out / "training.json", self.job.training.used(sae.width))
+            sae.save(self.job.out)
         return sae.eval().requires_grad_(False)
 
 # %% ../../nbs/sae/training.ipynb #913c3b7f

@@ -58,6 +58,7 @@ def done(config, tmp_path_factory):
     ("sae: {layer: 4}", ["sae.layer", "extraction.layer"]),
     ("sae: {k: many}", ["sae.k", "many"]),
     ("sae: {k: 0}", ["sae.k", "0"]),
+    ("training: {lr: fast}", ["training.lr", "fast", "auto"]),
     ("sae: [1, 2]", ["sae"]),
     ("just words", ["bad.yaml"]),
     ("sae: {k: 1", ["bad.yaml", "line"]),
@@ -117,6 +118,7 @@ def test_paper_and_corrected_differ_in_the_group_order_alone():
     ("evaluation.batch_size=3", ["evaluate", "steer", "figures", "atlas"]),
     ("exemplars.window=3", ["exemplars", "interpret", "steer", "figures", "atlas"]),
     ("sae.k=7", ["train", "evaluate", "exemplars", "interpret", "steer", "portray", "figures", "atlas"]),
+    ("training.lr=null", ["train", "evaluate", "exemplars", "interpret", "steer", "portray", "figures", "atlas"]),
     ("portraits.tokens=3", ["portray", "atlas"]),
     ("out=elsewhere", []),
 ])
@@ -156,15 +158,16 @@ def test_the_code_counts(monkeypatch):
 def test_a_run_leaves_what_the_plan_says(done):
     out, summary = done
     for name in ("config.yaml", "manifest.json", "summary.json", "report.html", "activations/store.json", "activations/tokens.parquet",
-                 "sae/sae.safetensors", "sae/config.json", "sae/metrics.jsonl", "sae/evaluation.json", "exemplars/features.parquet",
-                 "exemplars/exemplars.parquet", "interpretations/interpretations.parquet", "steering/generations.parquet",
-                 "steering/judgements.parquet", "atlas/index.html"):
+                 "sae/sae.safetensors", "sae/config.json", "sae/training.json", "sae/metrics.jsonl", "sae/evaluation.json",
+                 "exemplars/features.parquet", "exemplars/exemplars.parquet", "interpretations/interpretations.parquet",
+                 "steering/generations.parquet", "steering/judgements.parquet", "atlas/index.html"):
         assert (out / name).stat().st_size, name
     assert list((out / "figures").glob("*.svg")) and list((out / "figures").glob("*.csv"))
     assert not list(out.rglob("*.part"))
     assert set(summary) == {"studies", "sae", "interpretation", "steering", "truth", "seconds"}
     assert {k: set(v) for k, v in summary.items() if k != "seconds"} == {k: set(v) for k, v in SUMMARY.items()}
     assert all(seconds is not None for seconds in summary["seconds"].values())
+    assert summary["sae"]["lr"] == json.loads((out / "sae/training.json").read_text(encoding="utf-8"))["lr"] > 0
     shares = [summary["steering"][name] for name in ("unchanged", "on_target_only", "mixed", "off_target_only", "degenerate")]
     assert sum(shares) == pytest.approx(1)
     steer, judged = summary["steering"], read_table(out / "steering/judgements.parquet").to_pandas()

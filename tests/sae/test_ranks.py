@@ -22,7 +22,8 @@ from test_training import Vectors  # noqa: E402
 SETTINGS = TrainingConfig(steps=24, batch_size=128, lr=3e-3, dead_after=0.05, aux_k=2, start_rows=256, checkpoint_every=10, log_every=1,
                           engine="sparse")
 SHAPE = SAEConfig(k=2, expansion=4, group_fractions=(1/4, 1/4, 1/2))
-KINDS = {"batch_topk": (SHAPE, SETTINGS), "topk": (SHAPE.model_copy(update={"kind": "topk"}), SETTINGS),
+KINDS = {"batch_topk": (SHAPE, SETTINGS),
+         "topk": (SHAPE.model_copy(update={"kind": "topk"}), SETTINGS.model_copy(update={"lr": "auto"})),     # a rate that depends on the whole width
          "jumprelu": (SHAPE.model_copy(update={"kind": "jumprelu"}), SETTINGS.model_copy(update={"engine": "auto"}))}
 
 RUN = """
@@ -86,6 +87,7 @@ def test_other_kinds_are_shared_out_and_put_together(kind, tmp_path):
     expected, l0 = st.load_file(tmp_path / "one/sae.safetensors"), {}
     for way in ("one", "batch", "shard"):
         found = st.load_file(tmp_path / way / "sae.safetensors")
+        assert (tmp_path / way / "training.json").read_bytes() == (tmp_path / "one/training.json").read_bytes()
         assert found.keys() == expected.keys() and (kind == "topk" or found["log_threshold"].std() > 0)
         for name, t in expected.items(): assert torch.allclose(found[name], t, atol=1e-3), (way, name)
         l0[way] = [json.loads(line)["l0"] for line in (tmp_path / way / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

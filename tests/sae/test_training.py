@@ -13,6 +13,7 @@ import torch
 
 from saerad.core import UserError, prefetch, rng
 from saerad.sae import kernels
+from saerad.sae.convert import doctor
 from saerad.sae.kinds import batch_topk
 from saerad.sae.model import MatryoshkaSAE, SAEConfig
 from saerad.sae.training import (
@@ -418,11 +419,45 @@ def test_start_is_scale_and_geometric_median():
 
 
 def test_rate_rises_stays_and_falls():
-    cfg = TrainingConfig(steps=100, warmup=0.1, decay=0.2)
+    cfg = TrainingConfig(steps=100, warmup=0.1, decay=0.2, lr=None)
     rates = [cfg.rate(s, 2**14) for s in range(100)]
     assert rates[0] == pytest.approx(2e-5) and rates[9:81] == pytest.approx([2e-4] * 72) and 0 < rates[-1] < 2e-5
     assert cfg.rate(50, 2**10) == pytest.approx(8e-4)
     assert TrainingConfig(steps=10, lr=1e-3, warmup=0, decay=0).rate(9, 5) == 1e-3
+
+
+def test_the_automatic_rate_follows_width_and_steps():
+    def full(steps, width=2**10, lr="auto"): return TrainingConfig(steps=steps, lr=lr).full_rate(width)
+    usual = full(1, lr=None)
+    assert TrainingConfig().lr == "auto" and usual == pytest.approx(8e-4) and full(10**4, lr=3e-3) == 3e-3
+    by_steps = [full(steps) / usual for steps in (10, 500, 2000, 10_000, 10**9)]
+    assert by_steps == sorted(by_steps, reverse=True) and by_steps[0] == pytest.approx(10) and by_steps[-1] == pytest.approx(1, rel=0.01)
+    assert full(2000, 2**12) == pytest.approx(full(2000) / 2)
+    assert max(TrainingConfig(steps=2000).rate(step, 2**10) for step in range(2000)) == pytest.approx(full(2000))
+    for wrong in ("fast", -1, 0):
+        with pytest.raises(UserError, match="training.lr is .*; give auto"): TrainingConfig(lr=wrong)
+
+
+def test_the_rate_that_was_used_is_recorded_and_said(tmp_path):
+    """A run at `auto` that is stopped and resumed is the run at that number, and the files beside the SAE say the number."""
+    auto = SETTINGS.model_copy(update={"lr": "auto", "steps": 40})
+    number = auto.full_rate(4 * D)
+    class Stops(Vectors):
+        def batches(self, *args, **kwargs):
+            for step, rows, x in super().batches(*args, **kwargs):
+                if step == 30: raise KeyboardInterrupt
+                yield step, rows, x
+    with pytest.raises(KeyboardInterrupt): train_sae(Stops(), SAEConfig(k=3), auto, 0, tmp_path / "auto")
+    assert not (tmp_path / "auto/training.json").exists()
+    train_sae(Vectors(), SAEConfig(k=3), auto, 0, tmp_path / "auto")
+    train_sae(Vectors(), SAEConfig(k=3), auto.model_copy(update={"lr": number}), 0, tmp_path / "number")
+    assert (tmp_path / "auto/sae.safetensors").read_bytes() == (tmp_path / "number/sae.safetensors").read_bytes()
+    used = json.loads((tmp_path / "auto/training.json").read_text(encoding="utf-8"))
+    assert used == {"lr": number, "lr_asked": "auto", "steps": 40, "batch_size": 128, "warmup": 0.05, "decay": 0.2}
+    assert f"40 steps of 128 tokens at a rate of {number:.3g} (asked for: auto)" in doctor(tmp_path / "auto")
+    assert "asked for" not in doctor(tmp_path / "number")
+    (tmp_path / "number/training.json").unlink()
+    assert "at a rate of" not in doctor(tmp_path / "number")
 
 
 def test_wrong_inputs_are_refused_before_anything_is_written(tmp_path):
