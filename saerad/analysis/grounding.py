@@ -100,7 +100,7 @@ def word_activations(subject: Subject, sae: MatryoshkaSAE, layer: int, prompts: 
     for begin in progress(range(0, len(prompts), batch), "words"):
         of_batch = prompts[begin:begin + batch]
         for prompt, study, stream in zip(of_batch, studies[begin:begin + batch], residuals(subject, of_batch, layer), strict=True):
-            z, at = encode(stream.float().cpu()).numpy(), {c: on_words(prompt, study, c) for c in features}
+            z, at = encode(stream.float().cpu(), prompt.ids).numpy(), {c: on_words(prompt, study, c) for c in features}
             rows += [{"study": study.study, "patient": study.patient, "concept": c, "activation": float(z[at[c], f].mean())}
                      for c, f in features.items() if at[c].any()]
     return pd.DataFrame(rows, columns=["study", "patient", "concept", "activation"])

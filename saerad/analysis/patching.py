@@ -39,7 +39,8 @@ from ..subjects.subject import Subject
 @torch.no_grad()
 def _feature_steps(sae: MatryoshkaSAE, before: Tensor, after: Tensor, at: Tensor, few: int) -> dict[str, Tensor]:
     "The steps that go through the SAE, at the image tokens `at`."
-    change, nothing, scale = sae.encode(after[at]) - sae.encode(before[at]), torch.zeros_like(before), float(sae.scale)
+    image = torch.full_like(at, -1)            # for a token table they have no id of their own
+    change, nothing, scale = sae.encode(after[at], image) - sae.encode(before[at], image), torch.zeros_like(before), float(sae.scale)
     most = (change.norm(dim=0) * sae.W_dec.norm(dim=1)).argsort(descending=True)
     def rebuilt(features: Tensor) -> Tensor: return nothing.index_copy(0, at, change[:, features] @ sae.W_dec[features] * scale)
     strongest = rebuilt(most[:1])

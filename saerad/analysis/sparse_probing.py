@@ -13,6 +13,7 @@ __all__ = ['Values', 'Asked', 'ask_tokens', 'ask_studies', 'pooled', 'with_enoug
 # %% ../../nbs/analysis/sparse_probing.ipynb #df8820c5
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -34,7 +35,7 @@ from ..activations.store import Store
 from .probes import probe_directions, ranked_aurocs
 from .recovery import weighted_aurocs
 from ..core import UserError, rng
-from ..sae.encoder import encode_rows, has_one_threshold
+from ..sae.encoder import encode_rows, has_one_threshold, tokens_for
 from ..sae.evaluation import RECOVERED, aurocs, concept_tokens, concepts_of, evenly_spaced, fvu, union_of
 from ..sae.model import MatryoshkaSAE
 from ..show.run_folder import Run
@@ -261,7 +262,8 @@ def at_l0(sae: MatryoshkaSAE, store: Store, l0: float, rows: int = 4000) -> Matr
     if not has_one_threshold(sae): raise UserError(f"an SAE of kind {sae.kind} has no single threshold to move; train it with the k that is wanted.")
     other = sae.with_groups(sae.group_sizes)
     other.load_state_dict(sae.state_dict())
-    pre = other.preactivations(store.read(evenly_spaced(store.where("train"), rows)) / other.scale).flatten()
+    some = evenly_spaced(store.where("train"), rows)
+    pre = other.preactivations(other.residue(store.read(some), tokens_for(sae, store, some)) / other.scale).flatten()
     keep = min(round(l0 * len(pre) / sae.width), len(pre) - 1)
     other.threshold.fill_(max(float(pre.kthvalue(len(pre) - keep).values), 0.0))
     return other.eval().requires_grad_(False)
@@ -270,7 +272,7 @@ def at_l0(sae: MatryoshkaSAE, store: Store, l0: float, rows: int = 4000) -> Matr
 def random_sae(sae: MatryoshkaSAE, store: Store, l0: float, seed: int = 0) -> MatryoshkaSAE:
     """An SAE with the groups, centre and scale of another and directions that were drawn, at the same `l0`: what sparse coding alone gives."""
     drawn = MatryoshkaSAE(sae.d, sae.group_sizes, sae.k, seed=seed)
-    drawn.b_dec.data, drawn.scale = sae.b_dec.detach().clone(), sae.scale.clone()
+    drawn.b_dec.data, drawn.scale, drawn.table = sae.b_dec.detach().clone(), sae.scale.clone(), deepcopy(sae.table)
     return at_l0(drawn, store, l0)
 
 # %% ../../nbs/analysis/sparse_probing.ipynb #869eae94
@@ -389,19 +391,20 @@ def spurious_removal(sae: MatryoshkaSAE, x: Float[np.ndarray, "n d"], z: Values,
 
 # %% ../../nbs/analysis/sparse_probing.ipynb #ddc2c622
 def absorption(sae: MatryoshkaSAE, x: Float[np.ndarray, "n d"], z: Values, mark: Float[np.ndarray, " n"], main: Sequence[int],
-               w: Float[np.ndarray, " d"], b: float) -> dict[str, float]:
+               w: Float[np.ndarray, " d"], b: float, told: Any = None) -> dict[str, float]:
     """Absorption as SAEBench defines it (Chanin et al. 2024), over the items with a concept that its dense probe calls right.
 
     `full`: share of them on which all `main` features are silent and one other feature, whose cosine to the probe is at least 0.025, has at least
     0.4 of what the vector has along the probe. `fraction`: mean share along the probe that at most three others (cosine ≥ 0.1, together ≥ 0.4) supply
     instead of the main ones. Unlike SAEBench the vector is taken from the decoder's bias and in normalised units, in which the features are;
-    unlike `splitting_and_absorption`, which compares features with each other, both compare them with the vector itself.
+    unlike `splitting_and_absorption`, which compares features with each other, both compare them with the vector itself. `told` is what a token table
+    says of each item, which the features need not.
     """
     unit = w / np.linalg.norm(w)
     rows = np.asarray(sae.W_dec.detach().cpu(), np.float64)
     cosine = rows @ unit / np.linalg.norm(rows, axis=1)
     right = np.flatnonzero((mark > 0) & (x @ w + b > 0))
-    along = (x[right] / float(sae.scale) - sae.b_dec.detach().cpu().numpy()) @ unit
+    along = ((x[right] if told is None else x[right] - told[right]) / float(sae.scale) - sae.b_dec.detach().cpu().numpy()) @ unit
     right, along = right[along > 0], along[along > 0]
     if not len(right): return {"items": 0, "full": float("nan"), "fraction": float("nan")}
     given = sparse.csr_matrix(z)[right].multiply(cosine[None]).toarray()
@@ -543,6 +546,8 @@ def compare_saes(saes: Mapping[str, MatryoshkaSAE], store: Store, train: Asked, 
         if l0 is not None and has_one_threshold(sae): sae = at_l0(sae, store, l0)
         z, z_test = (encode_rows(sae, store, of.rows) for of in (train, test))
         rebuilt = (z_test @ sae.W_dec.detach().cpu().numpy() + sae.b_dec.detach().cpu().numpy()) * float(sae.scale)
+        told = None if sae.table is None else sae.token_part(tokens_for(sae, store, test.rows)).cpu().numpy()
+        if told is not None: rebuilt = rebuilt + told
         row = {"name": name, "l0": z_test.nnz / len(test.rows), "fvu": fvu(torch.from_numpy(x_test), torch.from_numpy(rebuilt))}
         curve = sparse_probing(z, train, z_test, test, sizes, draws=draws, seed=seed).curve
         row |= {f"told_{k}": told for k, told in zip(curve.features, curve.told, strict=True)}
@@ -550,7 +555,7 @@ def compare_saes(saes: Mapping[str, MatryoshkaSAE], store: Store, train: Asked, 
         row["perturbation"] = targeted_perturbation(sae, x, z, train, x_test, z_test, test, (ablated,)).score.mean()
         order, columns = np.argsort(-by_auroc(z, train.marks), axis=1)[:, :8], z.tocsc()
         mains = [union_of(columns, m, o)[0] for m, o in zip(train.marks.T, order, strict=True)]
-        of = [absorption(sae, x_test, z_test, test.marks[:, j], main, w[:, j], b[j])["full"] for j, main in enumerate(mains)]
+        of = [absorption(sae, x_test, z_test, test.marks[:, j], main, w[:, j], b[j], told)["full"] for j, main in enumerate(mains)]
         rows.append(row | {"absorbed": float(np.nanmean(of))})
     return pd.DataFrame(rows)
 

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from ..activations.store import Store
 from ..core import UserError, progress, write_beside, write_json
 from .exemplars import factorize, lean_tokens, study_blocks
-from ..sae.encoder import Encoder, active_entries
+from ..sae.encoder import Encoder, active_entries, tokens_for
 from ..sae.model import MatryoshkaSAE, check_width
 
 # %% ../../nbs/interpretation/delphi.ipynb #26ea48fe
@@ -77,7 +77,8 @@ def export_delphi(store: Store, sae: MatryoshkaSAE, out: Path | str, hookpoint: 
     parts = [folder / f"{a}.part" for a in edges[:-1]]
     encode = Encoder(sae)
     for begin, end in progress(list(study_blocks(tokens, block)), "delphi: reading"):
-        z = encode(store.read(np.arange(begin, end))).numpy()
+        rows = np.arange(begin, end)
+        z = encode(store.read(rows), tokens_for(sae, store, rows)).numpy()
         row, feature, value = active_entries(z, z > 0)
         for path, a, b in zip(parts, edges[:-1], edges[1:], strict=True): _append(path, cells[begin + row], feature, value, a, b)
     page = np.zeros((cells[-1] // length + 1) * length, np.int64)

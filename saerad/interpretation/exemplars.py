@@ -26,7 +26,7 @@ from pydantic import Field
 
 from ..activations.store import Store
 from ..core import Section, UserError, content_hash, prefetch, progress, read_table, rng, write_beside, write_table
-from ..sae.encoder import Encoder, active_entries, fastest_device, sae_on
+from ..sae.encoder import Encoder, active_entries, fastest_device, sae_on, tokens_for
 from ..sae.model import MatryoshkaSAE, check_width
 from ..studies.findings import Finding, read_findings
 from ..studies.record import VIEWS
@@ -501,7 +501,7 @@ def collect_exemplars(store: Store, sae: MatryoshkaSAE, cfg: ExemplarsConfig, se
     collector = Collector(tokens, sae.width, cfg, seed) if device.type == "cpu" else DeviceCollector(tokens, sae.width, cfg, seed, device)
     straight = device if device.type == "cuda" else None
     read = prefetch(store.read(np.arange(begin, end), straight) for begin, end in blocks)       # the next block while one is counted
-    for begin, _ in progress(blocks, "exemplars: reading"): collector.read(encode.on_device(next(read)), begin)
+    for block in progress(blocks, "exemplars: reading"): collector.read(encode.on_device(next(read), tokens_for(sae, store, slice(*block))), block[0])
     collector.finish()
     chosen = _write(collector, out / "exemplars.parquet")
     (out / "near.parquet").unlink(missing_ok=True)  # hard negatives of other exemplars

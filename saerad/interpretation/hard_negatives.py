@@ -35,7 +35,7 @@ from saerad.interpretation.exemplars import (
     sides,
     token_texts,
 )
-from ..sae.encoder import Encoder, fastest_device, sae_on
+from ..sae.encoder import Encoder, fastest_device, sae_on, tokens_for
 from ..sae.model import MatryoshkaSAE
 from ..studies.findings import statements
 from ..subjects.subject import TOKEN_SECTIONS
@@ -85,7 +85,7 @@ def fired_in(store: Store, sae: MatryoshkaSAE, around: Windows, rows: np.ndarray
         if not len(part): continue
         lengths = high[part] - low[part] + 1
         inside = np.concatenate([np.arange(a, b + 1) for a, b in zip(low[part], high[part], strict=True)])
-        fires = (encode.on_device(store.read(inside)) > 0).cpu().numpy()
+        fires = (encode.on_device(store.read(inside), tokens_for(sae, store, inside)) > 0).cpu().numpy()
         parts.append(np.logical_or.reduceat(fires, np.r_[0, np.cumsum(lengths)[:-1]]))
     return np.concatenate(parts)
 

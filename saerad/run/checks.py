@@ -36,6 +36,8 @@ def check(run: Run, beside: bool = False) -> None:
                                                   f"(expansion {sae.expansion} times width {d}); choose a smaller k.")
     if run.config.training.online and run.config.extraction.reports == "generated":
         raise UserError("training.online is true and extraction.reports is generated, which only a store can give; change one of them.")
+    if run.config.training.online and sae.token_table != "none":
+        raise UserError(f"training.online is true and sae.token_table is {sae.token_table}, which needs a store's token ids; change one.")
     check_disk(run, d, beside)
     check_endpoint(run)
 

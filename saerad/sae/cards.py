@@ -317,6 +317,7 @@ class FusedEngine:
         self.graphs: dict[tuple[int, int], Any] = {}
         self.graph_pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None     # of all graphs: no two run at a time
         self.runs: Counter = Counter()
+        self.residual: Tensor | None = None                                         # what the last step left, where the trainer learns a token table
 
     @classmethod
     def supports(cls, kind: str) -> bool:
@@ -389,6 +390,7 @@ class FusedEngine:
         centred = (x - sae.b_dec).to(self.dtype)
         pre = product(centred, self.rounded[0].T, self.dtype != torch.float32)
         grads, levels, residual, fired, kept, cut = self.gradients(x, centred, pre, self.find_cut(pre))
+        self.residual = residual if self.trainer.learns_table else None
         aux = self.revive(pre, centred, residual, dead, capacity, grads) if capacity else torch.zeros((), device=x.device)
         self.update(grads, now)
         self.update_counters(fired, cut, now, len(x))
@@ -470,7 +472,7 @@ class FusedEngine:
         if not x.is_cuda or self.runs[key] <= 1 or os.environ.get("SAERAD_GRAPHS") == "0": return self.compute(x, capacity)
         if key not in self.graphs: self.graphs[key] = self.capture(x, capacity)
         if self.graphs[key] is None: return self.compute(x, capacity)
-        graph, result = self.graphs[key]
+        graph, result, self.residual = self.graphs[key]
         graph.replay()
         return result
 
@@ -483,7 +485,7 @@ class FusedEngine:
         except RuntimeError as e:
             warnings.warn(f"a training step could not be recorded as a CUDA graph ({e}); it is started kernel by kernel.", stacklevel=2)
             return None
-        return graph, result
+        return graph, result, self.residual
 
 # %% ../../nbs/sae/cards.ipynb #831e80a0
 @jit

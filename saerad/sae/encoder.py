@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RoundedFeatures', 'Encoder', 'has_one_threshold', 'is_searchable', 'active_entries', 'nonzero_entries', 'encode_rows',
-           'FeatureEncoder', 'BatchEncoder', 'sae_on', 'fastest_device']
+           'tokens_for', 'FeatureEncoder', 'BatchEncoder', 'sae_on', 'fastest_device']
 
 # %% ../../nbs/sae/encoder.ipynb #df98cb37
 from collections.abc import Sequence
@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..activations.store import Store
-from ..core import has_bfloat16, progress
+from ..core import UserError, has_bfloat16, progress
 from . import kernels
-from .model import MatryoshkaSAE, check_width
+from .model import NEEDS_TOKENS, MatryoshkaSAE, check_width
+from .token_table import TokenTable, token_ids
 
 # %% ../../nbs/sae/encoder.ipynb #299a143d
 @dataclass(frozen=True, eq=False)
@@ -85,23 +86,26 @@ def search(self: Encoder, x: Float[Tensor, "n d"], error: float) -> tuple[Int[Te
 
 # %% ../../nbs/sae/encoder.ipynb #4b3f51a4
 @patch
-def __call__(self: Encoder, x: Float[Tensor, "n d"]) -> Float[Tensor, "n width"]:
-    """Features of raw residual vectors, float32 in normalised units, on the CPU; the next call may write into the same array."""
-    return self.on_device(x).cpu()
+def __call__(self: Encoder, x: Float[Tensor, "n d"], tokens: Any = None) -> Float[Tensor, "n width"]:
+    """Features of raw residual vectors, float32 in normalised units, on the CPU; the next call may write into the same array.
+
+    `tokens`: their token ids [n], which an SAE with a token table needs; it raises `UserError` without them.
+    """
+    return self.on_device(x, tokens).cpu()
 
 @patch
 @torch.inference_mode()
-def on_device(self: Encoder, x: Float[Tensor, "n d"]) -> Float[Tensor, "n width"]:
+def on_device(self: Encoder, x: Float[Tensor, "n d"], tokens: Any = None) -> Float[Tensor, "n width"]:
     """The same, left on the SAE's device: what is counted there need not travel."""
     x = x.to(self.sae.W_enc.device)
-    if not self.searches: return self.sae.encode(x).float()
-    z, centred = self._cleared(len(x)), x.float() / self.sae.scale - self.sae.b_dec
+    if not self.searches: return self.sae.encode(x, tokens).float()
+    z, centred = self._cleared(len(x)), self.sae.residue(x, tokens) / self.sae.scale - self.sae.b_dec
     error = self.rounded.error_bound(centred)
     certain = error < self.threshold / 2
     self.entries, value = self.search(centred * certain[:, None], float((error * certain).max()))
     z.view(-1)[self.entries] = value
     self.dense_rows = (~certain).nonzero().squeeze(1)
-    if len(self.dense_rows): z[self.dense_rows] = self.sae.encode(x[self.dense_rows])
+    if len(self.dense_rows): z[self.dense_rows] = self.sae.encode(x[self.dense_rows], None if tokens is None else tokens[self.dense_rows])
     return z
 
 @patch
@@ -133,8 +137,14 @@ def encode_rows(sae: MatryoshkaSAE, store: Store, rows: Int[np.ndarray, " n"], b
     """
     check_width(sae, store.d)
     encode, parts = Encoder(sae), [sparse.csr_matrix((0, sae.width), dtype=np.float32)]
-    for i in progress(range(0, len(rows), batch), "encoding"): parts.append(_sparse(encode.on_device(store.read(rows[i:i + batch]))))
+    for i in progress(range(0, len(rows), batch), "encoding"):
+        here = rows[i:i + batch]
+        parts.append(_sparse(encode.on_device(store.read(here), tokens_for(sae, store, here))))
     return sparse.vstack(parts, format="csr")
+
+def tokens_for(sae: MatryoshkaSAE, store: Store, rows: Int[np.ndarray, " n"]) -> Int[Tensor, " n"] | None:
+    """The token ids of the store's `rows` that an SAE with a token table needs to encode them; None for one without."""
+    return None if sae.table is None else torch.from_numpy(token_ids(store, rows))
 
 # %% ../../nbs/sae/encoder.ipynb #f80278a4
 def _sparse(z: Tensor) -> sparse.csr_matrix:
@@ -151,14 +161,15 @@ class FeatureEncoder:
     thresholds: Float[Tensor, " n"]            # infinite where the SAE has to be asked for all features
     sae: MatryoshkaSAE | None = None           # the one to be asked then
     features: tuple[int, ...] = ()
+    table: TokenTable | None = None            # taken off the vectors first
 
     @classmethod
     def of(cls, sae: MatryoshkaSAE, features: Sequence[int]) -> "FeatureEncoder":
         """The encoder of some features of `sae`, on the CPU."""
         at, t = list(features), sae.tensors()
         rows, biases = t["W_enc"][:, at].T / float(sae.scale), t["b_enc"][at] - t["b_dec"] @ t["W_enc"][:, at]
-        if has_one_threshold(sae): return cls(rows, biases, t["threshold"].expand(len(at)))
-        return cls(rows, biases, torch.full((len(at),), float("inf")), sae, tuple(at))
+        if has_one_threshold(sae): return cls(rows, biases, t["threshold"].expand(len(at)), table=sae.table)
+        return cls(rows, biases, torch.full((len(at),), float("inf")), sae, tuple(at), sae.table)
 
     @classmethod
     def silent(cls, n: int, d: int) -> "FeatureEncoder":
@@ -171,6 +182,8 @@ class BatchEncoder:
     def __init__(self, encoders: Sequence[FeatureEncoder], device: Any = "cpu"):
         self.encoder_rows, self.biases, self.thresholds = (
             pad_sequence([getattr(e, name) for e in encoders], batch_first=True).to(device) for name in ("encoder_rows", "biases", "thresholds"))
+        self.tables = {_on(table, device): torch.tensor([i for i, e in enumerate(encoders) if e.table is table], device=device)
+                       for table in dict.fromkeys(e.table for e in encoders if e.table is not None)}       # rows of each
         self.competing: dict[MatryoshkaSAE, tuple[Tensor, Tensor]] = {}         # rows of each SAE that has to be asked, and their features
         for sae in dict.fromkeys(e.sae for e in encoders if e.sae is not None):
             rows = [i for i, e in enumerate(encoders) if e.sae is sae]
@@ -178,21 +191,39 @@ class BatchEncoder:
             features = torch.nn.functional.pad(features, (0, self.biases.shape[1] - features.shape[1]), value=-1)
             self.competing[sae_on(sae, device)] = torch.tensor(rows, device=device), features.to(device)
 
-    def __call__(self, x: Float[Tensor, "rows tokens d"]) -> Float[Tensor, "rows tokens n"]:
-        """Activations (normalised units) of raw vectors, on the device of `x`; 0 for the features that fill a row up."""
-        pre = torch.einsum("rtd,rnd->rtn", x.float(), self.encoder_rows) + self.biases[:, None]
+    def __call__(self, x: Float[Tensor, "rows tokens d"], tokens: Int[Tensor, "rows tokens"] | None = None) -> Float[Tensor, "rows tokens n"]:
+        """Activations (normalised units) of raw vectors, on the device of `x`; 0 for the features that fill a row up.
+
+        `tokens` are the vectors' ids. Raises `UserError` where an SAE has a token table and there are none.
+        """
+        pre = torch.einsum("rtd,rnd->rtn", self.residue(x, tokens).float(), self.encoder_rows) + self.biases[:, None]
         z = torch.where(pre > self.thresholds[:, None], pre, 0)
         for sae, (rows, features) in self.competing.items():
-            z[rows] = _among_all(sae, x[:1] if x.stride(0) == 0 else x[rows], features).to(z)      # stride 0: all rows are one
+            same = slice(1) if x.stride(0) == 0 and (tokens is None or tokens.stride(0) == 0) else rows        # stride 0: all rows are one
+            z[rows] = _among_all(sae, x[same], features, None if tokens is None else tokens[same]).to(z)
         return z
+
+    def residue(self, x: Float[Tensor, "rows tokens d"], tokens: Int[Tensor, "rows tokens"] | None) -> Float[Tensor, "rows tokens d"]:
+        """Raw vectors without what each row's token table says of their tokens; rows that are all one stay so."""
+        if not self.tables: return x
+        if tokens is None: raise UserError(NEEDS_TOKENS)
+        table, rows = next(iter(self.tables.items()))
+        if x.stride(0) == 0 and tokens.stride(0) == 0 and len(rows) == len(x): return (x[:1] - table(tokens[:1])).expand_as(x)
+        out = x.float().clone()
+        for table, rows in self.tables.items(): out[rows] -= table(tokens[rows])
+        return out
 
 def sae_on(sae: MatryoshkaSAE, device: Any) -> MatryoshkaSAE:
     """The SAE on a device: itself, or a copy that is kept for the next who ask, until somebody writes to the SAE."""
     if sae.W_enc.device == torch.device(device): return sae
     return _copy_on(sae, torch.device(device), sum(t._version for t in sae.state_dict().values()))
 
-@lru_cache(2)
-def _copy_on(sae: MatryoshkaSAE, device: torch.device, written: int) -> MatryoshkaSAE: return deepcopy(sae).to(device)
+def _on(table: TokenTable, device: Any) -> TokenTable:
+    "A token table on a device, as `sae_on` has it for an SAE."
+    return table if table.rows.device == torch.device(device) else _copy_on(table, torch.device(device), table.rows._version)
+
+@lru_cache(4)
+def _copy_on(module: Any, device: torch.device, written: int) -> Any: return deepcopy(module).to(device)
 
 def fastest_device() -> torch.device:
     """The current card where there is one, else the CPU."""
@@ -200,10 +231,12 @@ def fastest_device() -> torch.device:
 
 # %% ../../nbs/sae/encoder.ipynb #c3532183
 def _among_all(sae: MatryoshkaSAE, x: Float[Tensor, "r tokens d"], features: Int[Tensor, "rows n"],
-               block: int = 4096) -> Float[Tensor, "rows tokens n"]:
+               tokens: Int[Tensor, "r tokens"] | None = None, block: int = 4096) -> Float[Tensor, "rows tokens n"]:
     "Activations of each row's `features` (-1: none, 0) as all features of the SAE decide them; `x` has one row, or one for each."
     at, parts = features[:, None], []
-    for part in x.split(max(1, block // len(x)), dim=1):
-        z = sae.encode(part.reshape(-1, sae.d)).view(*part.shape[:2], -1).expand(len(features), -1, -1)
+    step = max(1, block // len(x))
+    for begin in range(0, x.shape[1], step):
+        part, ids = x[:, begin:begin + step], None if tokens is None else tokens[:, begin:begin + step].reshape(-1)
+        z = sae.encode(part.reshape(-1, sae.d), ids).view(*part.shape[:2], -1).expand(len(features), -1, -1)
         parts.append(z.gather(2, at.clamp(min=0).expand(-1, z.shape[1], -1)) * (at >= 0))
     return torch.cat(parts, 1)

@@ -30,7 +30,7 @@ from ..activations.extraction import ExtractionConfig, extract, kept_tokens
 from ..activations.norms import norm_limit
 from ..activations.store import Store
 from ..core import Section, UserError, progress, torch_rng, write_json, write_table
-from .encoder import Encoder, encode_rows, fastest_device, sae_on
+from .encoder import Encoder, encode_rows, fastest_device, sae_on, tokens_for
 from .model import MatryoshkaSAE, SAEConfig, check_width
 from .training import TrainingConfig, train_sae
 from ..studies.findings import PHANTOM_KINDS, Reading
@@ -64,10 +64,11 @@ def evenly_spaced(rows: Int[np.ndarray, " n"], most: int) -> Int[np.ndarray, " m
     return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(int)]
 
 # %% ../../nbs/sae/evaluation.ipynb #a53dd73e
-def _decode_prefix(sae: MatryoshkaSAE, z: sparse.csr_matrix, prefix: int) -> Tensor:
-    "Raw vectors from the first `prefix` columns of sparse features."
+def _decode_prefix(sae: MatryoshkaSAE, z: sparse.csr_matrix, prefix: int, tokens: Tensor | None = None) -> Tensor:
+    "Raw vectors from the first `prefix` columns of sparse features, and what a token table says of `tokens`."
     shares = z[:, :prefix] @ sae.W_dec[:prefix].detach().cpu().numpy()
-    return (torch.from_numpy(shares) + sae.b_dec.detach().cpu()) * sae.scale.cpu()
+    rebuilt = (torch.from_numpy(shares) + sae.b_dec.detach().cpu()) * sae.scale.cpu()
+    return rebuilt if sae.table is None else rebuilt + sae.token_part(tokens).cpu()
 
 # %% ../../nbs/sae/evaluation.ipynb #c27bcbe9
 def _fvu_by(label: np.ndarray, x: Tensor, rebuilt: Tensor) -> dict[str, float]:
@@ -86,17 +87,19 @@ def density_histogram(often: Float[np.ndarray, " features"]) -> dict[str, int]:
 def reconstruction(store: Store, sae: MatryoshkaSAE, rows: Int[np.ndarray, " n"]) -> dict[str, Any]:
     """FVU overall, without attention sinks, by section, by view, of image against text, and by level; L0, activation density and silent features.
 
-    On the store's `rows`. Sinks are vectors longer than those that the SAE was trained on, or than ten times the median where that is not known.
+    On the store's `rows`, and of the whole stream. Sinks are vectors longer than those that the SAE was trained on, or than ten times the median
+    where that is not known. With a token table `told_by_tokens` is the share of the variance that this tells alone.
     """
     check_width(sae, store.d)
-    x, z = store.read(rows), encode_rows(sae, store, rows)
+    x, z, tokens = store.read(rows), encode_rows(sae, store, rows), tokens_for(sae, store, rows)
     sections, views = (store.tokens[key].take(rows).to_numpy() for key in ("section", "view"))
-    rebuilt, often = _decode_prefix(sae, z, sae.width), z.getnnz(axis=0) / max(len(rows), 1)
+    rebuilt, often = _decode_prefix(sae, z, sae.width, tokens), z.getnnz(axis=0) / max(len(rows), 1)
     medium = np.where(sections == "image", "image", "text")
     ordinary = x.norm(dim=1) <= (sae.max_norm or norm_limit(x, 10.0))
-    return {"rows": len(rows), "fvu": fvu(x, rebuilt), "fvu_without_sinks": fvu(x[ordinary], rebuilt[ordinary]),
+    told = {} if tokens is None else {"told_by_tokens": 1 - fvu(x, sae.token_part(tokens).cpu())}
+    return told | {"rows": len(rows), "fvu": fvu(x, rebuilt), "fvu_without_sinks": fvu(x[ordinary], rebuilt[ordinary]),
             "sinks": float((~ordinary).float().mean()), "l0": z.nnz / max(len(rows), 1), "silent": float((often == 0).mean()),
-            "density": density_histogram(often), "fvu_by_prefix": {str(p): fvu(x, _decode_prefix(sae, z, p)) for p in sae.prefixes},
+            "density": density_histogram(often), "fvu_by_prefix": {str(p): fvu(x, _decode_prefix(sae, z, p, tokens)) for p in sae.prefixes},
             "fvu_by_section": _fvu_by(sections, x, rebuilt), "fvu_by_view": _fvu_by(views, x, rebuilt), "fvu_by_medium": _fvu_by(medium, x, rebuilt),
             "l0_by_section": {s: z[sections == s].nnz / int((sections == s).sum()) for s in sorted(set(sections))}}
 
@@ -106,7 +109,8 @@ def dead_share(store: Store, sae: MatryoshkaSAE, batch: int = 8192) -> float:
     """Share of features that no token of the store turns on."""
     encode, alive = Encoder(sae), torch.zeros(sae.width, dtype=torch.bool, device=sae.W_enc.device)
     for begin in progress(range(0, len(store), batch), "looking for dead features"):
-        alive |= (encode.on_device(store.read(np.arange(begin, min(begin + batch, len(store))))) > 0).any(0)
+        rows = np.arange(begin, min(begin + batch, len(store)))
+        alive |= (encode.on_device(store.read(rows), tokens_for(sae, store, rows)) > 0).any(0)
     return float((~alive).float().mean())
 
 # %% ../../nbs/sae/evaluation.ipynb #d2dc13fb
@@ -116,6 +120,7 @@ class ForwardPass:
     stream: Float[Tensor, "studies tokens d"]        # at the hookpoint, raw residual units
     logp: Float[Tensor, "targets vocabulary"]        # next-token log-probabilities where the report is predicted
     target: Int[Tensor, " targets"]
+    ids: Int[Tensor, "studies tokens"]               # of the prompts' tokens
 
     @property
     def loss(self) -> float:
@@ -143,7 +148,8 @@ def read_batch(subject: Subject, prompts: Sequence[Prompt], layer: int, stream: 
         held = hook.output.save()
         logits = subject.lm.output.logits.save()
     study, position = (t.to(logits.device) for t in report_targets(prompts))
-    return ForwardPass(held, logits[study, position - 1].float().log_softmax(-1), inputs["input_ids"][study, position])
+    return ForwardPass(held, logits[study, position - 1].float().log_softmax(-1), inputs["input_ids"][study, position],
+                       inputs["input_ids"])
 
 # %% ../../nbs/sae/evaluation.ipynb #6389870a
 def spliced_positions(prompts: Sequence[Prompt], cfg: ExtractionConfig, splice: str, width: int) -> Tensor:
@@ -161,7 +167,8 @@ def spliced_losses(subject: Subject, sae: MatryoshkaSAE, prompts: Sequence[Promp
     clean = read_batch(subject, prompts, cfg.layer)
     where = spliced_positions(prompts, cfg, splice, clean.stream.shape[1]).to(clean.stream.device)
     old = clean.stream[where]
-    fills = {"spliced": sae_on(sae, old.device)(old.float()), "zero": torch.zeros_like(old), "mean": mean.expand_as(old)}
+    rebuilt = sae_on(sae, old.device)(old.float(), clean.ids.to(where.device)[where])
+    fills = {"spliced": rebuilt, "zero": torch.zeros_like(old), "mean": mean.expand_as(old)}
     passes = {}
     for name, fill in fills.items():
         stream = clean.stream.clone()
@@ -428,7 +435,8 @@ def random_control(store: Store, sae: MatryoshkaSAE, subject: Subject, source: S
     settings, results = ExtractionConfig(**store.meta["made_from"]["settings"]), {}
     counts = {"train": cfg.control_studies, "test": max(1, cfg.control_studies // 4)}
     studies = [s for split, most in counts.items() for s in _evenly_spaced_studies(source.split(split), most)]
-    subset, shape = replace(source, studies=studies), SAEConfig(expansion=max(1, sae.width // sae.d), k=sae.k, kind=sae.kind)
+    subset = replace(source, studies=studies)
+    shape = SAEConfig(expansion=max(1, sae.width // sae.d), k=sae.k, kind=sae.kind, token_table=sae.token_table)
     training = TrainingConfig(steps=cfg.control_steps, batch_size=1024)
     for name, context in (("control", shuffled_weights(subject)), ("control_trained", nullcontext(subject))):
         with context as model: control = extract(subset, model, settings, Path(out) / name / "activations")

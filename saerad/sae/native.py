@@ -128,7 +128,8 @@ class NativeEngine:
         step = kernels.Step(centred, sae.W_enc.detach().T, sae.W_dec.detach(), sae.group_sizes, sae.level_weights, self.scratch)
         places, value, cut = (self.search.topk if sae.kind == "topk" else self.search.batch_topk)(step, centred)
         reviving = bool(len(dead) and self.cfg.aux_alpha)
-        measured, bias = kernels.measure(step, places, value, residual=reviving), 0.0
+        measured, bias = kernels.measure(step, places, value, residual=reviving or self.trainer.learns_table), 0.0
+        self.residual = measured.residual
         if reviving:
             aux, rows = self.trainer.aux_rows(x, measured.residual, dead, tokens, self.trainer.use_bf16)
             number = torch.full((sae.width,), -1, dtype=torch.int32)

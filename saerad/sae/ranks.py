@@ -57,6 +57,13 @@ class Ranks:
         """The sum over the processes that have other features."""
         return _sum(self, t) if self.shard else t
 
+    def joined(self, t: Tensor) -> Tensor:
+        """The rows of the processes that have other tokens, below each other; `t` itself where they all have the same."""
+        if self.shard or self.size == 1: return t
+        parts = [torch.empty_like(t) for _ in range(self.size)]
+        dist.all_gather(parts, t.contiguous())
+        return torch.cat(parts)
+
     def all(self, here: bool) -> bool:
         """Whether it is true in every process."""
         return bool(_sum(self, torch.tensor(int(here)), dist.ReduceOp.MIN))

@@ -53,7 +53,8 @@ def sweep_row(name: str, jobs: dict[str, Job], saes: dict[str, MatryoshkaSAE], r
     split = next(s for s in ("validation", "test", "train") if len(job.store.where(s)))
     metrics = reconstruction(job.store, sae, evenly_spaced(job.store.where(split), rows))
     shared = [decoder_agreement(sae, saes[n])["matched"] for n in _other_seeds(name, jobs)]
-    return {"name": name, "d": sae.d, "width": sae.width, "k": sae.k, "kind": sae.kind_name, "group_order": sae.group_order, "seed": job.seed,
+    return {"name": name, "d": sae.d, "width": sae.width, "k": sae.k, "kind": sae.kind_name, "group_order": sae.group_order,
+            "token_table": sae.token_table, "seed": job.seed,
             "store": job.store.folder.name, "split": split, **{key: metrics[key] for key in ("rows", "fvu", "l0", "silent")},
             "decoder_cosine": decoder_cosine(sae)["mean_nearest"], "seed_agreement": sum(shared) / len(shared) if shared else None}
 
@@ -82,7 +83,7 @@ def _write_figure(figure: Figure, out: Path) -> None:
 def draw_sweep(table: pd.DataFrame) -> Figure:
     """FVU against L0, a line for each store, width, kind and order of groups."""
     figure, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    keys = [key for key in ("store", "width", "kind", "group_order") if table[key].nunique() > 1]
+    keys = [key for key in ("store", "width", "kind", "group_order", "token_table") if table[key].nunique() > 1]
     for label, points in table.groupby(keys) if keys else [((), table)]: _draw_line(ax, points, ", ".join(map(str, label)))
     ax.set(xscale="log", xlabel="active features of a token (L0)", ylabel="fraction of variance unexplained (FVU)", ylim=(0, None))
     ticks = sorted({round(v) for v in table.groupby("k")["l0"].mean()})

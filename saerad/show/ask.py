@@ -31,7 +31,7 @@ from fastcore.basics import patch
 
 from ..activations.extraction import ExtractionConfig
 from ..core import UserError
-from ..sae.encoder import BatchEncoder, Encoder, FeatureEncoder
+from ..sae.encoder import BatchEncoder, Encoder, FeatureEncoder, tokens_for
 from ..sae.model import check_width
 from .atlas import feature_table, finding_boxes, page_template, shade, square_view, strongest_patches
 from .portraits import Reading, read_prompts, view_row
@@ -273,7 +273,8 @@ def _activations(self: Asker, features: Sequence[int], rows: int) -> np.ndarray:
     store = self.run.store
     at = store.where("test")
     at = at[np.linspace(0, len(at) - 1, min(rows, len(at))).astype(int)] if len(at) else at
-    return BatchEncoder([FeatureEncoder.of(self.sae, features)])(store.read(at)[None])[0].numpy()
+    tokens = tokens_for(self.sae, store, at)
+    return BatchEncoder([FeatureEncoder.of(self.sae, features)])(store.read(at)[None], None if tokens is None else tokens[None])[0].numpy()
 
 # %% ../../nbs/show/ask.ipynb #53d8284c
 def _inline(view: View, edge: int = 512) -> str:

@@ -79,7 +79,7 @@ class Reading:
 def read_prompts(subject: Subject, encode: Encoder, layer: int, prompts: Sequence[Prompt]) -> list[Reading]:
     """Some prompts in one pass through the subject model, and every token of them through the SAE."""
     streams = residuals(subject, prompts, layer)
-    return [Reading(p, subject.texts(p), sparse.csr_matrix(encode(x.float().cpu()).numpy())) for p, x in zip(prompts, streams, strict=True)]
+    return [Reading(p, subject.texts(p), sparse.csr_matrix(encode(x.float().cpu(), p.ids).numpy())) for p, x in zip(prompts, streams, strict=True)]
 
 # %% ../../nbs/show/portraits.ipynb #0f6383e5
 def _on_grid(prompt: Prompt, here: np.ndarray, z: sparse.csr_matrix) -> tuple[tuple[int, int], sparse.csc_matrix]:
@@ -98,7 +98,7 @@ def view_activations(subject: Subject, sae: MatryoshkaSAE, layer: int, prompts: 
     for prompt, stream in zip(prompts, residuals(subject, prompts, layer), strict=True):
         for view in prompt.views:
             if not len(here := _patches_of(prompt, view)): continue
-            yield prompt.study, view, *_on_grid(prompt, here, sparse.csr_matrix(encode(stream[here].float().cpu()).numpy()))
+            yield prompt.study, view, *_on_grid(prompt, here, sparse.csr_matrix(encode(stream[here].float().cpu(), prompt.ids[here]).numpy()))
 
 # %% ../../nbs/show/portraits.ipynb #26a8e54d
 @patch

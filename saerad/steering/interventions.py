@@ -99,10 +99,10 @@ class Batch:
         """Some of the rows."""
         return Batch([self.rows[i] for i in keep], self.offset.device)
 
-    def change(self, x: Float[Tensor, "rows tokens d"]) -> Float[Tensor, "rows tokens d"]:
-        """What is to be added to `x`, at every position."""
+    def change(self, x: Float[Tensor, "rows tokens d"], tokens: Int[Tensor, "rows tokens"] | None = None) -> Float[Tensor, "rows tokens d"]:
+        """What is to be added to `x`, at every position; raises `UserError` where an SAE needs the token ids and there are none."""
         if self.constant is not None: return self.constant
-        return torch.einsum("rtn,rnd->rtd", self.offset[:, None] + self.scale[:, None] * self.encode(x), self.directions)
+        return torch.einsum("rtn,rnd->rtd", self.offset[:, None] + self.scale[:, None] * self.encode(x, tokens), self.directions)
 
 # %% ../../nbs/steering/interventions.ipynb #0fdc83b1
 def prompt_mask(section: np.ndarray, rows: Sequence[Intervention]) -> Bool[Tensor, "rows tokens"]:
@@ -245,9 +245,10 @@ def _read_prompt(subject: Subject, prompt: Prompt, layer: int, batch: Batch, cap
     rows, per_token = len(batch.rows), batch.per_token()
     cache = buffered_cache(subject, capacity, layer + 1 if rows > 1 and can_share(subject) else 0)
     where = prompt_mask(prompt.section, batch.rows).to(subject.device)[..., None]
+    ids = prompt.ids.to(subject.device).expand(rows, -1)
     def change(stream: Tensor) -> Tensor:
         every = stream.expand(rows, -1, -1)
-        return every + (batch.change(every) * where + (0 if per_token is None else per_token)).to(stream.dtype)
+        return every + (batch.change(every, ids) * where + (0 if per_token is None else per_token)).to(stream.dtype)
     with replaced(decoder_layer(subject, layer), change):
         out = subject.model(**subject.collate([prompt]), past_key_values=cache, use_cache=True, logits_to_keep=1)
     for kept in cache.layers:
@@ -259,7 +260,7 @@ def _read_prompt(subject: Subject, prompt: Prompt, layer: int, batch: Batch, cap
 def _read_token(subject: Subject, ids: Tensor, cache: Cache, layer: nn.Module, batch: Batch, changed: Tensor) -> Tensor:
     "One token for every row, changed where `changed`: logits of the next."
     where = changed.to(subject.device)[:, None, None]
-    with replaced(layer, lambda stream: stream + (batch.change(stream) * where).to(stream.dtype)):
+    with replaced(layer, lambda stream: stream + (batch.change(stream, ids[:, None]) * where).to(stream.dtype)):
         return subject.model(input_ids=ids[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
 
 # %% ../../nbs/steering/interventions.ipynb #58885ed5

@@ -16,6 +16,7 @@ from saerad.core import UserError
 from saerad.sae import cards as module
 from saerad.sae import training
 from saerad.sae.model import MatryoshkaSAE, SAEConfig
+from saerad.sae.token_table import TokenTable
 from saerad.sae.training import MeasuredEngine, Trainer, TrainingConfig, choose_engine, initial_sae
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"                # on a card the kernels run there, elsewhere they are interpreted
@@ -170,6 +171,20 @@ def assert_copies(trainer: Trainer) -> None:
     """The interpreter cuts numbers off where a card rounds them."""
     for copy, weight in zip(trainer.engine.rounded, (trainer.sae.W_enc.T, trainer.sae.W_dec), strict=True):
         assert torch.allclose(copy.float(), weight, rtol=2**-7 if DEVICE == "cpu" else 2**-8, atol=1e-30)
+
+
+@pytest.mark.parametrize("engine", ["fused", "fused_sparse"])
+def test_a_token_table_learns_from_what_a_step_leaves(cards, engine):
+    def trainer(name: str) -> Trainer:
+        cfg = TrainingConfig(engine=name, steps=40, batch_size=32, lr=3e-3, start_rows=256, precision="float32")
+        sae = initial_sae(Vectors(500), SAEConfig(k=2, expansion=2), cfg, 0)
+        sae.table = TokenTable(torch.arange(4), numbers(5, sae.d, seed=1).cpu(), "learned")
+        return Trainer(sae.to(DEVICE), cfg)
+    x, ids, (here, there) = Vectors(500).x[:32], torch.arange(32) % 6, (trainer(engine), trainer("dense"))
+    for _ in range(4):                                       # on a card the last of them are replayed
+        assert here.train_step(x, ids=ids) == pytest.approx(there.train_step(x, ids=ids), rel=1e-4, abs=1e-6)
+        assert torch.allclose(here.engine.residual.float(), there.engine.residual, atol=1e-4)
+    assert torch.allclose(here.sae.table.rows, there.sae.table.rows, atol=1e-4) and difference(here, there) < 1e-4
 
 
 @pytest.mark.parametrize("other", ["dense", *NATIVE])
