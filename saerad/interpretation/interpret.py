@@ -6,10 +6,10 @@
 __all__ = ['T', 'CHOICES', 'Marked', 'LINE', 'HABIT', 'AT_ONCE', 'SYSTEM', 'BEGINS', 'BY_SOURCE', 'RATES', 'INTERPRETATIONS',
            'STOP_WORDS', 'KNOWN_COLUMNS', 'InterpretationConfig', 'protocol_of', 'named_files', 'check_settings',
            'choose_features', 'Explanation', 'Interpreter', 'Lexical', 'LanguageModel', 'detect_length', 'view_images',
-           'Local', 'Score', 'score', 'by_source', 'at_prevalence', 'estimate_cost', 'planned_exemplars', 'interpret',
-           'replay_note', 'check_answered', 'checked_estimate', 'format_estimate', 'examination', 'content_words',
-           'repeated_explanations', 'read_explanations', 'compare_explanations', 'interpretation_summary', 'names',
-           'description_names_truth']
+           'Local', 'Score', 'score', 'by_source', 'at_prevalence', 'groups_at_most', 'estimate_cost',
+           'planned_exemplars', 'interpret', 'asked_rows', 'replay_note', 'check_answered', 'checked_estimate',
+           'format_estimate', 'examination', 'content_words', 'repeated_explanations', 'read_explanations',
+           'compare_explanations', 'interpretation_summary', 'names', 'description_names_truth']
 
 # %% ../../nbs/interpretation/interpret.ipynb #9c3184ee
 import base64
@@ -96,6 +96,8 @@ class InterpretationConfig(EndpointConfig):
     bootstrap: int = Field(1000, ge=1)                       # resamples behind the interval of F1
     judge_by: Literal["fit", "answer"] = "fit"               # local: how probable an explanation makes an excerpt, or the chance of a yes
     background: int = Field(512, ge=0)                       # lexical: windows of other features that it may look at
+    groups: Literal["none", "auto"] = "none"                 # also find groups of features and examine each as one thing; not in the paper
+    most_groups: int = Field(64, ge=1)                       # of them at most so many, the most active first: each costs what a feature does
 
     @model_validator(mode="before")
     @classmethod
@@ -476,27 +478,37 @@ def _prompt_tokens(f: FeatureContexts, cfg: InterpretationConfig, protocol: Prot
     examined, empty = (tokens_in(detect_prompt(typical, b, protocol), cfg) for b in (batch, batch[:0]))
     return tokens_in(explain_prompt(f, protocol), cfg), empty, (examined - empty) / max(len(batch), 1)
 
+# %% ../../nbs/interpretation/interpret.ipynb #d739ff7e
+def groups_at_most(chosen: pd.DataFrame, cfg: InterpretationConfig) -> pd.DataFrame:
+    """A row for every group that there can be of the features in a table, as large as the largest feature; none unless `cfg.groups` asks for them."""
+    count = min(cfg.most_groups, len(chosen) // 2) if cfg.groups == "auto" else 0
+    return pd.DataFrame({name: np.full(count, chosen[name].max() if len(chosen) else 0) for name in ("score_active", "score_silent")})
+
+
 # %% ../../nbs/interpretation/interpret.ipynb #14f088b7
 def estimate_cost(features: pd.DataFrame, cfg: InterpretationConfig, samples: Iterable[FeatureContexts] = ()) -> dict[str, Any]:
     """What interpreting the chosen ones of a table of features needs at most, repairs and retries not counted.
 
-    Keys: features, explain, detect, calls, tokens_in, tokens_out, cost. Tokens are counted on the prompts of the features in `samples` and None
-    without; cost is None without prices.
+    Keys: features, groups, explain, detect, calls, tokens_in, tokens_out, cost. Tokens are counted on the prompts of the features in `samples` and
+    None without; cost is None without prices. Of groups as many are counted as there can be, each like a feature.
     """
     ok, protocol = features[features.feature.isin(choose_features(features, cfg.features, 0))], protocol_of(cfg)
+    groups = groups_at_most(ok, cfg)
     nothing = dict.fromkeys(("explain", "detect", "calls", "tokens_in", "tokens_out"), 0)
-    if cfg.interpreter == "lexical": return {"features": len(ok), **nothing, "cost": None}
+    if cfg.interpreter == "lexical": return {"features": len(ok), "groups": len(groups), **nothing, "cost": None}
     if cfg.interpreter == "local": protocol = protocol.model_copy(update={"contexts_per_prompt": AT_ONCE, "fuzz_prompt": None})
-    counts, control, detect = _count_calls(ok, cfg, protocol)
-    explain = len(ok) if cfg.descriptions is None else 0
-    needed = {"features": len(ok), "explain": explain, "detect": detect, "calls": explain + detect}
+    parts = [_count_calls(some, cfg, protocol) for some in (ok, groups)]       # features and groups are controls of their own kind
+    counts, control = (pd.concat(column) for column in list(zip(*parts, strict=True))[:2])
+    detect = sum(part[2] for part in parts)
+    explain = len(groups) + (len(ok) if cfg.descriptions is None else 0)
+    needed = {"features": len(ok), "groups": len(groups), "explain": explain, "detect": detect, "calls": explain + detect}
     sizes = [_prompt_tokens(f, cfg, protocol) for f in samples]
     if not sizes: return needed | {"tokens_in": None, "tokens_out": None, "cost": None}
     explaining, empty, listed = (float(np.mean(column)) for column in zip(*sizes, strict=True))
-    shown = float((counts + control + (counts if cfg.images else 0)).sum()) + protocol.fuzz * len(ok) * bool(protocol.fuzz_prompt)
+    shown = float((counts + control + (counts if cfg.images else 0)).sum()) + protocol.fuzz * len(counts) * bool(protocol.fuzz_prompt)
     images = (explain * cfg.explain_pictures + float(counts.sum())) * cfg.images
     sent = round(explain * explaining + shown * listed + detect * empty + images * cfg.picture_tokens)
-    answered = round(explain * 60 + detect * 2.2 * min(protocol.contexts_per_prompt, float(np.mean(counts)) if len(ok) else 0))
+    answered = round(explain * 60 + detect * 2.2 * min(protocol.contexts_per_prompt, float(np.mean(counts)) if len(counts) else 0))
     priced = cfg.price_in is not None and cfg.price_out is not None
     return needed | {"tokens_in": sent, "tokens_out": answered, "cost": round(cost_of(Reply("", "", sent, answered), cfg), 2) if priced else None}
 
@@ -538,37 +550,52 @@ def interpret(exemplars: Path | str, cfg: InterpretationConfig, seed: int, sourc
     `cfg.images`. Raises `UserError` for an endpoint that is not there, fails or may not see the text, exemplars of another SAE than `sae`, more
     calls than `cfg.max_calls`, or a budget that does not last for one feature.
     """
-    table, out = Exemplars(exemplars, sae), Path(out)
-    needed = checked_estimate(table, cfg)
-    chosen = table.only(choose_features(table.features, cfg.features, seed))
-    if cfg.interpreter == "openai": check_destination(cfg, source.may_leave)
-    if cfg.interpreter != "lexical": print(f"interpretation: {format_estimate(needed, cfg)}")
-    ledger = Ledger(out / "ledger.sqlite")
-    interpreter = _make_interpreter(table, cfg, ledger, source)
-    try:
-        with _asking(interpreter, needed, ledger, cfg): rows = _all_rows(chosen, cfg, seed, interpreter)
-        check_answered(rows, cfg)
+    out = Path(out)
+    with asked_rows(Exemplars(exemplars, sae), cfg, seed, source, out / "ledger.sqlite") as rows:
         write_examinations(out / "examinations.parquet", [r["examined"] for r in rows if r.get("examined")])
         write_table(out / "interpretations.parquet", pa.Table.from_pylist(rows, INTERPRETATIONS))
-        ledger.settle()
+    return read_table(out / "interpretations.parquet").to_pandas()
+
+
+# %% ../../nbs/interpretation/interpret.ipynb #41a71f2a
+@contextmanager
+def asked_rows(table: Exemplars, cfg: InterpretationConfig, seed: int, source: Source, ledger: Path,
+               what: str = "features") -> Iterator[list[dict[str, Any]]]:
+    """The rows of all features of a table, explained and scored; to be written inside the `with`. `what` they are goes into the ledger's note.
+
+    Of anything but features all are asked about, and by the interpreter itself.
+    """
+    asked = cfg if what == "features" else cfg.model_copy(update={"features": "all", "descriptions": None, "groups": "none"})
+    needed = checked_estimate(table, asked)
+    chosen = table.only(choose_features(table.features, asked.features, seed))
+    if asked.interpreter == "openai": check_destination(asked, source.may_leave)
+    if asked.interpreter != "lexical": print(f"interpretation: {format_estimate(needed, asked).replace('features', what, 1)}")
+    kept = Ledger(ledger)
+    interpreter = _make_interpreter(table, asked, kept, source)
+    try:
+        with _asking(interpreter, needed, kept, cfg, what): rows = _all_rows(chosen, asked, seed, interpreter)
+        check_answered(rows, asked)
+        yield rows
+        kept.settle()
     finally:
         interpreter.close()
-        ledger.close()
-    return read_table(out / "interpretations.parquet").to_pandas()
+        kept.close()
+
 
 # %% ../../nbs/interpretation/interpret.ipynb #f72223f6
 @contextmanager
-def _asking(interpreter: Interpreter, needed: Mapping[str, Any], ledger: Ledger, cfg: InterpretationConfig) -> Iterator[None]:
+def _asking(interpreter: Interpreter, needed: Mapping[str, Any], ledger: Ledger, cfg: InterpretationConfig, what: str) -> Iterator[None]:
     "Around the questions of a run: how long it takes, how it is stopped, and that everything was asked."
     endpoint = getattr(interpreter, "endpoint", None)
     if endpoint: endpoint.expected = needed["calls"] - len(ledger)
     with stoppable(endpoint): yield
-    if endpoint: ledger.note(replay_note(cfg), "every question of a run was asked")
+    if endpoint: ledger.note(replay_note(cfg, what), "every question of a run was asked")
 
-def replay_note(cfg: InterpretationConfig) -> str:
+def replay_note(cfg: InterpretationConfig, what: str = "features") -> str:
     """Where a ledger notes that all questions of this config were asked: under what they depend on, and not under how they were asked."""
-    no_matter = {*EndpointConfig.model_fields, "bootstrap", "min_answered", "background"}
-    return all_answered(cfg, protocol_of(cfg), cfg.model_dump(exclude=no_matter))
+    no_matter = {*EndpointConfig.model_fields, "bootstrap", "min_answered", "background", "groups", "most_groups"}
+    others = [] if what == "features" else [what, cfg.most_groups]
+    return all_answered(cfg, protocol_of(cfg), cfg.model_dump(exclude=no_matter), *others)
 
 def check_answered(rows: Sequence[Mapping[str, Any]], cfg: InterpretationConfig) -> None:
     """Raises `UserError` when more features than `cfg.max_failed` allows are unscored because the endpoint failed."""
@@ -589,7 +616,7 @@ def checked_estimate(table: Exemplars, cfg: InterpretationConfig) -> dict[str, A
         raise UserError(f"interpretation.max_calls is {cfg.max_calls} and this run needs about {needed['calls']}; "
                         "raise it, or ask for fewer contexts a feature (exemplars.score_active).")
     if cfg.budget is None: return needed
-    per_feature = (needed["cost"] or 0.0) / max(needed["features"], 1)
+    per_feature = (needed["cost"] or 0.0) / max(needed["features"] + needed["groups"], 1)
     if per_feature > cfg.budget:
         raise UserError(f"interpretation.budget is {cfg.budget:g} and one feature needs about {per_feature:.2g}; "
                         "raise it, or choose a cheaper protocol.")
@@ -598,12 +625,13 @@ def checked_estimate(table: Exemplars, cfg: InterpretationConfig) -> dict[str, A
 # %% ../../nbs/interpretation/interpret.ipynb #a898dc36
 def format_estimate(needed: Mapping[str, Any], cfg: InterpretationConfig) -> str:
     """An estimate as one line of text."""
-    if cfg.interpreter == "lexical": return f"{needed['features']:,} features, no call: the baseline asks nobody"
+    asked = f"{needed['features']:,} features" + (f" and at most {needed['groups']:,} groups" if needed.get("groups") else "")
+    if cfg.interpreter == "lexical": return f"{asked}, no call: the baseline asks nobody"
     cost, tokens = "no prices given", ""
     if needed["cost"] is not None: cost = f"cost about {needed['cost']:,.2f} at {cfg.price_in:g} in and {cfg.price_out:g} out a million tokens"
     if needed["tokens_in"] is not None: tokens = f", about {needed['tokens_in'] / 1e6:,.3g} M tokens in and {needed['tokens_out'] / 1e6:,.3g} M out"
-    if cfg.interpreter == "local": return f"{needed['features']:,} features, {needed['calls']:,} batches for {cfg.model} in this process{tokens}"
-    return f"{needed['features']:,} features, at most {needed['calls']:,} calls to {host_of(cfg.base_url)}{tokens}; {cost}"
+    if cfg.interpreter == "local": return f"{asked}, {needed['calls']:,} batches for {cfg.model} in this process{tokens}"
+    return f"{asked}, at most {needed['calls']:,} calls to {host_of(cfg.base_url)}{tokens}; {cost}"
 
 # %% ../../nbs/interpretation/interpret.ipynb #035e07f1
 def _make_interpreter(table: Exemplars, cfg: InterpretationConfig, ledger: Ledger, source: Source) -> Interpreter:

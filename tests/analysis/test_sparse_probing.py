@@ -16,6 +16,7 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from saerad.activations.extraction import ExtractionConfig, extract
 from saerad.analysis import sparse_probing as sp
 from saerad.core import UserError
+from saerad.interpretation.groups import feature_groups, outermost
 from saerad.sae.encoder import encode_rows
 from saerad.sae.evaluation import EvaluationConfig, concept_recovery, fvu
 from saerad.sae.model import MatryoshkaSAE, SAEConfig
@@ -226,51 +227,12 @@ def test_groups_are_found_without_labels():
     which = draw.integers(0, 5, 2000)
     z = sparse.csr_matrix(np.eye(5)[which] * draw.uniform(0.5, 1.5, (2000, 1)))
     train, test = (asked(np.isin(part, (0, 1, 2))[:, None]) for part in (which[:1000], which[1000:]))
-    groups = sp.feature_groups(sae, z[:1000], edge=0.5)
-    assert {(0, 1, 2), (3, 4)} <= set(groups) and sp.outermost(groups) == [(0, 1, 2), (3, 4)]
+    groups = feature_groups(sae, z[:1000], edge=0.5)
+    assert {(0, 1, 2), (3, 4)} <= set(groups) and outermost(groups) == [(0, 1, 2), (3, 4)]
     for how in ("along", "sum", "max"):
         told = sp.told_by_groups(sae, groups, z[:1000], train, z[1000:], test, how, draws=5).concepts.iloc[0]
         assert told.auroc == 1 and tuple(told.chosen) == (0, 1, 2)
     assert sp.told_by_groups(sae, [(f,) for f in range(5)], z[:1000], train, z[1000:], test, draws=5).concepts.auroc[0] < 0.8
-
-
-def test_silent_features_are_in_no_group_and_firing_together_joins():
-    sae = plain_sae(np.eye(4))
-    z = sparse.csr_matrix(np.array([[1, 2, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 3, 0]], float))
-    assert sp.feature_groups(sae, z, edge=0.5) == [(0,), (1,), (2,)]
-    assert (0, 1) in sp.feature_groups(sae, z, edge=0.5, cofiring=1.0)
-    assert np.allclose(sp.firing_together(z, np.arange(3)), np.corrcoef(z[:, :3].toarray() > 0, rowvar=False))
-
-
-@settings(deadline=None, max_examples=15)
-@given(st.integers(0, 2**31), st.integers(2, 9), st.sampled_from([-1.0, 0.0, 0.3]))
-def test_groups_are_nested_and_outermost_is_a_partition(seed, largest, edge):
-    draw = np.random.default_rng(seed)
-    sae = plain_sae(draw.normal(size=(12, 3)))
-    groups = sp.feature_groups(sae, sparse.csr_matrix(np.ones((3, 12))), largest=largest, edge=edge)
-    assert len(set(groups)) == len(groups) and max(map(len, groups)) <= max(largest, 1)
-    sets = [set(g) for g in groups]
-    assert all(a <= b or b <= a or a.isdisjoint(b) for a in sets for b in sets)
-    assert sorted(f for g in sp.outermost(groups) for f in g) == list(range(12))
-
-
-@pytest.mark.parametrize("how", ["along", "sum", "max"])
-def test_a_group_of_one_is_its_feature(how):
-    draw = np.random.default_rng(5)
-    sae, z = plain_sae(draw.normal(size=(6, 3))), sparse.random(30, 6, 0.3, "csr", random_state=0)
-    scores = sp.group_scores(sae, [(2,), (4,), (2, 4)], z, how).toarray()
-    assert np.allclose(scores[:, :2], z[:, [2, 4]].toarray())
-    both = z[:, [2, 4]].toarray()
-    if how != "along": assert np.allclose(scores[:, 2], both.sum(1) if how == "sum" else both.max(1))
-
-
-def test_names_and_table():
-    lines = dict(enumerate(f"fires on {what}" for what in ("effusion after left", "pleural effusion", "heart", "the heart", "the stomach")))
-    names = sp.group_names([(0, 1), (2, 3), (7,)], lines, words=1)
-    assert names == ["effusion", "heart", ""] and sp.group_names([(0,)], {}) == [""]
-    sae, z = plain_sae([[1, 0], [1, 0], [0, 1]]), sparse.csr_matrix(np.array([[1.0, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 1]]))
-    table = sp.group_table(sae, [(0, 1), (0, 2)], z, {0: "pleural effusion", 1: "effusion", 2: "heart"})
-    assert table.density.tolist() == [0.5, 0.5] and table.cosine.tolist() == pytest.approx([1.0, 0.0]) and "effusion" in table.name[0]
 
 
 # on a real store

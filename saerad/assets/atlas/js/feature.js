@@ -19,8 +19,8 @@ function no_explanation(row, data) {
   return `No explanation: ${data.reason || plain(row.status ?? "not examined")}.`;
 }
 
-function left_out(what) {
-  return note(saerad.table.published ? `${what} were left out of this published atlas.` : `This run has no ${what.toLowerCase()} of the feature.`);
+function left_out(what, whose = "feature") {
+  return note(saerad.table.published ? `${what} were left out of this published atlas.` : `This run has no ${what.toLowerCase()} of the ${whose}.`);
 }
 
 function feature_nav(row) {
@@ -61,6 +61,7 @@ function feature_page(row, data) {
     el("h1", {}, `Feature ${row.feature}`),
     el("p", { class: "explanation" }, row.explanation || no_explanation(row, data)),
     explained_alike(row),
+    its_group(row),
     data.tags.length ? el("ul", { class: "tags", "aria-label": "Properties" }, data.tags.map(tag => el("li", {}, tag))) : null,
     scores(row, data),
     where(data.about),

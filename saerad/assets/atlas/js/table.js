@@ -17,6 +17,7 @@ saerad.start = table => {
   saerad.rows.sort((a, b) => (b.f1 ?? -1) - (a.f1 ?? -1) || a.feature - b.feature);      // whatever else it is ordered by, the better come first
   saerad.byFeature = new Map(saerad.rows.map(row => [row.feature, row]));
   group_alike();
+  know_groups(table.groups ?? []);
   saerad.orders = Object.entries(ORDERS).filter(([name]) => name === "feature" || saerad.rows.some(row => row[name] != null));
   saerad.first_order = saerad.orders[0][0] === "concept" || saerad.orders[0][0] === "f1" ? saerad.orders[0][0] : "feature";
   saerad.state = read();
@@ -179,6 +180,7 @@ function filter() {
   saerad.grid.setFilter(row => (!aside || !row.template) && alike(row, state.alike) && words.every(word => row.searched.includes(word))
     && limits.every(([name, low, high, unit]) => row[name] != null && row[name] * unit >= low && row[name] * unit <= high)
     && chosen.every(([name, value]) => String(row[name] ?? "").split("; ").includes(value)));
+  show_groups(words, limits.length > 0 || chosen.length > 0 || Boolean(state.alike));
   $("clear").hidden = !(words.length || limits.length || chosen.length || aside || saerad.alike.has(Number(state.alike)));
   links();
 }
