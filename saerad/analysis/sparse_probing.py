@@ -7,11 +7,9 @@ __all__ = ['Values', 'Asked', 'ask_tokens', 'ask_studies', 'pooled', 'with_enoug
            'by_auroc', 'l1_order', 'choose_features', 'fit_probe', 'balanced_accuracy', 'Probed', 'sparse_probing',
            'linear_probes', 'dense_probing', 'at_l0', 'random_sae', 'readers', 'compare_readers', 'probe_effects',
            'without_features', 'targeted_perturbation', 'equal_cells', 'spurious_removal', 'absorption',
-           'firing_together', 'alike', 'feature_graph', 'feature_groups', 'outermost', 'group_scores', 'told_by_groups',
-           'group_names', 'group_table', 'compare_saes', 'probing_table']
+           'told_by_groups', 'compare_saes', 'probing_table']
 
 # %% ../../nbs/analysis/sparse_probing.ipynb #df8820c5
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -25,16 +23,13 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from scipy import sparse
-from scipy.cluster.hierarchy import linkage
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial.distance import squareform
-from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression, lars_path_gram
 
 from ..activations.store import Store
 from .probes import probe_directions, ranked_aurocs
 from .recovery import weighted_aurocs
 from ..core import UserError, rng
+from ..interpretation.groups import feature_groups, group_scores
 from ..sae.encoder import encode_rows, has_one_threshold, tokens_for
 from ..sae.evaluation import RECOVERED, aurocs, concept_tokens, concepts_of, evenly_spaced, fvu, union_of
 from ..sae.model import MatryoshkaSAE
@@ -416,84 +411,6 @@ def absorption(sae: MatryoshkaSAE, x: Float[np.ndarray, "n d"], z: Values, mark:
     fraction = np.where((mains >= along) | (others < 0.4 * along), 0, np.where(mains <= 0, 1, part / np.maximum(mains + part, 1e-12)))
     return {"items": len(right), "full": float(full.mean()), "fraction": float(fraction.mean())}
 
-# %% ../../nbs/analysis/sparse_probing.ipynb #cebfd1bd
-def firing_together(z: sparse.spmatrix, features: Int[np.ndarray, " f"]) -> Float[np.ndarray, "f f"]:
-    """Correlation (phi) of being on, over the rows of `z`, for each pair of the features."""
-    on = sparse.csc_matrix(z)[:, features].astype(bool).astype(np.float64)
-    often = np.asarray(on.mean(0)).ravel()
-    both = np.asarray((on.T @ on).todense()) / on.shape[0] - np.outer(often, often)
-    deviation = np.sqrt(np.maximum(often * (1 - often), 1e-12))
-    return both / np.outer(deviation, deviation)
-
-# %% ../../nbs/analysis/sparse_probing.ipynb #020bd35d
-def alike(sae: MatryoshkaSAE, z: sparse.spmatrix, features: Int[np.ndarray, " f"], cofiring: float = 0.0) -> Float[np.ndarray, "f f"]:
-    """Cosine of the decoder rows of each pair of features, mixed with how much they fire together in the share `cofiring`."""
-    rows = torch.nn.functional.normalize(sae.W_dec.detach().cpu()[features], dim=1).numpy()
-    cosine = (rows @ rows.T).astype(np.float64)
-    return cosine if cofiring == 0 else (1 - cofiring) * cosine + cofiring * firing_together(z, features)
-
-# %% ../../nbs/analysis/sparse_probing.ipynb #db5a2b5f
-def feature_graph(sae: MatryoshkaSAE, z: sparse.spmatrix, features: Int[np.ndarray, " f"], edge: float, cofiring: float = 0.0,
-                  block: int = 2048) -> sparse.csr_matrix:
-    """The pairs of features that are `edge` alike or more, as a sparse matrix [f, f]; `block` rows at a time but for firing together."""
-    rows = torch.nn.functional.normalize(sae.W_dec.detach().cpu()[features], dim=1).numpy()
-    together = firing_together(z, features) if cofiring else None
-    parts = []
-    for a in range(0, len(features), block):
-        part = (rows[a:a + block] @ rows.T).astype(np.float64)
-        if together is not None: part = (1 - cofiring) * part + cofiring * together[a:a + block]
-        parts.append(sparse.csr_matrix(np.where(part >= edge, part, 0)))
-    return sparse.vstack(parts, format="csr")
-
-# %% ../../nbs/analysis/sparse_probing.ipynb #623817e9
-def _merged(alike_pairs: Float[np.ndarray, "f f"], features: Int[np.ndarray, " f"], largest: int) -> list[tuple[int, ...]]:
-    "Every merge of two or more features by Ward's rule that has no more than `largest` members."
-    apart = np.sqrt(np.maximum(2 - (alike_pairs + alike_pairs.T), 0))
-    np.fill_diagonal(apart, 0)
-    members = [(int(f),) for f in features]
-    for a, b, *_ in linkage(squareform(apart, checks=False), "ward"):
-        members.append(members[int(a)] + members[int(b)])
-    return [tuple(sorted(m)) for m in members[len(features):] if len(m) <= largest]
-
-# %% ../../nbs/analysis/sparse_probing.ipynb #03829fe9
-def feature_groups(sae: MatryoshkaSAE, z: sparse.spmatrix, largest: int = 64, edge: float = 0.1, cofiring: float = 0.0) -> list[tuple[int, ...]]:
-    """Groups of features that may stand for one thing, found without labels: each feature alone, then every merge of up to `largest`, by size.
-
-    The features that fire in `z` (training tokens) are joined to a graph by `feature_graph`; in each of its connected components they are merged step
-    by step by Ward's rule. Groups are nested: a feature is in several. `cofiring` and `edge` are choices of ours.
-    """
-    features = np.flatnonzero(sparse.csc_matrix(z).getnnz(0))
-    n, label = connected_components(feature_graph(sae, z, features, edge, cofiring), directed=False)
-    merged = [g for c in range(n) if (label == c).sum() > 1
-              for g in _merged(alike(sae, z, features[label == c], cofiring), features[label == c], largest)]
-    return [*((int(f),) for f in features), *sorted(merged, key=lambda g: (len(g), g))]
-
-# %% ../../nbs/analysis/sparse_probing.ipynb #74dbab7a
-def outermost(groups: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Those of nested groups that no other one contains: every feature is in one of them."""
-    inside, kept = set(), []
-    for group in sorted(groups, key=len, reverse=True):
-        if inside.isdisjoint(group): kept.append(group)
-        inside.update(group)
-    return sorted(kept)
-
-# %% ../../nbs/analysis/sparse_probing.ipynb #1300ec8e
-def group_scores(sae: MatryoshkaSAE, groups: Sequence[tuple[int, ...]], z: sparse.spmatrix,
-                 how: Literal["along", "sum", "max"] = "along") -> sparse.csr_matrix:
-    """One score a group for every row of `z`, as if the group were a feature: the sum of its members, or the largest of them.
-
-    `along` is the sum of what each member adds along the mean direction of the group's decoder rows; those that point away from it add nothing.
-    """
-    if how == "max": return sparse.hstack([sparse.csc_matrix(z)[:, list(g)].max(axis=1) for g in groups], format="csr")
-    at, member = np.repeat(np.arange(len(groups)), [len(g) for g in groups]), np.concatenate(groups)
-    weight = sparse.csr_matrix((np.ones(len(at)), (member, at)), shape=(z.shape[1], len(groups)))
-    if how == "along":
-        rows = torch.nn.functional.normalize(sae.W_dec.detach().cpu(), dim=1).numpy()
-        mean = weight.T @ rows
-        mean /= np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
-        weight.data = np.maximum(np.einsum("ij,ij->i", rows[(coo := weight.tocoo()).row], mean[coo.col]), 0)
-    return sparse.csr_matrix(z @ weight)
-
 # %% ../../nbs/analysis/sparse_probing.ipynb #9733f7a1
 def told_by_groups(sae: MatryoshkaSAE, groups: Sequence[tuple[int, ...]], z: sparse.spmatrix, train: Asked, z_test: sparse.spmatrix, test: Asked,
                    how: Literal["along", "sum", "max"] = "along", draws: int = 200, seed: int = 0) -> Probed:
@@ -504,32 +421,6 @@ def told_by_groups(sae: MatryoshkaSAE, groups: Sequence[tuple[int, ...]], z: spa
     of = np.array([weighted_aurocs(scores_test[:, [g]].toarray().ravel(), m, who, weights) for g, m in zip(best, test.marks.T, strict=True)])
     table = pd.DataFrame({"concept": train.names, "features": 1, "chosen": [list(groups[g]) for g in best], "auroc": of[:, 0], "accuracy": np.nan})
     return Probed(table, of)
-
-# %% ../../nbs/analysis/sparse_probing.ipynb #2cb487dd
-def group_names(groups: Sequence[tuple[int, ...]], explanations: Mapping[int, str], words: int = 4) -> list[str]:
-    """For each group the words that stand in more of its members' explanations than of all, by the difference of shares; "" where it has none."""
-    known = [f for f in explanations if re.search(r"[^\W\d_]{3}", explanations[f])]
-    if not known: return [""] * len(groups)
-    reader = CountVectorizer(token_pattern=r"[^\W\d_]{3,}", stop_words="english", binary=True)
-    has, at = reader.fit_transform([explanations[f] for f in known]), {f: i for i, f in enumerate(known)}
-    often, vocabulary = np.asarray(has.mean(0)).ravel(), reader.get_feature_names_out()
-    def name(group: tuple[int, ...]) -> str:
-        "The words that set one group apart."
-        if not (inside := [at[f] for f in group if f in at]): return ""
-        more = np.asarray(has[inside].mean(0)).ravel() - often
-        return ", ".join(vocabulary[i] for i in np.argsort(-more, kind="stable")[:words] if more[i] > 0)
-    return [name(g) for g in groups]
-
-# %% ../../nbs/analysis/sparse_probing.ipynb #9439dd4b
-def group_table(sae: MatryoshkaSAE, groups: Sequence[tuple[int, ...]], z: sparse.spmatrix,
-                explanations: Mapping[int, str] | None = None) -> pd.DataFrame:
-    """A row a group: its size, members, on how many rows of `z` one of them is on, their mean cosine, and its name where explanations are given."""
-    on = sparse.csc_matrix(z).astype(bool)
-    rows = torch.nn.functional.normalize(sae.W_dec.detach().cpu(), dim=1).numpy()
-    often = [float((np.asarray(on[:, list(g)].sum(1)).ravel() > 0).mean()) for g in groups]
-    cosine = [float((rows[list(g)].sum(0) @ rows[list(g)].sum(0) - len(g)) / (len(g) * (len(g) - 1))) if len(g) > 1 else 1.0 for g in groups]
-    table = pd.DataFrame({"size": [len(g) for g in groups], "members": [list(g) for g in groups], "density": often, "cosine": cosine})
-    return table if explanations is None else table.assign(name=group_names(groups, explanations))
 
 # %% ../../nbs/analysis/sparse_probing.ipynb #f272b27c
 def compare_saes(saes: Mapping[str, MatryoshkaSAE], store: Store, train: Asked, test: Asked, sizes: Sequence[int] = (1, 2, 5, 20),

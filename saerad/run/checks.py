@@ -96,7 +96,8 @@ def check_endpoint(run: Run) -> None:
     if cfg.interpreter == "local": find_model(cfg.model)
     if cfg.interpreter == "openai":
         check_destination(cfg, run.source.may_leave)
-        if not can_replay(run / "interpretations/ledger.sqlite", replay_note(cfg)): check_endpoint_answers(cfg)
+        notes = [replay_note(cfg), *([replay_note(cfg, "groups")] if cfg.groups == "auto" else [])]
+        if not all(can_replay(run / "interpretations/ledger.sqlite", note) for note in notes): check_endpoint_answers(cfg)
     if "openai" in judges_of(run.source, steering):
         if can_replay(run / "steering/ledger.sqlite", all_answered(steering.endpoint, "verdicts")): return
         with steering_settings(): check_endpoint_answers(steering.endpoint)

@@ -77,9 +77,13 @@ def do_exemplars(run: Run) -> None:
 
 # %% ../../nbs/run/stages.ipynb #4bc7ed38
 def do_interpret(run: Run) -> None:
-    """Explain the features and score the explanations."""
+    """Explain the features, and groups of them where the config asks for groups, and score the explanations."""
+    from saerad.interpretation.groups import interpret_groups
     from saerad.interpretation.interpret import interpret
-    interpret(run / "exemplars", run.config.interpretation, run.config.seed, run.source, run / "interpretations", run.sae)
+    cfg, out = run.config, run / "interpretations"
+    interpret(run / "exemplars", cfg.interpretation, cfg.seed, run.source, out, run.sae)
+    if cfg.interpretation.groups == "auto": interpret_groups(run.store, run.sae, cfg.exemplars, cfg.interpretation, cfg.seed, run.source, out)
+
 
 # %% ../../nbs/run/stages.ipynb #ea5abb28
 def do_steer(run: Run) -> None:
@@ -128,7 +132,7 @@ STAGES = {s.name: s for s in (
     Stage("evaluate", do_evaluate, ("evaluation",), ("train",), ("sae/evaluation.json", "sae/concepts.parquet", "sae/control")),
     Stage("exemplars", do_exemplars, ("exemplars",), ("train",), ("exemplars",)),
     Stage("interpret", do_interpret, ("interpretation",), ("exemplars",),
-          ("interpretations/interpretations.parquet", "interpretations/examinations.parquet")),
+          tuple(f"interpretations/{name}" for name in ("interpretations.parquet", "examinations.parquet", "groups.parquet", "groups"))),
     Stage("steer", do_steer, ("steering",), ("evaluate", "interpret"), ("steering",),
           keeps=("steering/generations.parquet", "steering/ledger.sqlite")),
     Stage("portray", do_portray, ("portraits",), ("train",), ("portraits",), ("studies", "model")),

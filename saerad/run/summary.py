@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..core import read_json, read_table
+from ..interpretation.groups import groups_summary
 from ..interpretation.interpret import description_names_truth, interpretation_summary
 from ..show.run_folder import Run
 from ..steering.effects import on_target_summary
@@ -20,10 +21,11 @@ from ..studies.record import SPLITS
 # %% ../../nbs/run/summary.ipynb #9c7ad12c
 SUMMARY = {
     "studies": ("studies", "patients", "tokens_train", "tokens_validation", "tokens_test"),
-    "sae": ("width", "features", "k", "group_sizes", "group_order", "l0", "fvu", "loss_recovered", "dead"),
+    "sae": ("width", "features", "k", "group_sizes", "group_order", "lr", "l0", "fvu", "loss_recovered", "dead"),
     "interpretation": ("interpreter", "model", "protocol", "features", "asked", "scored", "f1_above_075", "f1_below_05", "median_f1",
                        "shuffled_median_f1", "negatives", "parse_failures", "frequency_f1_spearman", "near_median_f1",
-                       "median_precision_at_prevalence", "repeated", "refusals", "cut_off", "unscored", "median_auroc"),
+                       "median_precision_at_prevalence", "repeated", "refusals", "cut_off", "unscored", "median_auroc", "groups", "grouped_features",
+                       "groups_scored", "groups_median_f1", "groups_shuffled_median_f1"),
     "steering": ("features", "alphas", "reports", "unchanged", "on_target_only", "mixed", "off_target_only", "degenerate", "sign_spearman",
                  "verdicts", "unanswered_verdicts", "on_target", "addition", "suppression", "random", "baselines", "unreadable_baselines"),
     "truth": ("concepts", "concepts_recovered", "description_names_truth", "report_finding_f1")}
@@ -47,6 +49,7 @@ def _of_sae(run: Run) -> dict[str, Any]:
     if not (run / "sae/sae.safetensors").exists(): return {}
     sae, scores = run.sae, _scores(run)
     return {"width": sae.d, "features": sae.width, "k": sae.k, "group_sizes": list(sae.group_sizes), "group_order": sae.group_order,
+            "lr": (run.json("sae/training.json") or {}).get("lr"),
             **{k: scores.get(k) for k in ("l0", "fvu", "loss_recovered", "dead")}}
 
 def _of_truth(run: Run) -> dict[str, Any]:
@@ -64,8 +67,9 @@ def _scores(run: Run) -> dict[str, Any]:
 def _of_interpretation(run: Run) -> dict[str, Any]:
     path = run / "interpretations/interpretations.parquet"
     if not path.exists(): return {}
-    table = read_table(path).to_pandas()
-    return interpretation_summary(table) | {"cut_off": int(table.cut_off.sum()) if "cut_off" in table else None}
+    table, groups = read_table(path).to_pandas(), run / "interpretations/groups.parquet"
+    found = groups_summary(read_table(groups).to_pandas()) if groups.exists() else {}
+    return interpretation_summary(table) | {"cut_off": int(table.cut_off.sum()) if "cut_off" in table else None} | found
 
 # %% ../../nbs/run/summary.ipynb #4c8b0736
 def _of_steering(run: Run) -> dict[str, Any]:

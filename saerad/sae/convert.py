@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'OBEYED', 'NEUTRAL', 'WITHOUT_EFFECT', 'DICTIONARY_LEARNING', 'SAE_LENS', 'Checkpoint', 'read_sae',
            'folded', 'write_sidecar', 'with_sidecar', 'lost_in_export', 'convert', 'pull_from_hub', 'push_to_hub',
-           'sample_vectors', 'fvu_and_l0', 'try_scales', 'settle_scale', 'doctor']
+           'sample_vectors', 'sample_tokens', 'fvu_and_l0', 'try_scales', 'settle_scale', 'doctor']
 
 # %% ../../nbs/sae/convert.ipynb #b25edb20
 import pickle
@@ -22,7 +22,7 @@ import safetensors.torch as st
 import torch
 from fastcore.basics import patch
 from huggingface_hub import HfApi, snapshot_download
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..activations.norms import norm_limit
@@ -30,6 +30,7 @@ from ..activations.store import Store
 from ..core import UserError, content_hash, read_json, write_beside, write_json
 from .kinds import kind_of
 from .model import TENSORS, MatryoshkaSAE, check_tensors, read_tensors, saved_kind
+from .token_table import TokenTable, token_ids
 
 # %% ../../nbs/sae/convert.ipynb #ee2c322b
 FORMATS = ("saerad", "dictionary_learning", "sae_lens", "sparsify")
@@ -49,6 +50,7 @@ class Checkpoint:
     sure: bool = True                   # whether `scale` is known, and not merely taken to be 1
     kind_options: dict[str, float] = field(default_factory=dict)
     max_norm: float | None = None       # raw units; longer vectors were left out of its training
+    token_table: str = "none"           # mean or learned, where `tensors` have the two of a token table
 
 # %% ../../nbs/sae/convert.ipynb #6b82541d
 @patch
@@ -57,6 +59,7 @@ def sae(self: Checkpoint) -> MatryoshkaSAE:
     check_tensors(f"this {self.format} checkpoint", self.tensors, *self.tensors["W_enc"].shape, self.rule)
     sae = MatryoshkaSAE(self.tensors["W_enc"].shape[0], self.group_sizes, self.k, self.level_weights, kind=self.rule,
                         kind_options=self.kind_options, drawn=False)
+    if self.token_table != "none": sae.table = TokenTable(self.tensors["table.ids"], self.tensors["table.rows"], self.token_table)
     sae.load_state_dict(self.tensors)
     sae.max_norm = self.max_norm
     return sae.eval().requires_grad_(False)
@@ -259,7 +262,7 @@ def _read_layout(path: Path) -> Checkpoint | None:
     if not (path / "sae.safetensors").exists(): return None
     sae = MatryoshkaSAE.load(path)
     return Checkpoint("saerad", sae.kind_name, sae.tensors(), sae.group_sizes, sae.k, [], sae.kind, sae.level_weights, kind_options=sae.kind_options,
-                      max_norm=sae.max_norm)
+                      max_norm=sae.max_norm, token_table=sae.token_table)
 
 # %% ../../nbs/sae/convert.ipynb #b1bb4ef7
 def read_sae(path: Path | str) -> Checkpoint:
@@ -373,6 +376,8 @@ _RULES = {"dictionary_learning": ("batch_topk", "topk"), "sae_lens": ("batch_top
 
 def _check_exportable(checkpoint: Checkpoint, src: Path | str, to: str, force: bool) -> Checkpoint:
     "`checkpoint` itself; raises `UserError` where the layout `to` cannot take it."
+    if checkpoint.token_table != "none" and to != "saerad":
+        raise UserError(f"{src} has a token table, which {to} has no place for; convert it to saerad, or train one with sae.token_table=none.")
     if checkpoint.rule not in _RULES.get(to, (checkpoint.rule,)):
         able = " or ".join([name for name, rules in _RULES.items() if checkpoint.rule in rules] + ["saerad"])
         raise UserError(f"{src} is of the kind {checkpoint.rule}, which {to} has no form for; convert it to {able}.")
@@ -405,7 +410,7 @@ def convert(src: Path | str, dst: Path | str, to: str, force: bool = False, stor
     dst = Path(dst)
     if dst.exists() and (dst.is_file() or any(dst.iterdir())): raise UserError(f"{dst} is not empty; name a new folder.")
     checkpoint = read_sae(src)
-    if store is not None: checkpoint = settle_scale(checkpoint, sample_vectors(store, checkpoint))
+    if store is not None: checkpoint = settle_scale(checkpoint, sample_vectors(store, checkpoint), sample_tokens(store, checkpoint))
     sae = checkpoint.sae()
     return _write(_check_exportable(checkpoint, src, to, force), sae, dst, to)
 
@@ -441,15 +446,24 @@ def sample_vectors(store: Store, checkpoint: Checkpoint, most: int = 4096) -> Fl
     """Some of the store's vectors, evenly spaced, in raw units; raises `UserError` when the width is another."""
     d = checkpoint.tensors["W_enc"].shape[0]
     if store.d != d: raise UserError(f"the SAE reads vectors of width {d} and the store holds width {store.d}; use its own model's store.")
-    return store.read(np.linspace(0, len(store) - 1, min(most, len(store))).astype(int))
+    return store.read(_sample_rows(store, most))
+
+def _sample_rows(store: Store, most: int = 4096) -> Int[np.ndarray, " n"]: return np.linspace(0, len(store) - 1, min(most, len(store))).astype(int)
+
+def sample_tokens(store: Store, checkpoint: Checkpoint, most: int = 4096) -> Int[Tensor, " n"] | None:
+    """The token ids of `sample_vectors`, where the checkpoint has a token table; else None."""
+    return None if checkpoint.token_table == "none" else torch.from_numpy(token_ids(store, _sample_rows(store, most)))
 
 # %% ../../nbs/sae/convert.ipynb #57ce2a5d
 @torch.no_grad()
-def fvu_and_l0(checkpoint: Checkpoint, x: Float[Tensor, "n d"], scale: float) -> tuple[float, float]:
-    """FVU and L0 on raw vectors, taken as an SAE that expects raw / `scale`; an unset threshold is put where L0 is `k`."""
+def fvu_and_l0(checkpoint: Checkpoint, x: Float[Tensor, "n d"], scale: float, tokens: Int[Tensor, " n"] | None = None) -> tuple[float, float]:
+    """FVU and L0 on raw vectors, taken as an SAE that expects raw / `scale`; an unset threshold is put where L0 is `k`.
+
+    `tokens` are the ids that a token table needs; raises `UserError` where they are missing.
+    """
     sae = replace(checkpoint, tensors=_with_threshold(checkpoint, x, scale)).sae()
-    z = sae.encode(x)
-    return float((x - sae.decode(z)).square().sum() / (x - x.mean(0)).square().sum()), float((z > 0).sum(1).float().mean())
+    z = sae.encode(x, tokens)
+    return float((x - sae.decode(z, tokens=tokens)).square().sum() / (x - x.mean(0)).square().sum()), float((z > 0).sum(1).float().mean())
 
 # %% ../../nbs/sae/convert.ipynb #81878789
 @torch.no_grad()
@@ -461,15 +475,15 @@ def _with_threshold(checkpoint: Checkpoint, x: Tensor, scale: float) -> dict[str
     return t | {"threshold": torch.tensor(max(float(cut), 0.0))}
 
 # %% ../../nbs/sae/convert.ipynb #8cac6f41
-def try_scales(checkpoint: Checkpoint, x: Float[Tensor, "n d"]) -> dict[float, tuple[float, float]]:
+def try_scales(checkpoint: Checkpoint, x: Float[Tensor, "n d"], tokens: Int[Tensor, " n"] | None = None) -> dict[float, tuple[float, float]]:
     """FVU and L0 of the checkpoint's own scale, of raw vectors, and of vectors divided by their typical length."""
     typical = float(x.square().sum(1).mean().sqrt())
-    return {s: fvu_and_l0(checkpoint, x, s) for s in dict.fromkeys((float(checkpoint.tensors["scale"]), 1.0, typical))}
+    return {s: fvu_and_l0(checkpoint, x, s, tokens) for s in dict.fromkeys((float(checkpoint.tensors["scale"]), 1.0, typical))}
 
 # %% ../../nbs/sae/convert.ipynb #a8df9665
-def settle_scale(checkpoint: Checkpoint, x: Float[Tensor, "n d"]) -> Checkpoint:
+def settle_scale(checkpoint: Checkpoint, x: Float[Tensor, "n d"], tokens: Int[Tensor, " n"] | None = None) -> Checkpoint:
     """`checkpoint` with the scale that reconstructs best, where it was in doubt, and a threshold, where there was none."""
-    results = try_scales(checkpoint, x)
+    results = try_scales(checkpoint, x, tokens)
     best = float(checkpoint.tensors["scale"]) if checkpoint.sure else min(results, key=lambda s: results[s][0])
     return replace(checkpoint, tensors=_with_threshold(checkpoint, x, best), sure=True)
 
@@ -485,12 +499,12 @@ def _advice(checkpoint: Checkpoint, order: str, norms: Tensor) -> Iterable[str]:
     if checkpoint.rule != "topk" and checkpoint.k is None: yield "k is not stated, so its L0 cannot be judged"
 
 # %% ../../nbs/sae/convert.ipynb #6cabd219
-def _verdict(checkpoint: Checkpoint, x: Float[Tensor, "n d"]) -> Iterable[str]:
+def _verdict(checkpoint: Checkpoint, x: Float[Tensor, "n d"], tokens: Tensor | None = None) -> Iterable[str]:
     if sinks := int((x.norm(dim=1) > (longest := checkpoint.max_norm or norm_limit(x, 10.0))).sum()):
         share = float(x[x.norm(dim=1) > longest].square().sum() / x.square().sum())
         yield f"{sinks} of {len(x)} vectors are attention sinks with {share:.1%} of the squared length; below they are left out"
-        x = x[x.norm(dim=1) <= longest]
-    results, own = try_scales(checkpoint, x), float(checkpoint.tensors["scale"])
+        x, tokens = x[(fits := x.norm(dim=1) <= longest)], None if tokens is None else tokens[fits]
+    results, own = try_scales(checkpoint, x, tokens), float(checkpoint.tensors["scale"])
     for s, (error, on) in results.items(): yield f"on {len(x)} vectors, raw / {s:.6g}: FVU {error:.4f}, L0 {on:.1f}"
     best = min(results, key=lambda s: results[s][0])
     if results[best][0] > 0.9: yield "none of these reconstructs: the SAE belongs to another layer, model or token filter"
@@ -505,12 +519,14 @@ def _facts(checkpoint: Checkpoint) -> dict[str, str]:
     t, (d, width) = checkpoint.tensors, checkpoint.tensors["W_enc"].shape
     norms, token = t["W_dec"].norm(dim=1), checkpoint.rule == "topk"
     folded_in = "folded: takes raw vectors as they are" if t["scale"] == 1 else "raw / scale = normalised"
+    if (table := checkpoint.token_table) != "none": table = f"{table}, of {len(t['table.ids'])} token ids; encoding needs them"
     return {
         "format": f"{checkpoint.format} ({checkpoint.kind})", "shape": f"{d} → {width} features ({width / d:g}×)",
         "k": "not stated" if checkpoint.k is None else f"{checkpoint.k}{' for every token' if token else ''}",
         "groups": f"{list(checkpoint.group_sizes)} ({_group_order(checkpoint)})",
         "threshold": _threshold_fact(checkpoint),
-        "scale": f"{float(t['scale']):.6g} ({folded_in})", "decoder norms": f"{norms.min():.4f} to {norms.max():.4f}"}
+        "scale": f"{float(t['scale']):.6g} ({folded_in})", "decoder norms": f"{norms.min():.4f} to {norms.max():.4f}"} | (
+            {} if table == "none" else {"token table": table})
 
 # %% ../../nbs/sae/convert.ipynb #d3786945
 def _group_order(checkpoint: Checkpoint) -> str: return MatryoshkaSAE(1, checkpoint.group_sizes, checkpoint.k, drawn=False).group_order
@@ -532,7 +548,9 @@ def doctor(path: Path | str, store: Store | None = None) -> str:
     checkpoint = read_sae(path)
     facts = _facts(checkpoint) | _training_fact(Path(path))
     notes = [f"note: {line}" for line in _advice(checkpoint, _group_order(checkpoint), checkpoint.tensors["W_dec"].norm(dim=1))]
-    if store is not None: notes += [f"measured: {line}" for line in _verdict(checkpoint, sample_vectors(store, checkpoint))]
+    if store is not None:
+        lines = _verdict(checkpoint, sample_vectors(store, checkpoint), sample_tokens(store, checkpoint))
+        notes += [f"measured: {line}" for line in lines]
     return "\n".join([f"{name:<14}{value}" for name, value in facts.items()] + notes)
 
 def _training_fact(path: Path) -> dict[str, str]:

@@ -21,6 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import safetensors.torch as st
 import torch
 from jaxtyping import Float, Int
@@ -28,7 +29,7 @@ from pydantic import Field, field_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..activations.norms import norm_limit, ordinary_rows
+from ..activations.norms import norm_limit, ordinary_places
 from ..activations.store import Store
 from ..core import Section, UserError, content_hash, has_bfloat16, prefetch, progress, write_beside, write_json
 from .cards import FusedEngine, FusedSparseEngine
@@ -37,6 +38,7 @@ from .kinds import Selected, kind_of
 from .model import MatryoshkaSAE, SAEConfig
 from .native import NativeEngine
 from .ranks import Ranks
+from .token_table import RowAdam, TokenTable, token_ids, token_means
 
 # %% ../../nbs/sae/training.ipynb #352148e9
 class TrainingConfig(Section):
@@ -139,12 +141,12 @@ def geometric_median(x: Float[Tensor, "n d"], rounds: int = 50) -> Float[Tensor,
 @torch.no_grad()
 def initial_sae(store: Store, sae_cfg: SAEConfig, cfg: TrainingConfig, seed: int, stream_seed: int | None = None) -> MatryoshkaSAE:
     """An untrained SAE with the scale and the decoder bias measured on the first rows that the reader deals."""
-    rows, reader = [], store.batches("train", cfg.batch_size, seed if stream_seed is None else stream_seed)
-    while sum(map(len, rows)) < cfg.start_rows: rows.append(next(reader)[2].float())
-    x = torch.cat(rows)
+    found, reader = [], store.batches("train", cfg.batch_size, seed if stream_seed is None else stream_seed)
+    while sum(len(x) for _, x in found) < cfg.start_rows: found.append(next(reader)[1:])
+    x = torch.cat([x.float() for _, x in found])
     sae = MatryoshkaSAE.from_config(store.d, sae_cfg, seed)
     sae.max_norm = norm_limit(x, cfg.max_norm)
-    x = ordinary_rows(x, sae.max_norm)
+    x = _residue_of_start(store, sae, sae_cfg, np.concatenate([rows for rows, _ in found]), x)
     sae.scale.copy_(x.square().sum(1).mean().sqrt())
     if not (torch.isfinite(sae.scale) and sae.scale > 0):
         raise UserError(f"the store's activations have a typical length of {float(sae.scale)}; extract them again "
@@ -153,6 +155,15 @@ def initial_sae(store: Store, sae_cfg: SAEConfig, cfg: TrainingConfig, seed: int
     sae.rule.prepare(sae, x / sae.scale)
     return sae
 
+def _residue_of_start(store: Store, sae: MatryoshkaSAE, cfg: SAEConfig, rows: Int[np.ndarray, " n"], x: Float[Tensor, "n d"]) -> Tensor:
+    "What the features have to tell of the first rows, sinks left out; the token table of `cfg` is measured and put into `sae`."
+    at = ordinary_places(x, sae.max_norm)
+    x, rows = (x, rows) if at is None else (x[at], rows[at.numpy()])
+    if cfg.token_table == "none": return x
+    sae.table = token_means(store, cfg.token_shrinkage, sae.max_norm)
+    sae.table.how = cfg.token_table
+    return sae.residue(x, token_ids(store, rows))
+
 # %% ../../nbs/sae/training.ipynb #4bc6aeec
 class Engine:
     """How one step of a `Trainer` is computed with torch, from a normalised batch to changed weights; what it finds is the same for all."""
@@ -160,6 +171,7 @@ class Engine:
 
     def __init__(self, trainer: Any):
         self.trainer, self.sae, self.cfg, self.ranks = trainer, trainer.sae, trainer.cfg, trainer.ranks
+        self.residual: Tensor | None = None       # what all features left of the last batch, normalised; from it a token table is learnt
 
     @classmethod
     def supports(cls, kind: str) -> bool:
@@ -179,6 +191,7 @@ class Engine:
         """One step on a normalised batch: what was selected, each level's error, and the value of AuxK."""
         selected = self.trainer.select(x, tokens)
         loss = self.loss(x, selected, tokens)
+        self.residual = loss.residual
         aux = self.revive(x, loss, dead, tokens)
         for name, parameter in self.sae.named_parameters():
             shared = not self.ranks.shard or name == "b_dec"
@@ -281,6 +294,8 @@ class Trainer:
         device = sae.W_dec.device
         self.use_bf16 = cfg.precision in ("int8", "bfloat16") or (cfg.precision == "auto" and has_bfloat16(device))
         self.tokens_since_fired = torch.zeros(sae.width, dtype=torch.int64, device=device)
+        self.learns_table = sae.token_table == "learned"
+        self.rows_adam = RowAdam(sae.table, cfg.betas) if self.learns_table else None
         self.engine, self.chosen_engine = choose_engine(cfg, sae, ranks)(self), ""       # chosen: which one was the fastest, where that was measured
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=1.0, betas=cfg.betas, fused=True)
         for p in sae.parameters():
@@ -298,9 +313,15 @@ class Trainer:
         return self.cfg.aux_k or max(1, self.sae.d // 2)
 
     @torch.no_grad()
-    def normalised(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        """A batch of raw residual vectors in the SAE's units, valid until the next one comes."""
-        return self.engine.normalise(ordinary_rows(x.to(self.sae.W_dec), self.sae.max_norm))
+    def normalised(self, x: Float[Tensor, "n d"], ids: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n d"]:
+        """A batch of raw residual vectors in the SAE's units, what its token table says taken off; valid until the next one comes."""
+        return self.engine.normalise(self.sae.residue(*self.ordinary(x, ids)))
+
+    def ordinary(self, x: Float[Tensor, "n d"], ids: Int[Tensor, " n"] | None) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"] | None]:
+        """A batch and its token ids on the SAE's device, with an ordinary vector in the place of each attention sink."""
+        x, ids = x.to(self.sae.W_dec), None if ids is None else ids.to(self.sae.W_dec.device, non_blocking=True)
+        at = ordinary_places(x, self.sae.max_norm)
+        return (x, ids) if at is None else (x[at], None if ids is None else ids[at])
 
     @torch.no_grad()
     def select(self, x: Float[Tensor, "n d"], tokens: int) -> Selected:
@@ -314,16 +335,20 @@ class Trainer:
         value, rows = aux_gradients(self.sae, x, residual, dead, self.aux_k, self.ranks, tokens, fast)
         return value, {name: self.cfg.aux_alpha * gradient for name, gradient in rows.items()}
 
-    def train_step(self, x: Float[Tensor, "n d"], measured: bool = True) -> dict[str, float]:
-        """One step on raw residual vectors (with several processes: of this one's part); returns the step's metrics.
+    def train_step(self, x: Float[Tensor, "n d"], measured: bool = True, ids: Int[Tensor, " n"] | None = None) -> dict[str, float]:
+        """One step on raw residual vectors (with several processes: of this one's part) and, for a token table, their ids; returns the metrics.
 
         Not `measured` it returns nothing, and need not wait for a card to finish.
         """
-        if self.engine.name == "measure": self.use_engine(self.engine.fastest(x))
-        x, ranks = self.normalised(x), self.ranks
+        if self.engine.name == "measure": self.use_engine(self.engine.fastest(x, ids))
+        (whole, ids), ranks, rate = self.ordinary(x, ids), self.ranks, self.cfg.rate(self.step, self.width)
+        x = self.engine.normalise(self.sae.residue(whole, ids))
         tokens = len(x) * (1 if ranks.shard else ranks.size)
         result = self.counted_step(x, tokens)
-        return self.metrics(x, result, tokens) if measured else {}
+        if self.rows_adam:
+            places, residual = ranks.joined(self.sae.table.places(ids)), ranks.joined(self.engine.residual)
+            self.rows_adam.step(places, residual, rate, self.sae.scale)
+        return self.metrics(x if self.sae.table is None else whole / self.sae.scale, result, tokens) if measured else {}
 
     def counted_step(self, x: Float[Tensor, "n d"], tokens: int) -> StepResult:
         """One step on a normalised batch, and everything that it changes."""
@@ -355,7 +380,7 @@ class Trainer:
 
     @torch.no_grad()
     def metrics(self, x: Float[Tensor, "n d"], result: StepResult, tokens: int) -> dict[str, float]:
-        """One line of the log, about the step that was just taken."""
+        """One line of the log, about the step that was just taken; `x` is the whole stream in the SAE's units, so that the FVU is of all of it."""
         sae, ranks, levels = self.sae, self.ranks, result.levels
         sums = ranks.over_tokens(torch.cat([x.sum(0), x.norm().square()[None]]).double())
         variance = float(sums[-1] - sums[:-1].square().sum() / tokens) / tokens
@@ -369,6 +394,7 @@ class Trainer:
         tensors = {f"sae.{n}": t for n, t in self.sae.tensors().items()} | {"silent": self.tokens_since_fired.cpu()}
         for n, p in self.sae.named_parameters():
             tensors |= {f"adam.{n}.{key}": self.engine.to_rows(n, t).cpu().contiguous() for key, t in self.optimizer.state[p].items()}
+        if self.rows_adam: tensors |= {f"rows_adam.{n}": t.cpu().contiguous() for n, t in self.rows_adam.state.items()}
         if self.sae.max_norm is not None: tensors["max_norm"] = torch.tensor(self.sae.max_norm, dtype=torch.float64)
         run = {"step": self.step, "fingerprint": fingerprint} | ({"engine": self.chosen_engine} if self.chosen_engine else {})
         meta = {"run": json.dumps(run)}                          # one key: their order is random
@@ -384,6 +410,7 @@ class Trainer:
         if meta["fingerprint"] != fingerprint: return False
         self.sae.load_state_dict({n[4:]: t for n, t in tensors.items() if n.startswith("sae.")})
         self.tokens_since_fired.copy_(tensors["silent"])
+        for n, t in self.rows_adam.state.items() if self.rows_adam else (): t.copy_(tensors[f"rows_adam.{n}"])
         self.sae.max_norm = float(tensors["max_norm"]) if "max_norm" in tensors else None
         self.step = meta["step"]
         if self.engine.name == "measure" and meta.get("engine") in self.engine.candidates(): self.use_engine(meta["engine"])
@@ -527,18 +554,18 @@ class MeasuredEngine(Engine):
         """Names of the engines that can do the work."""
         return [name for name in self.names if name in ENGINES and not obstacle(name, self.sae, self.ranks)]
 
-    def seconds(self, name: str, x: Float[Tensor, "n d"], repeats: int = 3) -> float:
+    def seconds(self, name: str, x: Float[Tensor, "n d"], ids: Int[Tensor, " n"] | None = None, repeats: int = 3) -> float:
         """How long a step on raw vectors takes an engine, on a copy of the SAE; infinite, with a warning, where it fails."""
         try:
             trial = Trainer(deepcopy(self.sae), self.cfg.model_copy(update={"engine": name}))
-            return min([_seconds(lambda: trial.train_step(x, measured=False), x.device) for _ in range(repeats + 4)][4:])
+            return min([_seconds(lambda: trial.train_step(x, measured=False, ids=ids), x.device) for _ in range(repeats + 4)][4:])
         except Exception as e:  # compilers and drivers have errors of their own, and another engine can do the work
             warnings.warn(f"the engine {name} does not work here ({type(e).__name__}: {' '.join(str(e).split())[:200]}).", stacklevel=2)
             return float("inf")
 
-    def fastest(self, x: Float[Tensor, "n d"]) -> str:
+    def fastest(self, x: Float[Tensor, "n d"], ids: Int[Tensor, " n"] | None = None) -> str:
         """The name of the fastest engine on this device, measured on raw vectors."""
-        seconds = {name: self.seconds(name, x) for name in self.candidates()}
+        seconds = {name: self.seconds(name, x, ids) for name in self.candidates()}
         return min(seconds, key=seconds.get)
 
 def _seconds(work: Callable, device: torch.device) -> float:
@@ -655,7 +682,9 @@ class _Training:
         self.fingerprint = content_hash(job.sae, job.training, job.seed, job.store.meta, *([] if seed == job.seed else [seed]),
                                         *([ranks.size] if ranks.shard else []))
         self.folder = job.out / "checkpoint"
+        self.ids = None if job.sae.token_table == "none" else token_ids(job.store)
         untrained = MatryoshkaSAE.from_config(job.store.d, job.sae, job.seed)
+        if self.ids is not None: untrained.table = TokenTable.empty(job.store, job.sae.token_table)
         self.trainer = self._trainer(untrained)
         if not self._restore(): self.trainer = self._trainer(initial_sae(job.store, job.sae, job.training, job.seed, seed))
         if ranks.is_first: job.out.mkdir(parents=True, exist_ok=True)
@@ -668,11 +697,11 @@ class _Training:
             if self.ranks.all(self.trainer.restore(path, self.fingerprint)): return True
         return False
 
-    def step_and_log(self, x: Tensor, log: Log) -> None:
+    def step_and_log(self, rows: np.ndarray, x: Tensor, log: Log) -> None:
         cfg, step = self.job.training, self.trainer.step + 1
         last = step == cfg.steps
         logged = last or step % cfg.log_every == 0
-        metrics = self.trainer.train_step(x, measured=logged)
+        metrics = self.trainer.train_step(x, logged, None if self.ids is None else torch.from_numpy(self.ids[rows]))
         if logged: log.write(metrics)
         if last or step % cfg.checkpoint_every == 0:
             self.ranks.save_checkpoint(self.folder, step, lambda path: self.trainer.save(path, self.fingerprint))
@@ -696,9 +725,9 @@ def _loop(runs: Sequence[_Training], seed: int) -> None:
         readers = {key: stack.enter_context(closing(stream)) for key, stream in streams.items()}
         logs = [stack.enter_context(Log(run.job.out, run.trainer.step, muted=not ranks.is_first)) for run in runs]
         for step in progress(range(first, steps), "training the SAE" if len(runs) == 1 else f"training {len(runs)} SAEs"):
-            batches = {key: next(reader)[2] for key, reader in readers.items()}
+            batches = {key: next(reader)[1:] for key, reader in readers.items()}
             for run, log in zip(runs, logs, strict=True):
-                if step == run.trainer.step < run.job.training.steps: run.step_and_log(batches[id(run.job.store)], log)
+                if step == run.trainer.step < run.job.training.steps: run.step_and_log(*batches[id(run.job.store)], log)
 
 def _stream(reader: Any, size: int, seed: int, first: int, device: torch.device) -> Any:
     "Batches from step `first` on; from a store straight to a card, if that is where they go."

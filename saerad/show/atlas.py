@@ -7,9 +7,10 @@ __all__ = ['FEATURE_COLUMNS', 'TEMPLATE_WORDS', 'AROUND', 'PATCHES_SHOWN', 'FEAT
            'STAGES_SHOWN', 'SCRIPTS', 'COPIED', 'PAINTED_ABOUT', 'NOT_ASKED', 'QUESTIONS', 'WHAT_TO_SEE', 'shade',
            'changes', 'AtlasConfig', 'feature_table', 'is_template', 'pick_contexts', 'feature_contexts',
            'decile_groups', 'ViewFiles', 'square_view', 'finding_boxes', 'share_inside', 'strongest_patches',
-           'feature_views', 'painted_pairs', 'feature_steering', 'study_pages', 'portrait_of', 'concept_features',
-           'what_was_found', 'asset_text', 'page_template', 'write_atlas', 'claims', 'headlines', 'best_features',
-           'example_steered', 'inline_image', 'write_report', 'build_atlas']
+           'feature_views', 'painted_pairs', 'feature_steering', 'study_pages', 'groups_of', 'group_rows',
+           'group_pages', 'portrait_of', 'concept_features', 'what_was_found', 'asset_text', 'page_template',
+           'write_atlas', 'claims', 'headlines', 'best_features', 'example_steered', 'inline_image', 'write_report',
+           'build_atlas']
 
 # %% ../../nbs/show/atlas.ipynb #8f495d7e
 import base64
@@ -34,9 +35,10 @@ from pydantic import Field
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from ..core import Section, UserError, progress, write_beside
+from ..interpretation.examinations import read_examination
 from ..interpretation.exemplars import Exemplars
 from ..sae.model import MatryoshkaSAE
-from .examined import examined_pages
+from .examined import examined_groups, examined_pages, judged_contexts
 from .figures import OUTCOME_COLOURS, PLOTS, alpha_unit, judged_reports
 from .run_folder import Run, as_run
 from ..steering.judges import OUTCOMES
@@ -498,6 +500,39 @@ def _study_films(study: str, rows: pd.DataFrame | None, views: ViewFiles) -> lis
                       "boxes": views.boxes(study, view), "features": [strongest_patches(row) for row in mine.to_dict("records")]})
     return films
 
+# %% ../../nbs/show/atlas.ipynb #25678466
+def groups_of(run: Run) -> pd.DataFrame:
+    """The groups of a run with where each fires, `feature` being a group's number; no rows where none was found or looked for."""
+    found, where = run.table("interpretations/groups.parquet"), run.table("interpretations/groups/features.parquet")
+    if found is None or where is None or not len(found): return pd.DataFrame({"feature": pd.Series(dtype="int64")})
+    joined = where.merge(found.rename(columns={"group": "feature"}), on="feature", suffixes=("", "_scored"))
+    joined["mainly"] = joined[[c for c in joined if c.startswith("in_")]].idxmax(axis=1).str[3:].where(joined.density > 0)
+    return joined.assign(view=_main_view(joined, run), finding=[_finding(text) for text in joined.explanation])
+
+def group_rows(groups: pd.DataFrame) -> list[dict[str, Any]]:
+    """What the first page says of each group: name, features with the strongest first, scores and explanation."""
+    return [{"group": int(row["feature"]), "name": row["name"], "features": [int(f) for f in row["features"]],
+             **{c: _json_cell(row.get(c)) for c in ("f1", "shuffled_f1", "density", "explanation", "precision", "recall", "status")}}
+            for row in groups.to_dict("records")]
+
+# %% ../../nbs/show/atlas.ipynb #119d799f
+def group_pages(run: Run, groups: pd.DataFrame, cfg: AtlasConfig) -> dict[int, dict[str, Any]]:
+    """What the page of each group shows; without contexts in a published edition."""
+    exemplars, pages = None if cfg.publish else Exemplars(run / "interpretations/groups"), {}
+    for row in groups.to_dict("records"):
+        g = int(row["feature"])
+        contexts = feature_contexts(pick_contexts(exemplars.between(g, g + 1), cfg).to_pylist()) if exemplars else []
+        members = [{k: _json_cell(v) for k, v in member.items()} for member in row["members"]]
+        pages[g] = _page(row, decile_groups(contexts), {}, []) | {"members": members, "examined": _group_examined(run, exemplars, row)}
+    return pages
+
+def _group_examined(run: Run, exemplars: Exemplars | None, row: Mapping[str, Any]) -> dict[str, Any] | None:
+    "What was said of the contexts on which a group's explanation was examined."
+    path, g = run / "interpretations/groups/examinations.parquet", int(row["feature"])
+    if exemplars is None or not path.is_file() or not len(said := read_examination(path, g)): return None
+    contexts = pd.concat([f.between(g, g + 1).to_pandas() for f in exemplars.files], ignore_index=True)
+    return examined_groups(judged_contexts(said, contexts), row["explanation"] or "")
+
 # %% ../../nbs/show/atlas.ipynb #bfb76f3e
 def portrait_of(run: Run, feature: int, cfg: AtlasConfig, views: ViewFiles, contexts: int = 8) -> dict[str, Any]:
     """`exemplars` (the strongest contexts with shades) and `views` of one feature, for pages that hold everything themselves."""
@@ -623,8 +658,8 @@ def _title(run: Run) -> str:
     return f"Features of the model {model} on {source}" if source and model else "Features of a run"
 
 # %% ../../nbs/show/atlas.ipynb #3af69b5e
-SCRIPTS = tuple(f"js/{name}.js" for name in ("page", "table", "texts", "films", "charts", "examined", "feature", "first", "studies", "ask", "compare",
-                                                "pins"))
+SCRIPTS = tuple(f"js/{name}.js" for name in ("page", "table", "texts", "films", "charts", "examined", "feature", "first", "groups", "studies", "ask",
+                                                "compare", "pins"))
 COPIED = ("atlas.css", *SCRIPTS, "vendor/table.min.js", "vendor/table.min.css", "vendor/plot.min.js", "vendor/LICENSES.txt")
 PAINTED_ABOUT = ("One radiograph of a held-out patient without findings, and the same with one finding painted into it; all else is as it was, and "
                  "both are on one scale. These are the features that rise most; a feature that is not here did not rise among them.")
@@ -637,10 +672,12 @@ def _write_data(folder: Path, run: Run, table: pd.DataFrame, cfg: AtlasConfig) -
     studies = study_pages(run, views)
     ids = [page["study"] for page in studies]
     if studies: _script(folder / "data/studies.js", "saerad.put_studies", studies)
+    groups = groups_of(run)
+    if len(groups): _script(folder / "data/groups.js", "saerad.put_groups", group_pages(run, groups, cfg))
     phantom = str(run.settings.get("studies", {}).get("source", "")).startswith("phantom")
     _script(folder / "data/table.js", "saerad.start", {
         "columns": FEATURE_COLUMNS, "rows": rows, "chunk": FEATURES_PER_FILE, "published": cfg.publish, "outcomes": OUTCOME_COLOURS, "studies": ids,
-        "phantom": phantom, "painted_about": PAINTED_ABOUT, "first": what_was_found(run, table, cfg, views)})
+        "phantom": phantom, "painted_about": PAINTED_ABOUT, "groups": group_rows(groups), "first": what_was_found(run, table, cfg, views)})
     return ids
 
 # %% ../../nbs/show/atlas.ipynb #27b24a25

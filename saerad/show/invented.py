@@ -156,6 +156,23 @@ def _invent_other_stages(folder: Path, table: pd.DataFrame, scores: pd.DataFrame
         "feature": scores.feature[:24].to_numpy(), "predicted": np.clip(measured + draw.normal(0, 0.12, 24), 0, 1), "measured": measured,
         "low": measured - 0.05, "high": measured + 0.06}))
 
+# %% ../../nbs/show/invented.ipynb #ccb82c9f
+def _invent_groups(folder: Path, table: pd.DataFrame, scores: pd.DataFrame, most: int = 5) -> None:
+    "Groups of the features of one word."
+    together = [rows.feature.tolist()[:most] for _, rows in scores[scores.group >= 0].groupby("group") if len(rows) > 1]
+    leads = {lead: g for g, (lead, *_) in enumerate(together)}
+    def of_groups(rows: pd.DataFrame) -> pd.DataFrame:
+        "The rows of the groups' first members, under the groups' numbers."
+        return rows[rows.feature.isin(leads)].assign(feature=lambda t: t.feature.map(leads)).sort_values("feature", kind="stable")
+    signs = {"directions": 0.6, "words": 0.8, "neighbours": 0.1, "explanations": 1.0}
+    found = of_groups(scores).drop(columns="group").rename(columns={"feature": "group"}).assign(
+        name=[scores.explanation[lead].split('"')[1] for lead in leads], size=[len(g) for g in together], features=together,
+        members=[[{"feature": f, "share": 1 / len(g), **signs} for f in g] for g in together])
+    write_table(folder / "interpretations/groups.parquet", pa.Table.from_pandas(found, preserve_index=False))
+    write_table(folder / "interpretations/groups/features.parquet", pa.Table.from_pandas(of_groups(table), preserve_index=False))
+    contexts = of_groups(pd.DataFrame(_invent_exemplars(scores, rng(0, "invented groups"))))
+    write_table(folder / "interpretations/groups/exemplars.parquet", pa.Table.from_pandas(contexts, preserve_index=False))
+
 # %% ../../nbs/show/invented.ipynb #81faefe1
 def invent_run(folder: Path | str, features: int = 160, seed: int = 0) -> Path:
     """Fill `folder` with the tables of a run whose numbers are invented; for examples and tests."""
@@ -170,4 +187,5 @@ def invent_run(folder: Path | str, features: int = 160, seed: int = 0) -> Path:
     write_table(folder / "steering/generations.parquet", pa.Table.from_pylist(generations))
     write_table(folder / "steering/judgements.parquet", pa.Table.from_pylist(judgements))
     _invent_other_stages(folder, table, scores, draw)
+    _invent_groups(folder, table, scores)
     return folder

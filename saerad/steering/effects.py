@@ -185,7 +185,7 @@ def output_scores(subject: Subject, sae: MatryoshkaSAE, features: Sequence[int],
     Around the SAE's bias, the typical vector, so that the score needs no text.
     """
     t = sae.tensors()
-    middle = t["b_dec"] * sae.scale
+    middle = t["b_dec"] * t["scale"] + (0 if sae.table is None else t["table.rows"][-1])
     pushed = _read_out(subject, middle + t["W_dec"][list(features)] * float(sae.scale) * strength)
     return (pushed - _read_out(subject, middle[None])).amax(-1).cpu().numpy()
 

@@ -562,6 +562,7 @@ def _generation_key(subject: Subject, layer: int, sae: MatryoshkaSAE, cfg: Steer
     inputs = [t for p in dict.fromkeys(prompts.values()) for t in (p.ids, p.pixels) if t is not None]
     vectors = [t for i in interventions.values() for t in (i.directions, i.encoder.encoder_rows, i.encoder.biases, i.offset, i.scale)]
     if any(i.encoder.sae is not None for i in interventions.values()): vectors += [sae.k, *sae.tensors().values()]   # all its features count then
+    if sae.table is not None: vectors += list(sae.table.state_dict().values())       # taken off the stream before it is encoded
     return content_hash(subject.hash, layer, cfg.max_new_tokens or subject.max_report_tokens, cfg.batch_size, cfg.positions, cfg.from_sentence,
                         float(sae.threshold), [vars(r) for r in rows],
                         [file_hash(inspect.getfile(part)) for part in (Intervention, FeatureEncoder)], *inputs, *vectors)
