@@ -37,7 +37,7 @@ class SAEConfig(Section):
     group_order: Literal["ascending", "reversed"] = "ascending"
     level_weights: tuple[float, ...] | None = None     # of each level's squared error; None: equal
     token_table: Literal["none", "mean", "learned"] = "none"     # a vector for every token id, which the features need not tell
-    token_shrinkage: float = Field(10.0, ge=0)         # tokens that the general mean counts for in each mean of that table (ours)
+    token_shrinkage: float = Field(1.0, ge=0)          # tokens that the general mean counts for in each mean of that table (ours)
 
     @field_validator("expansion", "k")
     @classmethod

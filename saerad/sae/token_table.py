@@ -67,7 +67,7 @@ def empty(cls: TokenTable, store: Store, how: str = "mean") -> TokenTable:
     return cls(torch.from_numpy(known[known >= 0]), torch.zeros(int((known >= 0).sum()) + 1, store.d), how)
 
 # %% ../../nbs/sae/token_table.ipynb #7a1e0c18
-def token_means(store: Store, shrinkage: float = 10.0, longest: float | None = None, block: int = 8192) -> TokenTable:
+def token_means(store: Store, shrinkage: float = 1.0, longest: float | None = None, block: int = 8192) -> TokenTable:
     """The mean of each token id's vectors over the training split, in one pass; vectors longer than `longest`, attention sinks, are left out.
 
     Each mean counts `shrinkage` vectors at the general mean besides its own; that general mean stands last, for all other tokens.

@@ -215,11 +215,11 @@ import left_threads
 import torch
 torch.set_num_threads(1)
 from saerad.activations.store import Store
-from saerad.sae.training import train_sae
-from test_token_table import CFG, SHAPE
+from saerad.sae.model import SAEConfig
+from saerad.sae.training import TrainingConfig, train_sae
+shape, cfg = SAEConfig.model_validate_json(sys.argv[3]), TrainingConfig.model_validate_json(sys.argv[4])
 for shard in (False, True):
-    cfg = CFG.model_copy(update={"shard": shard, "engine": "sparse"})
-    train_sae(Store.open(sys.argv[1]), SHAPE.model_copy(update={"token_table": "learned"}), cfg, 0, f"{sys.argv[2]}/{shard}")
+    train_sae(Store.open(sys.argv[1]), shape, cfg.model_copy(update={"shard": shard}), 0, f"{sys.argv[2]}/{shard}")
 """
 
 
@@ -227,10 +227,11 @@ def test_two_processes_learn_the_table_that_one_learns(store, tmp_path):
     (tmp_path / "run.py").write_text(RUN, encoding="utf-8")
     here = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     env = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*here, *(p for p in sys.path if p)])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "run.py", store.folder, tmp_path]
+    shape, cfg = SHAPE.model_copy(update={"token_table": "learned"}), CFG.model_copy(update={"engine": "sparse"})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "run.py", store.folder, tmp_path,
+               shape.model_dump_json(), cfg.model_dump_json()]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    shape, cfg = SHAPE.model_copy(update={"token_table": "learned"}), CFG.model_copy(update={"engine": "sparse"})
     one = train_sae(store, shape, cfg, 0, tmp_path / "one").tensors()
     for shard in (False, True):
         both = MatryoshkaSAE.load(tmp_path / str(shard)).tensors()
