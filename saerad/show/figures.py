@@ -450,6 +450,7 @@ CHANGES = {"on target, whatever else": None, "purely: clinically": "outcome_clin
 
 def collect_on_target(run: Run) -> pd.DataFrame | None:
     """Shares of additions and suppressions with intervals over patients: as asked, and purely so in each sense, by image; None without."""
+    from saerad.steering.effects import widened
     table = judged_reports(run)
     if not {"outcome_paper", "outcome_clinical", "sign", "eligible"} <= set(table): return None
     shown = table["image"].map({"shown": "its own film", **IMAGES}) if "image" in table else pd.Series("its own film", index=table.index)
@@ -459,8 +460,9 @@ def collect_on_target(run: Run) -> pd.DataFrame | None:
     for (film, who, sign), reports in able.groupby(["film", "who", "sign"], sort=False):
         for what, column in CHANGES.items():
             hits = reports.on_direction.eq(True) & (column is None or reports[column].eq("on_target_only"))
-            low, high = _patient_interval(hits.groupby(reports.owner).agg(["sum", "size"]).to_numpy())
-            rows.append(("addition" if sign > 0 else "suppression", film, who, what, float(hits.mean()), low, high, len(reports)))
+            by_patient, share = hits.groupby(reports.owner).agg(["sum", "size"]).to_numpy(), float(hits.mean())
+            low, high = widened(share, *_patient_interval(by_patient), len(by_patient))
+            rows.append(("addition" if sign > 0 else "suppression", film, who, what, share, low, high, len(reports)))
     return pd.DataFrame(rows, columns=["case", "film", "pushed", "what", "share", "low", "high", "reports"])
 
 # %% ../../nbs/show/figures.ipynb #95f1c7b6
