@@ -444,6 +444,14 @@ plot_steering = PLOTS["steering"] = Plot(collect_steering, draw_steering, ("stee
                                          "What happens to a report when a feature is pushed "
                          "on, by strength and sign, beside pushes of the same length that are no feature of ours.", wide=True, height=2.2)
 
+# %% ../../nbs/show/figures.ipynb #8e14b6a3
+def _patient_interval(by_patient: np.ndarray, draws: int = 1000) -> tuple[float, float]:
+    "95 % bootstrap interval of a share over patients, from (hits, reports) of each."
+    chosen = rng(0, "figures", "patients").integers(0, len(by_patient), (draws, len(by_patient)))
+    hits, reports = by_patient[chosen].sum(1).T
+    low, high = np.quantile(hits / reports, [0.025, 0.975])
+    return float(low), float(high)
+
 # %% ../../nbs/show/figures.ipynb #4c6e9b28
 CHANGES = {"on target, whatever else": None, "purely: clinically": "outcome_clinical", "purely: paper's wording": "outcome_paper",
            "purely: strict": "outcome"}
@@ -547,13 +555,6 @@ def _untouched(run: Run, pushes: Sequence[str]) -> list[tuple]:
             "unreadable": own.unreadable != ""}
     low_high = {what: _patient_interval(hits.groupby(own.patient).agg(["sum", "size"]).to_numpy()) for what, hits in told.items()}
     return [(pushed, 0.0, what, float(hits.mean()), *low_high[what], len(own)) for pushed in pushes for what, hits in told.items()]
-
-def _patient_interval(by_patient: np.ndarray, draws: int = 1000) -> tuple[float, float]:
-    "95 % bootstrap interval of a share over patients, from (hits, reports) of each."
-    chosen = rng(0, "figures", "patients").integers(0, len(by_patient), (draws, len(by_patient)))
-    hits, reports = by_patient[chosen].sum(1).T
-    low, high = np.quantile(hits / reports, [0.025, 0.975])
-    return float(low), float(high)
 
 # %% ../../nbs/show/figures.ipynb #0879eb72
 def draw_dose_curves(numbers: pd.DataFrame, ours: Axes, control: Axes) -> None:
