@@ -488,7 +488,7 @@ def draw_on_target(numbers: pd.DataFrame, *axes: Axes) -> None:
             ax.plot(rows.share, y, mark, color=colour, markersize=3.5, label=what, clip_on=False)
         ax.set(title=title, xlim=(-0.02, 1.02), ylim=(len(order) - 0.5, -0.5), xlabel="share of reports in which that was possible")
         ax.set_yticks(range(len(order)), [_row_name(numbers, case, *at) for at in order])
-    axes[-1].legend(loc="lower right", fontsize=6)
+    axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncol=4, columnspacing=1, handlelength=1)
 
 def _row_name(numbers: pd.DataFrame, case: str, film: str, who: str) -> str:
     "Whose film, what was pushed, and in how many reports of the case."
