@@ -444,12 +444,21 @@ plot_steering = PLOTS["steering"] = Plot(collect_steering, draw_steering, ("stee
                                          "What happens to a report when a feature is pushed "
                          "on, by strength and sign, beside pushes of the same length that are no feature of ours.", wide=True, height=2.2)
 
+# %% ../../nbs/show/figures.ipynb #8e14b6a3
+def _patient_interval(by_patient: np.ndarray, draws: int = 1000) -> tuple[float, float]:
+    "95 % bootstrap interval of a share over patients, from (hits, reports) of each."
+    chosen = rng(0, "figures", "patients").integers(0, len(by_patient), (draws, len(by_patient)))
+    hits, reports = by_patient[chosen].sum(1).T
+    low, high = np.quantile(hits / reports, [0.025, 0.975])
+    return float(low), float(high)
+
 # %% ../../nbs/show/figures.ipynb #4c6e9b28
 CHANGES = {"on target, whatever else": None, "purely: clinically": "outcome_clinical", "purely: paper's wording": "outcome_paper",
            "purely: strict": "outcome"}
 
 def collect_on_target(run: Run) -> pd.DataFrame | None:
     """Shares of additions and suppressions with intervals over patients: as asked, and purely so in each sense, by image; None without."""
+    from saerad.steering.effects import widened
     table = judged_reports(run)
     if not {"outcome_paper", "outcome_clinical", "sign", "eligible"} <= set(table): return None
     shown = table["image"].map({"shown": "its own film", **IMAGES}) if "image" in table else pd.Series("its own film", index=table.index)
@@ -459,8 +468,9 @@ def collect_on_target(run: Run) -> pd.DataFrame | None:
     for (film, who, sign), reports in able.groupby(["film", "who", "sign"], sort=False):
         for what, column in CHANGES.items():
             hits = reports.on_direction.eq(True) & (column is None or reports[column].eq("on_target_only"))
-            low, high = _patient_interval(hits.groupby(reports.owner).agg(["sum", "size"]).to_numpy())
-            rows.append(("addition" if sign > 0 else "suppression", film, who, what, float(hits.mean()), low, high, len(reports)))
+            by_patient, share = hits.groupby(reports.owner).agg(["sum", "size"]).to_numpy(), float(hits.mean())
+            low, high = widened(share, *_patient_interval(by_patient), len(by_patient))
+            rows.append(("addition" if sign > 0 else "suppression", film, who, what, share, low, high, len(reports)))
     return pd.DataFrame(rows, columns=["case", "film", "pushed", "what", "share", "low", "high", "reports"])
 
 # %% ../../nbs/show/figures.ipynb #95f1c7b6
@@ -478,7 +488,7 @@ def draw_on_target(numbers: pd.DataFrame, *axes: Axes) -> None:
             ax.plot(rows.share, y, mark, color=colour, markersize=3.5, label=what, clip_on=False)
         ax.set(title=title, xlim=(-0.02, 1.02), ylim=(len(order) - 0.5, -0.5), xlabel="share of reports in which that was possible")
         ax.set_yticks(range(len(order)), [_row_name(numbers, case, *at) for at in order])
-    axes[-1].legend(loc="lower right", fontsize=6)
+    axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncol=4, columnspacing=1, handlelength=1)
 
 def _row_name(numbers: pd.DataFrame, case: str, film: str, who: str) -> str:
     "Whose film, what was pushed, and in how many reports of the case."
@@ -545,13 +555,6 @@ def _untouched(run: Run, pushes: Sequence[str]) -> list[tuple]:
             "unreadable": own.unreadable != ""}
     low_high = {what: _patient_interval(hits.groupby(own.patient).agg(["sum", "size"]).to_numpy()) for what, hits in told.items()}
     return [(pushed, 0.0, what, float(hits.mean()), *low_high[what], len(own)) for pushed in pushes for what, hits in told.items()]
-
-def _patient_interval(by_patient: np.ndarray, draws: int = 1000) -> tuple[float, float]:
-    "95 % bootstrap interval of a share over patients, from (hits, reports) of each."
-    chosen = rng(0, "figures", "patients").integers(0, len(by_patient), (draws, len(by_patient)))
-    hits, reports = by_patient[chosen].sum(1).T
-    low, high = np.quantile(hits / reports, [0.025, 0.975])
-    return float(low), float(high)
 
 # %% ../../nbs/show/figures.ipynb #0879eb72
 def draw_dose_curves(numbers: pd.DataFrame, ours: Axes, control: Axes) -> None:

@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy import sparse
+from scipy.stats import binomtest
 
 from saerad.sae.model import MatryoshkaSAE
 from saerad.steering.effects import (
@@ -17,6 +18,7 @@ from saerad.steering.effects import (
     prediction_quality,
     share_interval,
     shares_apart,
+    widened,
 )
 from saerad.studies.findings import read_findings
 from saerad.subjects.subject import random_mini
@@ -95,6 +97,9 @@ def test_the_page_of_numbers_has_every_sense_with_its_interval_and_its_control()
     assert list(told["addition"]) == ["shown", "blank"] and told["addition"]["shown"]["reports"] == 3
     share, low, high = told["suppression"]["shown"]["clinical"]
     assert low <= share <= high and share == pytest.approx(1 / 3, abs=1e-4) == told["suppression"]["shown"]["towards"][0]
+    assert told["suppression"]["blank"]["strict"] == [0, 0, pytest.approx(1 - 0.025 ** (1 / 3), abs=1e-4)]  # three studies
+    assert widened(1.0, 1.0, 1.0, 12) == (pytest.approx(binomtest(12, 12).proportion_ci(method="exact").low), 1.0)
+    assert np.isnan(widened(0.0, 0.0, 0.0, 1)[1])
     assert told["suppression"]["blank"]["strict"][0] == 0 and told["random"]["addition"]["shown"]["strict"][0] == 0
     assert on_target_summary(judgements()) == {}                                                   # of an older run
     nothing = on_target_summary(apart_judgements().iloc[:0])
