@@ -107,8 +107,8 @@ def finding_rows(store: Store, cfg: ExemplarsConfig, most: int = 60_000) -> Int[
     turn = np.cumsum(np.r_[False, study[rows][1:] != study[rows][:-1]]) if len(rows) else rows
     return rows[turn % max(1, -(-len(rows) // most)) == 0]
 
-# %% ../../nbs/interpretation/groups.ipynb #2eb60e0a
-MIX = {"directions": 0.5, "words": 0.5, "neighbours": 0.0, "explanations": 0.0}   # chosen on the phantom's validation patients
+# %% ../../nbs/interpretation/groups.ipynb #63122b1f
+MIX = {"directions": 0.3, "words": 0.3, "neighbours": 0.4, "explanations": 0.0}   # chosen on the phantom's validation patients
 MOST_FEATURES = 16_384       # whose pairs are compared: of more features those that fire most often
 
 @dataclass(frozen=True, eq=False)
@@ -122,17 +122,20 @@ class Signs:
         """The weighted mean of the signs."""
         return sum(share * self.by[name] for name, share in mix.items() if share) / sum(mix.values())
 
-# %% ../../nbs/interpretation/groups.ipynb #54c203b8
+# %% ../../nbs/interpretation/groups.ipynb #67c19ed0
 def signs_of(store: Store, sae: MatryoshkaSAE, cfg: ExemplarsConfig, said: pd.DataFrame, most: int = 60_000) -> Signs:
-    """The signs of the explained features of a table of interpretations (columns feature, explanation, density), from tokens that explain."""
-    explained = said[said.explanation.fillna("") != ""].nlargest(MOST_FEATURES, "density", keep="all")[:MOST_FEATURES].sort_values("feature")
-    features, tokens, rows = explained.feature.to_numpy(copy=True), lean_tokens(store), finding_rows(store, cfg, most)
+    """The signs of the explained features of a table of interpretations (columns feature, explanation, density), from tokens that explain.
+
+    Features that fire too seldom to be explained are left out: on the phantom they made the groups worse.
+    """
+    asked = said[said.explanation.fillna("") != ""].nlargest(MOST_FEATURES, "density", keep="all")[:MOST_FEATURES].sort_values("feature")
+    features, tokens, rows = asked.feature.to_numpy(copy=True), lean_tokens(store), finding_rows(store, cfg, most)
     z = encode_rows(sae, store, rows).tocsc()[:, features].tocsr()
     token = np.unique(tokens["token_id"].to_numpy(), return_inverse=True)[1]
     codes = np.stack([factorize(tokens, c)[0] for c in ("study", "section", "view")])
     section = np.cumsum(np.r_[0, (codes[:, 1:] != codes[:, :-1]).any(0)])
     profiles = {"directions": _unit(sae.W_dec.detach().float().cpu()[features]).numpy(), "words": word_profiles(z, token[rows]),
-                "neighbours": neighbour_profiles(z, rows, token, section), "explanations": explanation_profiles(explained.explanation.tolist())}
+                "neighbours": neighbour_profiles(z, rows, token, section), "explanations": explanation_profiles(asked.explanation.tolist())}
     return Signs(features, {name: p @ p.T for name, p in profiles.items()}, np.asarray(z.sum(0)).ravel())
 
 def _unit(rows: Tensor) -> Tensor: return nn.functional.normalize(rows, dim=1)
