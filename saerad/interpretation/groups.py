@@ -140,29 +140,31 @@ def signs_of(store: Store, sae: MatryoshkaSAE, cfg: ExemplarsConfig, said: pd.Da
 
 def _unit(rows: Tensor) -> Tensor: return nn.functional.normalize(rows, dim=1)
 
-# %% ../../nbs/interpretation/groups.ipynb #868ef743
-def merges(pairs: Float[np.ndarray, "f f"], features: Int[np.ndarray, " f"], largest: int, least: float = -1.0,
-           method: Literal["ward", "average"] = "ward") -> list[tuple[int, ...]]:
-    """Every merge of two or more features that has no more than `largest` members; groups are nested.
+# %% ../../nbs/interpretation/groups.ipynb #21f8d8fb
+def merges(pairs: Float[np.ndarray, "f f"], features: Int[np.ndarray, " f"], largest: int, least: float = -1.0) -> list[tuple[int, ...]]:
+    """Every merge of two or more features by Ward's rule that has no more than `largest` members; groups are nested.
 
-    By Ward's rule, or by `average`: then only as long as the two that are merged are `least` alike, on the average of the pairs between them.
+    With `least` only those in which at every step the two that were merged are that much alike, on the average of the pairs between them.
     """
     if len(features) < 2: return []
     mean = (pairs + pairs.T) / 2
-    apart = np.sqrt(np.maximum(2 - 2 * mean, 0)) if method == "ward" else 1 - mean
+    apart = np.sqrt(np.maximum(2 - 2 * mean, 0))
     np.fill_diagonal(apart, 0)
-    members = [(int(f),) for f in features]
-    tree = linkage(squareform(np.maximum(apart, 0), checks=False), method)
-    for a, b, *_ in tree: members.append(members[int(a)] + members[int(b)])
-    near = np.ones(len(tree), bool) if method == "ward" else tree[:, 2] <= 1 - least + 1e-9
-    return [tuple(sorted(m)) for m, ok in zip(members[len(features):], near, strict=True) if ok and len(m) <= largest]
+    members: list[tuple[int, ...]] = [(i,) for i in range(len(features))]
+    whole, kept = [True] * len(features), []
+    for a, b in linkage(squareform(apart, checks=False), "ward")[:, :2].astype(int):
+        one, other = members[a], members[b]
+        members.append(one + other)
+        whole.append(whole[a] and whole[b] and len(one + other) <= largest and mean[np.ix_(one, other)].mean() >= least - 1e-9)
+        if whole[-1]: kept.append(tuple(sorted(int(features[i]) for i in members[-1])))
+    return kept
 
-# %% ../../nbs/interpretation/groups.ipynb #cfcd9ce6
-LARGEST, LEAST = 16, 0.3      # members, and likeness of what is merged; chosen as the mix was
+# %% ../../nbs/interpretation/groups.ipynb #c25de70c
+LARGEST, LEAST = 16, 0.2      # members, and likeness of what is merged; chosen as the mix was
 
 def found_groups(signs: Signs, mix: Mapping[str, float] = MIX, largest: int = LARGEST, least: float = LEAST) -> list[tuple[int, ...]]:
     """Groups that share no feature, of 2 to `largest` members."""
-    return outermost(merges(signs.mixed(mix), signs.features, largest, least, "average"))
+    return outermost(merges(signs.mixed(mix), signs.features, largest, least))
 
 # %% ../../nbs/interpretation/groups.ipynb #74dbab7a
 def outermost(groups: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
