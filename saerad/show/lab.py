@@ -203,6 +203,11 @@ def _group_scores(row: Mapping[str, Any]) -> str:
     known = {name: row.get(name) for name in ("f1", "shuffled_f1", "precision", "recall")}
     return "; ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in known.items() if value is not None and value == value) or "not scored"
 
+def _members(run: Run, members: Sequence[Mapping[str, Any]]) -> Html:
+    "The members of a group, each with its share of the group's activation and its explanation."
+    said = run.features.set_index("feature").explanation
+    return _tag("ul", *(_tag("li", f"{m['feature']} ({m['share']:.0%}): {said.get(m['feature']) or 'no explanation'}") for m in members))
+
 # %% ../../nbs/show/lab.ipynb #524d3bd4
 @patch
 def _repr_html_(self: RunGroup) -> str:  # noqa: F811
@@ -220,11 +225,6 @@ def _contexts(self: RunGroup, most: int = 8) -> list[dict[str, Any]]:
     def shaded(c: Mapping[str, Any]) -> list[tuple[str, float, bool]]:
         return [(t, s, i == c["peak"]) for i, (t, s) in enumerate(zip(c["tokens"], shade(c["activations"], top), strict=True))]
     return [{"place": f"{c['section']}, study {c['study']}, {c['use']}", "shaded": shaded(c)} for c in shown]
-
-def _members(run: Run, members: Sequence[Mapping[str, Any]]) -> Html:
-    "The members of a group, each with its share of the group's activation and its explanation."
-    said = run.features.set_index("feature").explanation
-    return _tag("ul", *(_tag("li", f"{m['feature']} ({m['share']:.0%}): {said.get(m['feature']) or 'no explanation'}") for m in members))
 
 # %% ../../nbs/show/lab.ipynb #de73b590
 @dataclass(eq=False)
