@@ -107,8 +107,8 @@ def finding_rows(store: Store, cfg: ExemplarsConfig, most: int = 60_000) -> Int[
     turn = np.cumsum(np.r_[False, study[rows][1:] != study[rows][:-1]]) if len(rows) else rows
     return rows[turn % max(1, -(-len(rows) // most)) == 0]
 
-# %% ../../nbs/interpretation/groups.ipynb #2eb60e0a
-MIX = {"directions": 0.5, "words": 0.5, "neighbours": 0.0, "explanations": 0.0}   # chosen on the phantom's validation patients
+# %% ../../nbs/interpretation/groups.ipynb #63122b1f
+MIX = {"directions": 0.3, "words": 0.3, "neighbours": 0.4, "explanations": 0.0}   # chosen on the phantom's validation patients
 MOST_FEATURES = 16_384       # whose pairs are compared: of more features those that fire most often
 
 @dataclass(frozen=True, eq=False)
@@ -122,44 +122,49 @@ class Signs:
         """The weighted mean of the signs."""
         return sum(share * self.by[name] for name, share in mix.items() if share) / sum(mix.values())
 
-# %% ../../nbs/interpretation/groups.ipynb #54c203b8
+# %% ../../nbs/interpretation/groups.ipynb #67c19ed0
 def signs_of(store: Store, sae: MatryoshkaSAE, cfg: ExemplarsConfig, said: pd.DataFrame, most: int = 60_000) -> Signs:
-    """The signs of the explained features of a table of interpretations (columns feature, explanation, density), from tokens that explain."""
-    explained = said[said.explanation.fillna("") != ""].nlargest(MOST_FEATURES, "density", keep="all")[:MOST_FEATURES].sort_values("feature")
-    features, tokens, rows = explained.feature.to_numpy(copy=True), lean_tokens(store), finding_rows(store, cfg, most)
+    """The signs of the explained features of a table of interpretations (columns feature, explanation, density), from tokens that explain.
+
+    Features that fire too seldom to be explained are left out: on the phantom they made the groups worse.
+    """
+    asked = said[said.explanation.fillna("") != ""].nlargest(MOST_FEATURES, "density", keep="all")[:MOST_FEATURES].sort_values("feature")
+    features, tokens, rows = asked.feature.to_numpy(copy=True), lean_tokens(store), finding_rows(store, cfg, most)
     z = encode_rows(sae, store, rows).tocsc()[:, features].tocsr()
     token = np.unique(tokens["token_id"].to_numpy(), return_inverse=True)[1]
     codes = np.stack([factorize(tokens, c)[0] for c in ("study", "section", "view")])
     section = np.cumsum(np.r_[0, (codes[:, 1:] != codes[:, :-1]).any(0)])
     profiles = {"directions": _unit(sae.W_dec.detach().float().cpu()[features]).numpy(), "words": word_profiles(z, token[rows]),
-                "neighbours": neighbour_profiles(z, rows, token, section), "explanations": explanation_profiles(explained.explanation.tolist())}
+                "neighbours": neighbour_profiles(z, rows, token, section), "explanations": explanation_profiles(asked.explanation.tolist())}
     return Signs(features, {name: p @ p.T for name, p in profiles.items()}, np.asarray(z.sum(0)).ravel())
 
 def _unit(rows: Tensor) -> Tensor: return nn.functional.normalize(rows, dim=1)
 
-# %% ../../nbs/interpretation/groups.ipynb #868ef743
-def merges(pairs: Float[np.ndarray, "f f"], features: Int[np.ndarray, " f"], largest: int, least: float = -1.0,
-           method: Literal["ward", "average"] = "ward") -> list[tuple[int, ...]]:
-    """Every merge of two or more features that has no more than `largest` members; groups are nested.
+# %% ../../nbs/interpretation/groups.ipynb #21f8d8fb
+def merges(pairs: Float[np.ndarray, "f f"], features: Int[np.ndarray, " f"], largest: int, least: float = -1.0) -> list[tuple[int, ...]]:
+    """Every merge of two or more features by Ward's rule that has no more than `largest` members; groups are nested.
 
-    By Ward's rule, or by `average`: then only as long as the two that are merged are `least` alike, on the average of the pairs between them.
+    With `least` only those in which at every step the two that were merged are that much alike, on the average of the pairs between them.
     """
     if len(features) < 2: return []
     mean = (pairs + pairs.T) / 2
-    apart = np.sqrt(np.maximum(2 - 2 * mean, 0)) if method == "ward" else 1 - mean
+    apart = np.sqrt(np.maximum(2 - 2 * mean, 0))
     np.fill_diagonal(apart, 0)
-    members = [(int(f),) for f in features]
-    tree = linkage(squareform(np.maximum(apart, 0), checks=False), method)
-    for a, b, *_ in tree: members.append(members[int(a)] + members[int(b)])
-    near = np.ones(len(tree), bool) if method == "ward" else tree[:, 2] <= 1 - least + 1e-9
-    return [tuple(sorted(m)) for m, ok in zip(members[len(features):], near, strict=True) if ok and len(m) <= largest]
+    members: list[tuple[int, ...]] = [(i,) for i in range(len(features))]
+    whole, kept = [True] * len(features), []
+    for a, b in linkage(squareform(apart, checks=False), "ward")[:, :2].astype(int):
+        one, other = members[a], members[b]
+        members.append(one + other)
+        whole.append(whole[a] and whole[b] and len(one + other) <= largest and mean[np.ix_(one, other)].mean() >= least - 1e-9)
+        if whole[-1]: kept.append(tuple(sorted(int(features[i]) for i in members[-1])))
+    return kept
 
-# %% ../../nbs/interpretation/groups.ipynb #cfcd9ce6
-LARGEST, LEAST = 16, 0.3      # members, and likeness of what is merged; chosen as the mix was
+# %% ../../nbs/interpretation/groups.ipynb #c25de70c
+LARGEST, LEAST = 16, 0.2      # members, and likeness of what is merged; chosen as the mix was
 
 def found_groups(signs: Signs, mix: Mapping[str, float] = MIX, largest: int = LARGEST, least: float = LEAST) -> list[tuple[int, ...]]:
     """Groups that share no feature, of 2 to `largest` members."""
-    return outermost(merges(signs.mixed(mix), signs.features, largest, least, "average"))
+    return outermost(merges(signs.mixed(mix), signs.features, largest, least))
 
 # %% ../../nbs/interpretation/groups.ipynb #74dbab7a
 def outermost(groups: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:

@@ -24,6 +24,7 @@ PAGES = {"first": ("atlas/index.html", ".concept"),
          "study": ("atlas/index.html#page=study&id=p000000-s1", "#page .reading"), "studies": ("atlas/index.html#page=study", "#page .studies"),
          "compare": ("atlas/index.html#page=compare&a=BEST&b=1", "#page .sides"),
          "choose a pair": ("atlas/index.html#page=compare&a=BEST", "#page form"),
+         "group": ("atlas/index.html#page=group&id=0", "#page table"),
          "pinned": ("atlas/index.html#page=pins&pins=BEST,1", "#page table"), "ask": ("atlas/index.html#page=ask", "#page .notice"),
          "report": ("report.html", ".asks"), "review": ("review/review.html", ".item")}
 

@@ -751,3 +751,50 @@ def test_an_atlas_from_disk_says_how_a_sentence_gets_its_answer(built, browser):
     page.goto((run / "atlas/index.html").as_uri())
     page.wait_for_selector("#try code")
     assert "saerad atlas CONFIG --serve" in page.inner_text("#try") and "saerad ask RUN" in page.inner_text("#try")
+
+
+# ---- groups of features
+
+def test_a_group_is_one_row_that_folds_out_one_page_and_found_by_the_search(built, browser):
+    run, _ = built
+    groups = read_table(run / "interpretations/groups.parquet").to_pandas()
+    page = browser.page(width=1280)
+    page.goto(f"{run.as_uri()}/atlas/index.html")
+    page.wait_for_selector("#groups summary")
+    assert page.locator("#groups details").count() == 6 and f"Show {len(groups) - 6} more" in page.inner_text("#groups button")
+    page.click("#groups button")
+    assert page.locator("#groups details").count() == len(groups)
+    assert not page.is_visible("#groups .members") and groups.name[0] in page.inner_text("#groups summary >> nth=0")
+    page.click("#groups summary >> nth=0")
+    assert [int(a) for a in page.locator("#groups .members >> nth=0").locator("a").all_inner_texts()] == list(groups.features[0])
+    page.fill("#search", groups.name[2])
+    page.wait_for_function("document.querySelectorAll('#groups details').length === 1")
+    assert groups.name[2] in page.inner_text("#groups summary")
+    page.click("#groups summary")
+    page.click("#groups details p a")
+    page.wait_for_selector("#page table")
+    assert page.inner_text("#page h1") == f"Group: {groups.name[2]}" and page.locator("#page .context").count() >= 4
+    assert [int(a) for a in page.locator("#page tbody th a").all_inner_texts()] == list(groups.features[2])
+    page.click("#page tbody th a >> nth=0")
+    page.wait_for_selector("#feature .context")
+    page.click(f"#feature .alike a:text-is('{groups.name[2]}')")
+    page.wait_for_selector("#page table")
+    page.goto(f"{run.as_uri()}/atlas/index.html#page=group&id=99")
+    page.wait_for_selector("#page details")
+    assert browser.errors == []
+
+
+def test_filters_for_features_put_groups_away(built, browser):
+    page = browser.page(width=1280)
+    page.goto(f"{built[0].as_uri()}/atlas/index.html#level=0")
+    page.wait_for_selector("#table .tabulator-row a")
+    assert not page.is_visible("#groups")
+
+
+def test_a_run_without_groups_shows_none_and_a_published_one_no_contexts(copy):
+    write_atlas(copy, AtlasConfig(publish=True))
+    assert all(group["groups"] == [] and group["examined"] is None for group in data(copy / "atlas/data/groups.js")[0].values())
+    shutil.rmtree(copy / "interpretations/groups")
+    (copy / "interpretations/groups.parquet").unlink()
+    write_atlas(copy)
+    assert data(copy / "atlas/data/table.js")[0]["groups"] == [] and not (copy / "atlas/data/groups.js").exists()

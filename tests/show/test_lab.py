@@ -92,3 +92,10 @@ def test_a_study_shows_its_views_and_texts_escaped(tmp_path):
     study = Study("s<1>", "p1", "train", {"findings": "<script>x</script> clear"}, {"frontal": View.from_file(tmp_path / "broken.png")})
     shown = study._repr_html_()
     assert "&lt;script&gt;" in shown and "<script>" not in shown and "s&lt;1&gt;" in shown and "unreadable" in shown and "truth" not in shown
+
+
+def test_groups_show_themselves_and_one_shows_its_members_and_contexts_escaped(run):
+    assert len(run.groups) == len(run.groups.table) > 5 and run.groups._repr_html_().count("<details>") == len(run.groups)
+    shown, row = run.groups[1]._repr_html_(), run.groups[1].row
+    assert f"group 1: {row['name']}" in shown and shown.count("<li>") == row["size"] and "&lt;b&gt;" in shown and "<b>&" not in shown
+    with pytest.raises(UserError, match="has no group 99"): run.groups[99]
