@@ -529,7 +529,7 @@ def _trained(path: Path) -> Iterable[str]:
     record = (path.parent if path.is_file() else path) / "training.json"
     if not record.exists() or "lr_asked" not in (used := read_json(record)): return
     said = f" (asked for: {used['lr_asked'] or 'null'})" if used["lr_asked"] != used["lr"] else ""
-    yield f"{'trained':<14}{used['steps']} steps of {used['batch_size']} tokens at a rate of {used['lr']:.3g}{said}"
+    yield f"trained for {used['steps']} steps of {used['batch_size']} tokens at a rate of {used['lr']:.3g}{said}"
 
 # %% ../../nbs/sae/convert.ipynb #ce3797cb
 def doctor(path: Path | str, store: Store | None = None) -> str:
@@ -538,7 +538,7 @@ def doctor(path: Path | str, store: Store | None = None) -> str:
     Raises `UserError` when it cannot be read.
     """
     checkpoint = read_sae(path)
-    advice = _advice(checkpoint, _group_order(checkpoint), checkpoint.tensors["W_dec"].norm(dim=1))
-    notes = [*_trained(Path(path)), *(f"note: {line}" for line in advice)]
+    checkpoint = replace(checkpoint, notes=[*_trained(Path(path)), *checkpoint.notes])
+    notes = [f"note: {line}" for line in _advice(checkpoint, _group_order(checkpoint), checkpoint.tensors["W_dec"].norm(dim=1))]
     if store is not None: notes += [f"measured: {line}" for line in _verdict(checkpoint, sample_vectors(store, checkpoint))]
     return "\n".join([f"{name:<14}{value}" for name, value in _facts(checkpoint).items()] + notes)
