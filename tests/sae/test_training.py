@@ -454,7 +454,7 @@ def test_the_rate_that_was_used_is_recorded_and_said(tmp_path):
     assert (tmp_path / "auto/sae.safetensors").read_bytes() == (tmp_path / "number/sae.safetensors").read_bytes()
     used = json.loads((tmp_path / "auto/training.json").read_text(encoding="utf-8"))
     assert used == {"lr": number, "lr_asked": "auto", "steps": 40, "batch_size": 128, "warmup": 0.05, "decay": 0.2}
-    assert f"40 steps of 128 tokens at a rate of {number:.3g} (asked for: auto)" in doctor(tmp_path / "auto")
+    assert f"note: trained for 40 steps of 128 tokens at a rate of {number:.3g} (asked for: auto)" in doctor(tmp_path / "auto")
     assert "asked for" not in doctor(tmp_path / "number")
     (tmp_path / "number/training.json").unlink()
     assert "at a rate of" not in doctor(tmp_path / "number")
