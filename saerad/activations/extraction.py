@@ -39,7 +39,7 @@ class ExtractionConfig(Section):
     layer: int = Field(4, ge=0)    # the hookpoint is the output of this decoder layer, counted from 0
     more_layers: tuple[int, ...] = ()    # further hookpoints of the same pass; each has a store of its own, layer-10/ and so on
     image_tokens: str = Field("last", pattern=r"^(last|last_of_view|none|all|sample:[1-9]\d*)$")
-    more_image_tokens: str | None = Field(None, pattern=r"^(last|last_of_view|none|all|sample:[1-9]\d*)$")    # at the further hookpoints; None: the same
+    more_image_tokens: str | None = Field(None, pattern=r"^(last|last_of_view|none|all|sample:[1-9]\d*)$")    # at more_layers; None: the same
     boilerplate: bool = False      # True keeps the prompt's own words too
     reports: Literal["given", "generated"] = "given"    # the study's findings, or what the model writes
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"   # of the stored rows

@@ -53,9 +53,13 @@ def do_extract(run: Run) -> None:
 
 # %% ../../nbs/run/stages.ipynb #0fbab179
 def do_train(run: Run) -> None:
-    """Train the SAE on the store."""
+    """Train the SAE on the store, and one for each hookpoint of `training.more_layers`."""
     from saerad.sae.training import train_sae
-    train_sae(training_rows(run), run.config.sae, run.config.training, run.config.seed, run / "sae")
+    cfg = run.config
+    alone = cfg.training.model_copy(update={"more_layers": (), "more_steps": None})
+    train_sae(training_rows(run), cfg.sae, alone, cfg.seed, run / "sae")
+    further = alone.model_copy(update={"steps": cfg.training.more_steps or alone.steps})
+    for layer in cfg.training.more_layers: train_sae(run.store_at(layer), cfg.sae, further, cfg.seed, run.sae_folder(layer))
 
 def training_rows(run: Run) -> Store | Online:
     """What the SAE learns from: the store, or with `training.online` the subject model itself."""
@@ -83,13 +87,19 @@ def do_interpret(run: Run) -> None:
 
 # %% ../../nbs/run/stages.ipynb #ea5abb28
 def do_steer(run: Run) -> None:
-    """Push on features, judge the reports, and analyse the verdicts."""
+    """Push on features, and on sets of them where the config asks for sets; judge the reports, and analyse the verdicts."""
+    from saerad.steering.concept_sets import steer_concepts
     from saerad.steering.effects import analyse, some_activations
     from saerad.steering.steer import reader_of, steer
     explanations, concepts = read_table(run / "interpretations/interpretations.parquet"), run / "sae/concepts.parquet"
     steer(run.source, run.subject, run.sae, explanations, run.config.steering, run.config.seed, run / "steering",
           run.config.extraction.layer, read_table(concepts) if concepts.exists() else None)
     analyse(run / "steering", run.subject, run.sae, explanations, reader_of(run.source), run.config.seed, some_activations(run.store, run.sae))
+    sets, cfg = run.config.concept_sets, run.config.steering
+    if not sets.size: return
+    layer = run.config.extraction.layer if sets.layer is None else sets.layer
+    steer_concepts(run.source, run.subject, run.sae_at(layer), run.store_at(layer), layer, sets, cfg, run.config.seed, run / "steering",
+                   cfg.max_new_tokens, cfg.batch_size)
 
 # %% ../../nbs/run/stages.ipynb #201d2356
 def do_portray(run: Run) -> None:
@@ -123,12 +133,13 @@ class Stage:
 STAGES = {s.name: s for s in (
     Stage("subject", do_subject, ("subject", "studies"), (), ("subject",), ("studies",)),
     Stage("extract", do_extract, ("extraction",), ("subject",), ("activations",), ("studies", "model")),
-    Stage("train", do_train, ("sae", "training"), ("extract",), ("sae/sae.safetensors", "sae/config.json", "sae/metrics.jsonl", "sae/checkpoint")),
+    Stage("train", do_train, ("sae", "training"), ("extract",),
+          ("sae/sae.safetensors", "sae/config.json", "sae/metrics.jsonl", "sae/checkpoint", "sae/more")),
     Stage("evaluate", do_evaluate, ("evaluation",), ("train",), ("sae/evaluation.json", "sae/concepts.parquet", "sae/control")),
     Stage("exemplars", do_exemplars, ("exemplars",), ("train",), ("exemplars",)),
     Stage("interpret", do_interpret, ("interpretation",), ("exemplars",),
           ("interpretations/interpretations.parquet", "interpretations/examinations.parquet")),
-    Stage("steer", do_steer, ("steering",), ("evaluate", "interpret"), ("steering",),
+    Stage("steer", do_steer, ("steering", "concept_sets"), ("evaluate", "interpret"), ("steering",),
           keeps=("steering/generations.parquet", "steering/ledger.sqlite")),
     Stage("portray", do_portray, ("portraits",), ("train",), ("portraits",), ("studies", "model")),
     Stage("figures", do_figures, ("figures",), ("steer",), ("figures",)),

@@ -12,6 +12,7 @@ from typing import Any
 from ..core import read_json, read_table
 from ..interpretation.interpret import description_names_truth, interpretation_summary
 from ..show.run_folder import Run
+from ..steering.concept_sets import concepts_summary
 from ..steering.steer import steering_summary
 from ..studies.grammar import CONCEPTS
 from ..studies.record import SPLITS
@@ -24,7 +25,7 @@ SUMMARY = {
                        "shuffled_median_f1", "negatives", "parse_failures", "frequency_f1_spearman", "near_median_f1",
                        "median_precision_at_prevalence", "repeated", "refusals", "cut_off", "unscored", "median_auroc"),
     "steering": ("features", "alphas", "reports", "unchanged", "on_target_only", "mixed", "off_target_only", "degenerate", "sign_spearman",
-                 "verdicts", "unanswered_verdicts"),
+                 "verdicts", "unanswered_verdicts", "concept_sets"),
     "truth": ("concepts", "concepts_recovered", "description_names_truth", "report_finding_f1")}
 
 # %% ../../nbs/run/summary.ipynb #bdb45cf9
@@ -71,4 +72,6 @@ def _of_steering(run: Run) -> dict[str, Any]:
     path = run / "steering/judgements.parquet"
     if not path.exists(): return {}
     told = run / "steering/steering.json"      # what became of the language model's verdicts, where one was asked
-    return steering_summary(read_table(path)) | (read_json(told) if told.exists() else {})
+    sets = run / "steering/concepts.parquet"
+    found = {"concept_sets": concepts_summary(read_table(sets).to_pandas())} if sets.exists() else {}
+    return steering_summary(read_table(path)) | (read_json(told) if told.exists() else {}) | found
