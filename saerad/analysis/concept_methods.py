@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['METHOD_ROWS', 'CEILINGS', 'ConceptMethodsConfig', 'example_of', 'changed_films', 'ceiling_rows', 'log_probability',
-           'finding_gradient', 'Material', 'probe_scores', 'probe_directions', 'learn', 'ConceptMethod',
-           'concept_methods', 'method_change', 'method_rows', 'concept_ceilings', 'concept_gradients', 'method_reports',
-           'concept_verdicts', 'best_strengths', 'share_of_ceiling', 'concept_table', 'known_before']
+           'finding_gradient', 'Material', 'probe_scores', 'probe_directions', 'learn', 'concept_gradients',
+           'ConceptMethod', 'concept_methods', 'method_change', 'method_rows', 'concept_ceilings', 'method_reports',
+           'concept_verdicts', 'best_strengths', 'share_of_ceiling', 'concept_table', 'draw_concept_methods',
+           'known_before', 'told_before']
 
-# %% ../../nbs/analysis/concept_methods.ipynb #432d0732
+# %% ../../nbs/analysis/concept_methods.ipynb #468bdeea
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -23,12 +24,15 @@ from jaxtyping import Float
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 from scipy import sparse
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.model_selection import LeaveOneOut, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from ..activations.extraction import residuals
 from ..activations.store import Store
-from ..core import Section, content_hash, file_hash, progress, read_table, rng, write_beside, write_table
+from ..core import Section, content_hash, file_hash, progress, read_table, rng, spearman, write_beside, write_table
 from ..sae import encoder
 from ..sae.encoder import encode_rows
 from ..sae.model import MatryoshkaSAE
@@ -53,7 +57,7 @@ from ..studies.phantom import erased, painted
 from ..studies.record import Source, Study
 from ..subjects.subject import Subject
 
-# %% ../../nbs/analysis/concept_methods.ipynb #468bdeea
+# %% ../../nbs/analysis/concept_methods.ipynb #b654801d
 class ConceptMethodsConfig(Section):
     """How large the comparison is."""
     sizes: tuple[int, ...] = (1, 5, 20, 50)            # features in a set
@@ -65,7 +69,7 @@ class ConceptMethodsConfig(Section):
     test_studies: int = Field(40, ge=2)
     max_new_tokens: int | None = Field(None, ge=1)
 
-# %% ../../nbs/analysis/concept_methods.ipynb #5af669c3
+# %% ../../nbs/analysis/concept_methods.ipynb #daa569ad
 def example_of(place: Place) -> Finding:
     """A finding of phantom at a place, as large as it comes."""
     kind, side = place
@@ -81,11 +85,11 @@ def changed_films(study: Study, places: Sequence[Place], most: int, seed: int) -
     gone = [(p, -1, erased(study, *(f for f in study.truth.findings if (f.kind, f.side) == p))) for p in present if p in places]
     return [(absent[i], 1, painted(study, example_of(absent[i]))) for i in drawn] + gone
 
-# %% ../../nbs/analysis/concept_methods.ipynb #2459b192
+# %% ../../nbs/analysis/concept_methods.ipynb #f5096fbf
 METHOD_ROWS = pa.schema([(n, pa.string()) for n in ("study", "patient", "kind", "side", "method", "baseline", "text")]
                         + [("sign", pa.int32()), ("dose", pa.float64()), ("times", pa.float64())])
 
-# %% ../../nbs/analysis/concept_methods.ipynb #fba7e3c4
+# %% ../../nbs/analysis/concept_methods.ipynb #0c927f4a
 CEILINGS = ("film", "stream", "patches")
 
 def ceiling_rows(subject: Subject, layer: int, study: Study, films: Sequence[tuple[Place, int, Study]],
@@ -107,7 +111,7 @@ def ceiling_rows(subject: Subject, layer: int, study: Study, films: Sequence[tup
     return [{"study": study.study, "patient": study.patient, "kind": place[0], "side": place[1], "sign": sign, "method": name, "dose": 1.0,
              "baseline": base.text, "text": text, "times": times} for place, sign, name, text, times in rows]
 
-# %% ../../nbs/analysis/concept_methods.ipynb #ba80c177
+# %% ../../nbs/analysis/concept_methods.ipynb #1aae5408
 def log_probability(subject: Subject, study: Study, report: str, layer: int) -> tuple[float, Float[Tensor, "patches d"]]:
     """Log-probability of a report, and its gradient at the frontal view's image tokens behind decoder layer `layer`."""
     prompt = subject.prompt(study, report)
@@ -121,7 +125,7 @@ def log_probability(subject: Subject, study: Study, report: str, layer: int) -> 
     gradient, = torch.autograd.grad(total, nudge)
     return float(total.detach()), gradient.cpu()
 
-# %% ../../nbs/analysis/concept_methods.ipynb #b654801d
+# %% ../../nbs/analysis/concept_methods.ipynb #3d2fac70
 def finding_gradient(subject: Subject, studies: Sequence[Study], place: Place, layer: int, most: int | None = None) -> Float[Tensor, "patches d"]:
     """Mean gradient of what speaks for a finding: log-probability of the report that the model writes on the film with the finding painted in,
     minus that of its report on the film as it is, at the image tokens of the film as it is."""
@@ -131,7 +135,7 @@ def finding_gradient(subject: Subject, studies: Sequence[Study], place: Place, l
     gaps = [log_probability(subject, s, new, layer)[1] - log_probability(subject, s, old, layer)[1] for s, new, old in pairs]
     return torch.stack(gaps).mean(0) if gaps else torch.zeros(0, subject.d_model)
 
-# %% ../../nbs/analysis/concept_methods.ipynb #50e233c3
+# %% ../../nbs/analysis/concept_methods.ipynb #c91a43f0
 @dataclass(frozen=True, eq=False)
 class Material:
     """What was learned on training patients: for every cell of the grid, at the hookpoint."""
@@ -144,7 +148,7 @@ class Material:
     directions: Float[Tensor, "places d"]                # of linear probes, as long as the mean contrast of the stream
     alive: list[int]
 
-# %% ../../nbs/analysis/concept_methods.ipynb #098aa6f5
+# %% ../../nbs/analysis/concept_methods.ipynb #915633d5
 def probe_scores(z: Float[np.ndarray, "studies n"], stated: np.ndarray, most: int = 100) -> Float[np.ndarray, "places n"]:
     """Weights of sparse probes (Gurnee et al. 2023, "Finding neurons in a haystack"): an L1 logistic regression for each place on the features'
     means over a study's image, standardised, among the `most` that differ most."""
@@ -155,14 +159,29 @@ def probe_scores(z: Float[np.ndarray, "studies n"], stated: np.ndarray, most: in
         out[j, near] = np.abs(LogisticRegression(l1_ratio=1, solver="liblinear", C=0.1, class_weight="balanced").fit(z[:, near], y).coef_[0])
     return out
 
-# %% ../../nbs/analysis/concept_methods.ipynb #daa569ad
+# %% ../../nbs/analysis/concept_methods.ipynb #f5309fd2
 def probe_directions(x: Float[np.ndarray, "studies d"], stated: np.ndarray) -> Float[np.ndarray, "places d"]:
     """Unit vectors of logistic probes on the mean of a study's image tokens, one for each place."""
     scale = x.std(0) + 1e-6
     fits = [LogisticRegression(C=0.01, class_weight="balanced", max_iter=300).fit((x - x.mean(0)) / scale, y).coef_[0] / scale for y in stated.T]
     return np.stack([w / np.linalg.norm(w) for w in fits]).astype(np.float32)
 
-# %% ../../nbs/analysis/concept_methods.ipynb #6cd496dd
+# %% ../../nbs/analysis/concept_methods.ipynb #97578b66
+def _study_means(store: Store, sae: MatryoshkaSAE, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    "Means over each study's image tokens of the features and of the stream."
+    rows, number = patch_rows(store), {n: i for i, n in enumerate(names)}
+    rows = rows[rows.study.isin(number)].sort_values("store_row")
+    at, who = rows.store_row.to_numpy(), np.array([number[s] for s in rows.study])
+    count = np.maximum(np.bincount(who, minlength=len(names)), 1)[:, None]
+    spread = sparse.csr_matrix((np.ones(len(who)), (who, np.arange(len(who)))), (len(names), len(who)))
+    features, stream = (spread @ encode_rows(sae, store, at)).toarray() / count, (spread @ store.read(at).float().numpy()) / count
+    return features.astype(np.float32), stream.astype(np.float32)
+
+def _typical(z: np.ndarray) -> Tensor:
+    "How strong features are where they are on, roughly: their mean over the studies in which they are."
+    return torch.from_numpy(z.sum(0) / np.maximum((z > 0).sum(0), 1)).float()
+
+# %% ../../nbs/analysis/concept_methods.ipynb #dc022056
 @torch.no_grad()
 def learn(store: Store, sae: MatryoshkaSAE, source: Source, gradients: Mapping[Place, Tensor], cfg: ConceptMethodsConfig) -> Material:
     """Everything that the methods need, from the store's training patients and the gradients of each place."""
@@ -181,22 +200,31 @@ def learn(store: Store, sae: MatryoshkaSAE, source: Source, gradients: Mapping[P
               "output score": (effect * _typical(z)).sum(1), "probe": torch.from_numpy(probe_scores(z, stated))}
     return Material(sae, places, cells, features, stream, scores, directions, np.flatnonzero(alive_features(store, sae)).tolist())
 
-# %% ../../nbs/analysis/concept_methods.ipynb #138abea6
-def _study_means(store: Store, sae: MatryoshkaSAE, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    "Means over each study's image tokens of the features and of the stream."
-    rows, number = patch_rows(store), {n: i for i, n in enumerate(names)}
-    rows = rows[rows.study.isin(number)].sort_values("store_row")
-    at, who = rows.store_row.to_numpy(), np.array([number[s] for s in rows.study])
-    count = np.maximum(np.bincount(who, minlength=len(names)), 1)[:, None]
-    spread = sparse.csr_matrix((np.ones(len(who)), (who, np.arange(len(who)))), (len(names), len(who)))
-    features, stream = (spread @ encode_rows(sae, store, at)).toarray() / count, (spread @ store.read(at).float().numpy()) / count
-    return features.astype(np.float32), stream.astype(np.float32)
+# %% ../../nbs/analysis/concept_methods.ipynb #4f43d8c9
+def _kept_rows(path: Path, make: Callable[[], list[dict[str, Any]]]) -> pd.DataFrame:
+    "The table at `path`, made by `make` where it is not there yet."
+    if not path.exists(): write_table(path, pa.Table.from_pylist(make(), METHOD_ROWS))
+    return read_table(path).to_pandas()
 
-def _typical(z: np.ndarray) -> Tensor:
-    "How strong features are where they are on, roughly: their mean over the studies in which they are."
-    return torch.from_numpy(z.sum(0) / np.maximum((z > 0).sum(0), 1)).float()
+def _code() -> list[str]: return [file_hash(part.__file__) for part in (interventions, encoder)]
 
-# %% ../../nbs/analysis/concept_methods.ipynb #f5096fbf
+# %% ../../nbs/analysis/concept_methods.ipynb #911ce58a
+def concept_gradients(subject: Subject, source: Source, layer: int, places: Sequence[Place], out: Path | str, cfg: ConceptMethodsConfig,
+                      seed: int = 0) -> dict[Place, Tensor]:
+    """`finding_gradient` of each place on `pairs` training studies that have nothing of the kind; what is in `out` already is not made again."""
+    train = sorted(source.split("train"), key=lambda s: s.study)
+    order, found = [train[i] for i in rng(seed, "concept methods", "pairs").permutation(len(train))], {}
+    for place in progress(places, "gradients"):
+        free = [s for s in order if place[0] not in {f.kind for f in s.truth.findings}][:cfg.pairs]
+        key = content_hash(subject.hash, layer, cfg.max_new_tokens, place, [s.study for s in free])[:12]
+        path = Path(out) / f"gradient-{'-'.join(filter(None, place))}-{key}.safetensors"
+        if not path.exists():
+            with write_beside(path) as part:
+                save_file({"gradient": finding_gradient(subject, free, place, layer, cfg.max_new_tokens).contiguous()}, part)
+        found[place] = load_file(path)["gradient"]
+    return found
+
+# %% ../../nbs/analysis/concept_methods.ipynb #7dacea15
 @dataclass(frozen=True)
 class ConceptMethod:
     """One way of steering a finding: what is moved, how its features are chosen, and how many."""
@@ -206,7 +234,7 @@ class ConceptMethod:
     size: int = 0
     doses: tuple[float, ...] = (1.0,)
 
-# %% ../../nbs/analysis/concept_methods.ipynb #0c927f4a
+# %% ../../nbs/analysis/concept_methods.ipynb #5026c58e
 def concept_methods(cfg: ConceptMethodsConfig) -> list[ConceptMethod]:
     """All methods. Differences of means: Marks and Tegmark 2023. Probe directions: Alain and Bengio 2016. By attribution: Marks et al. 2024
     ("Sparse feature circuits"). By output score: after Arad et al. 2025 ("SAEs are good for steering, if you select the right features"), to
@@ -218,7 +246,7 @@ def concept_methods(cfg: ConceptMethodsConfig) -> list[ConceptMethod]:
             ConceptMethod("mean vector, all tokens", "everywhere", doses=doses), ConceptMethod("probe vector", "probe vector", doses=doses),
             *sets, ConceptMethod(f"random set of {middle}", "random", "contrast", middle, doses)]
 
-# %% ../../nbs/analysis/concept_methods.ipynb #ec6c7a81
+# %% ../../nbs/analysis/concept_methods.ipynb #f5c7e147
 @torch.no_grad()
 def method_change(m: Material, method: ConceptMethod, place: Place, sign: int, dose: float, active: Float[Tensor, "cells width"],
                   ) -> Float[Tensor, "cells d"]:
@@ -234,7 +262,7 @@ def method_change(m: Material, method: ConceptMethod, place: Place, sign: int, d
     moved, noise = change @ rows[own], change @ rows[random_set(m.alive, own, 0, *place)]
     return noise / noise.norm(dim=1, keepdim=True).clamp(min=1e-9) * moved.norm(dim=1, keepdim=True)
 
-# %% ../../nbs/analysis/concept_methods.ipynb #12cd9d68
+# %% ../../nbs/analysis/concept_methods.ipynb #1dc01994
 @torch.no_grad()
 def method_rows(subject: Subject, layer: int, m: Material, study: Study, plan: Sequence[tuple[Place, int, ConceptMethod, float]],
                 most: int | None = None) -> list[dict[str, Any]]:
@@ -252,15 +280,7 @@ def method_rows(subject: Subject, layer: int, m: Material, study: Study, plan: S
              "baseline": base.text, "text": w.text, "times": w.perplexity / base.perplexity}
             for (place, sign, method, dose), w in zip(plan, written, strict=True)]
 
-# %% ../../nbs/analysis/concept_methods.ipynb #1aae5408
-def _kept_rows(path: Path, make: Callable[[], list[dict[str, Any]]]) -> pd.DataFrame:
-    "The table at `path`, made by `make` where it is not there yet."
-    if not path.exists(): write_table(path, pa.Table.from_pylist(make(), METHOD_ROWS))
-    return read_table(path).to_pandas()
-
-def _code() -> list[str]: return [file_hash(part.__file__) for part in (interventions, encoder)]
-
-# %% ../../nbs/analysis/concept_methods.ipynb #14bf1480
+# %% ../../nbs/analysis/concept_methods.ipynb #031ce0e9
 def concept_ceilings(subject: Subject, layer: int, studies: Sequence[Study], places: Sequence[Place], out: Path | str, cfg: ConceptMethodsConfig,
                      seed: int = 0) -> pd.DataFrame:
     """`ceiling_rows` of all studies; what is in `out` already is not written again."""
@@ -270,23 +290,7 @@ def concept_ceilings(subject: Subject, layer: int, studies: Sequence[Study], pla
         return _kept_rows(Path(out) / f"ceiling-{study.study}-{key}.parquet", lambda: ceiling_rows(subject, layer, study, films, cfg.max_new_tokens))
     return pd.concat([rows(s) for s in progress(studies, "ceilings")], ignore_index=True)
 
-# %% ../../nbs/analysis/concept_methods.ipynb #b8fc914e
-def concept_gradients(subject: Subject, source: Source, layer: int, places: Sequence[Place], out: Path | str, cfg: ConceptMethodsConfig,
-                      seed: int = 0) -> dict[Place, Tensor]:
-    """`finding_gradient` of each place on `pairs` training studies that have nothing of the kind; what is in `out` already is not made again."""
-    train = sorted(source.split("train"), key=lambda s: s.study)
-    order, found = [train[i] for i in rng(seed, "concept methods", "pairs").permutation(len(train))], {}
-    for place in progress(places, "gradients"):
-        free = [s for s in order if place[0] not in {f.kind for f in s.truth.findings}][:cfg.pairs]
-        key = content_hash(subject.hash, layer, cfg.max_new_tokens, place, [s.study for s in free])[:12]
-        path = Path(out) / f"gradient-{'-'.join(filter(None, place))}-{key}.safetensors"
-        if not path.exists():
-            with write_beside(path) as part:
-                save_file({"gradient": finding_gradient(subject, free, place, layer, cfg.max_new_tokens).contiguous()}, part)
-        found[place] = load_file(path)["gradient"]
-    return found
-
-# %% ../../nbs/analysis/concept_methods.ipynb #7c05bece
+# %% ../../nbs/analysis/concept_methods.ipynb #6ecede89
 def method_reports(subject: Subject, layer: int, m: Material, studies: Sequence[Study], methods: Sequence[tuple[ConceptMethod, int, float]],
                    out: Path | str, cfg: ConceptMethodsConfig, seed: int = 0) -> pd.DataFrame:
     """`method_rows` of all studies, for methods with the sign and dose at which each is tried; what is in `out` already is not written again.
@@ -300,7 +304,7 @@ def method_reports(subject: Subject, layer: int, m: Material, studies: Sequence[
         return _kept_rows(Path(out) / f"methods-{study.study}-{key}.parquet", lambda: method_rows(subject, layer, m, study, plan, cfg.max_new_tokens))
     return pd.concat([rows(s) for s in progress(studies, "methods")], ignore_index=True)
 
-# %% ../../nbs/analysis/concept_methods.ipynb #3d2fac70
+# %% ../../nbs/analysis/concept_methods.ipynb #1471887c
 def concept_verdicts(rows: pd.DataFrame) -> pd.DataFrame:
     """`rows` with `outcome`, `pure` (purely on target, in the direction asked for), `more` (that direction, whatever else changed), and
     `pure_kinds` (the same where the side does not count): by the exact parser, the target being the finding at its side."""
@@ -315,13 +319,13 @@ def concept_verdicts(rows: pd.DataFrame) -> pd.DataFrame:
     found = [kept[r.baseline, r.text, r.kind, r.side, r.sign, r.times] for r in rows.itertuples()]
     return rows.reset_index(drop=True).join(pd.DataFrame(found, columns=["outcome", "pure", "more", "pure_kinds"]))
 
-# %% ../../nbs/analysis/concept_methods.ipynb #e07719df
+# %% ../../nbs/analysis/concept_methods.ipynb #097ae718
 def best_strengths(validation: pd.DataFrame) -> dict[tuple[str, int], float]:
     """For every method and sign the dose with most purely on-target reports on validation patients; of equals the smallest."""
     share = validation.groupby(["method", "sign", "dose"]).pure.mean().reset_index().sort_values(["pure", "dose"], ascending=[False, True])
     return {(r.method, r.sign): r.dose for r in share.drop_duplicates(["method", "sign"]).itertuples()}
 
-# %% ../../nbs/analysis/concept_methods.ipynb #23569e21
+# %% ../../nbs/analysis/concept_methods.ipynb #da316b95
 def share_of_ceiling(own: pd.DataFrame, ceiling: pd.DataFrame, seed: int = 0, resamples: int = 1000) -> tuple[float, float, float]:
     """Purely on-target share over the ceiling's, on the same findings and studies, with a 95 % interval from drawing studies again."""
     pairs = own.groupby("study").pure.agg(["sum", "size"]).join(ceiling.groupby("study").pure.agg(["sum", "size"]), rsuffix="_ceiling").fillna(0)
@@ -330,7 +334,7 @@ def share_of_ceiling(own: pd.DataFrame, ceiling: pd.DataFrame, seed: int = 0, re
     low, high = np.quantile(ratio(draw), [0.025, 0.975])
     return float(ratio(pairs.to_numpy(float).sum(0))), float(low), float(high)
 
-# %% ../../nbs/analysis/concept_methods.ipynb #c91a43f0
+# %% ../../nbs/analysis/concept_methods.ipynb #aec227ba
 def concept_table(results: pd.DataFrame, ceiling: str = "film", by: Sequence[str] = (), seed: int = 0) -> pd.DataFrame:
     """Purely on-target share of each method with its interval by study, and its share of the ceiling; further columns by name in `by`."""
     rows, keys = {}, ["method", *by]
@@ -345,7 +349,19 @@ def concept_table(results: pd.DataFrame, ceiling: str = "film", by: Sequence[str
                                        **{o: (own.outcome == o).mean() for o in ("unchanged", "mixed", "off_target_only", "degenerate")}}
     return pd.DataFrame.from_dict(rows, orient="index").sort_values("pure", ascending=False)
 
-# %% ../../nbs/analysis/concept_methods.ipynb #915633d5
+# %% ../../nbs/analysis/concept_methods.ipynb #1178ba2f
+def draw_concept_methods(results: pd.DataFrame, axes: Sequence[Any], ceilings: Sequence[str] = CEILINGS) -> None:
+    """Purely on-target share by method with intervals, a panel for findings that are added and one for those that are erased; random sets in grey."""
+    order = concept_table(results).index[::-1]
+    for ax, sign in zip(axes, (1, -1), strict=True):
+        table = concept_table(results[results.sign == sign]).reindex(order)
+        shades = {"random": "#BBBBBB", "set": "#D55E00"} | dict.fromkeys(ceilings, "#009E73")
+        colours = [shades.get(n.split()[0], "#0072B2") for n in order]
+        error = np.nan_to_num(np.stack([table.pure - table.low, table.high - table.pure])).clip(min=0)
+        ax.barh(order, table.pure, xerr=error, color=colours, ecolor="#444444")
+        ax.set(title="added" if sign > 0 else "erased", xlabel="purely on target", xlim=(0, 1))
+
+# %% ../../nbs/analysis/concept_methods.ipynb #219e41f3
 def known_before(m: Material, method: ConceptMethod) -> pd.DataFrame:
     """What is known of each place before anything is steered: how much of the finding's contrast its set holds, how well the set's features speak
     for it (attribution, output score), how strong the contrast is, and how many training reports state it."""
@@ -359,3 +375,13 @@ def known_before(m: Material, method: ConceptMethod) -> pd.DataFrame:
                      "output_score": float(m.scores["output score"][i, own].mean()), "strength": float(m.stream[:, 1 + i].norm()),
                      "spread": float(m.stream[:, 1 + i].norm(dim=1).mean() / m.stream[:, 1 + i].norm(dim=1).max())})
     return pd.DataFrame(rows)
+
+# %% ../../nbs/analysis/concept_methods.ipynb #422f0feb
+def told_before(table: pd.DataFrame, predictors: Sequence[str], measured: str = "measured", seed: int = 0, resamples: int = 1000) -> dict[str, float]:
+    """Spearman's ρ of `measured` with what a ridge regression on all other rows predicts, and its 95 % interval from drawing rows again."""
+    model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-1, 3, 9)))
+    guess = cross_val_predict(model, table[list(predictors)].to_numpy(), table[measured].to_numpy(), cv=LeaveOneOut())
+    draw = rng(seed, "told before").integers(len(table), size=(resamples, len(table)))
+    again = [spearman(guess[i], table[measured].to_numpy()[i]) for i in draw]
+    low, high = np.nanquantile(again, [0.025, 0.975])
+    return {"rho": spearman(guess, table[measured].to_numpy()), "low": float(low), "high": float(high), "places": len(table)}

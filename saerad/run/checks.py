@@ -43,19 +43,17 @@ def check(run: Run, beside: bool = False) -> None:
 
 # %% ../../nbs/run/checks.ipynb #c8e0b2a2
 def check_hookpoints(config: Config) -> None:
-    """Raise `UserError` where a further SAE has no activations to learn from, or a hookpoint to steer at has no SAE or no image tokens."""
-    recorded, sets = hookpoints(config.extraction), config.concept_sets
-    for layer in config.training.more_layers:
-        if layer not in recorded[1:]: raise UserError(f"training.more_layers names layer {layer}; add it to extraction.more_layers.")
+    """Raise `UserError` where concept sets are to be steered at a hookpoint of which nothing, or no image tokens, will be stored."""
+    sets = config.concept_sets
     if not sets.size: return
-    layer = config.extraction.layer if sets.layer is None else sets.layer
-    if layer != config.extraction.layer and layer not in config.training.more_layers:
-        raise UserError(f"concept_sets.layer is {layer}, where there will be no SAE; add it to extraction.more_layers and training.more_layers.")
+    layer = config.extraction.layer if sets.hookpoint is None else sets.hookpoint
+    if layer not in hookpoints(config.extraction):
+        raise UserError(f"concept_sets.hookpoint is {layer}, of which nothing is stored; add it to extraction.more_layers.")
     tokens = single_layer(config.extraction, layer).image_tokens
     if tokens in ("none", "last", "last_of_view"):
         key = "image_tokens" if layer == config.extraction.layer else "more_image_tokens"
         raise UserError(f"concept_sets.size is {sets.size}, but of the image tokens the store keeps {tokens!r}; "
-                        f"set extraction.{key} to sample:16 or all.")
+                        f"set extraction.{key} to sample:16 or all, or the size to 0.")
 
 # %% ../../nbs/run/checks.ipynb #e8e0fda1
 def check_studies(source: Source) -> None:

@@ -53,13 +53,9 @@ def do_extract(run: Run) -> None:
 
 # %% ../../nbs/run/stages.ipynb #0fbab179
 def do_train(run: Run) -> None:
-    """Train the SAE on the store, and one for each hookpoint of `training.more_layers`."""
+    """Train the SAE on the store."""
     from saerad.sae.training import train_sae
-    cfg = run.config
-    alone = cfg.training.model_copy(update={"more_layers": (), "more_steps": None})
-    train_sae(training_rows(run), cfg.sae, alone, cfg.seed, run / "sae")
-    further = alone.model_copy(update={"steps": cfg.training.more_steps or alone.steps})
-    for layer in cfg.training.more_layers: train_sae(run.store_at(layer), cfg.sae, further, cfg.seed, run.sae_folder(layer))
+    train_sae(training_rows(run), run.config.sae, run.config.training, run.config.seed, run / "sae")
 
 def training_rows(run: Run) -> Store | Online:
     """What the SAE learns from: the store, or with `training.online` the subject model itself."""
@@ -88,18 +84,26 @@ def do_interpret(run: Run) -> None:
 # %% ../../nbs/run/stages.ipynb #ea5abb28
 def do_steer(run: Run) -> None:
     """Push on features, and on sets of them where the config asks for sets; judge the reports, and analyse the verdicts."""
-    from saerad.steering.concept_sets import steer_concepts
     from saerad.steering.effects import analyse, some_activations
     from saerad.steering.steer import reader_of, steer
     explanations, concepts = read_table(run / "interpretations/interpretations.parquet"), run / "sae/concepts.parquet"
     steer(run.source, run.subject, run.sae, explanations, run.config.steering, run.config.seed, run / "steering",
           run.config.extraction.layer, read_table(concepts) if concepts.exists() else None)
     analyse(run / "steering", run.subject, run.sae, explanations, reader_of(run.source), run.config.seed, some_activations(run.store, run.sae))
-    sets, cfg = run.config.concept_sets, run.config.steering
-    if not sets.size: return
-    layer = run.config.extraction.layer if sets.layer is None else sets.layer
-    steer_concepts(run.source, run.subject, run.sae_at(layer), run.store_at(layer), layer, sets, cfg, run.config.seed, run / "steering",
-                   cfg.max_new_tokens, cfg.batch_size)
+    if run.config.concept_sets.size: _steer_sets(run)
+
+def _steer_sets(run: Run) -> None:
+    "Steer the concept sets; the SAE of their hookpoint is trained here where it is not the run's own. A model that sees nothing has none."
+    from saerad.sae.training import train_sae
+    from saerad.steering.concept_sets import steer_concepts
+    cfg, sets = run.config, run.config.concept_sets
+    layer = cfg.extraction.layer if sets.hookpoint is None else sets.hookpoint
+    training = cfg.training.model_copy(update={"steps": sets.steps or cfg.training.steps})
+    try:
+        sae = run.sae if layer == cfg.extraction.layer else train_sae(run.store_at(layer), cfg.sae, training, cfg.seed, run.sae_folder(layer))
+        steer_concepts(run.source, run.subject, sae, run.store_at(layer), layer, sets, cfg.steering, cfg.seed, run / "steering",
+                       cfg.steering.max_new_tokens, cfg.steering.batch_size)
+    except UserError as e: print(f"concept sets: none was steered, because {e}")
 
 # %% ../../nbs/run/stages.ipynb #201d2356
 def do_portray(run: Run) -> None:

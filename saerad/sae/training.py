@@ -61,8 +61,6 @@ class TrainingConfig(Section):
     shard: bool = False                              # with several processes: share out the dictionary, not the batch
     online: bool = False                             # rows straight from the model instead of the store
     online_bytes: int = Field(512 * 2**20, ge=1)     # what their shuffle buffer may hold in memory
-    more_layers: tuple[int, ...] = ()                # hookpoints among extraction.more_layers that get an SAE of their own (ours)
-    more_steps: int | None = Field(None, ge=1)       # of theirs; None: as many
     checkpoint_every: int = Field(500, ge=1)         # steps
     log_every: int = Field(50, ge=1)                 # steps
 

@@ -110,7 +110,7 @@ class Run:
         return MatryoshkaSAE.load(self / "sae")
 
     def sae_folder(self, layer: int) -> Path:
-        """Where the SAE of a hookpoint lies: `sae` for the run's own, `sae/more/layer-00` and so on for those of `training.more_layers`."""
+        """Where the SAE of a hookpoint lies: `sae` for the run's own, `sae/more/layer-00` and so on for another, where one was trained."""
         return self / "sae" if layer == self.section("extraction", ExtractionConfig).layer else self / f"sae/more/layer-{layer:02d}"
 
     def store_at(self, layer: int) -> Store:

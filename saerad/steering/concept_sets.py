@@ -41,12 +41,13 @@ from ..subjects.subject import Prompt, Subject
 class ConceptSetsConfig(Section):
     """Sets of features that are steered together, one set for each kind of finding and side. None of it is in the paper."""
     size: int = Field(0, ge=0)             # features in a set; 0: no sets are steered
-    layer: int | None = Field(None, ge=0)  # the hookpoint; None: the run's. Another needs extraction.more_layers and training.more_layers
+    hookpoint: int | None = Field(None, ge=0)   # the layer; None: the run's. Another has to be among extraction.more_layers
+    steps: int | None = Field(None, ge=1)       # of training its SAE; None: as many as the run's
     add: float = Field(1.0, gt=0)          # how much of the values that studies with the finding have is added
     erase: float = Field(1.0, gt=0)        # and how much of what is above the values of the other studies is taken away
-    studies: int = Field(24, ge=2)         # test studies
+    test_studies: int = Field(24, ge=2)    # on which they are steered
     absent: int = Field(6, ge=1)           # findings that a study does not have, drawn for each, that are added
-    controls: int = Field(1, ge=0)         # sets of random features, at the same places and of the same lengths
+    random_sets: int = Field(1, ge=0)      # sets of random features, at the same places and of the same lengths
     least: int = Field(8, ge=2)            # training reports that have to state a finding
 
 # %% ../../nbs/steering/concept_sets.ipynb #8b661c4f
@@ -196,7 +197,7 @@ def concept_interventions(sae: MatryoshkaSAE, sets: ConceptSets, alive: Sequence
         moved = steered_stream(sae, own, change, len(prompt), at)
         what = {"kind": place[0], "side": place[1], "sign": sign}
         out.append((what | {"method": "concept_set", "features": own}, moved))
-        for i in range(cfg.controls):
+        for i in range(cfg.random_sets):
             drawn = random_set(alive, own, seed, *place, i)
             noise = steered_stream(sae, drawn, change[:, :len(drawn)], len(prompt), at)
             out.append((what | {"method": "random", "features": drawn}, same_lengths(noise, moved)))
@@ -236,7 +237,7 @@ def steer_concepts(source: Source, subject: Subject, sae: MatryoshkaSAE, store: 
     if not places: raise UserError(f"no finding is stated by {cfg.least} training reports; lower concept_sets.least.")
     sets = choose_sets(*position_contrasts(store, feature_reader(store, sae), [s.study for s in studies], stated), places, sae, cfg.size)
     alive = np.flatnonzero(alive_features(store, sae))
-    chosen = choose_studies(source, cfg.studies, seed, subject, max_new_tokens or subject.max_report_tokens)
+    chosen = choose_studies(source, cfg.test_studies, seed, subject, max_new_tokens or subject.max_report_tokens)
     made_with = [subject.hash, sae.tensors(), float(sae.threshold), layer, max_new_tokens]
     key = content_hash(made_with, cfg, judging, seed, sets.features, sets.contrast)[:12]
     rows = []

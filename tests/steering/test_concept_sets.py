@@ -152,7 +152,7 @@ def test_only_the_frontal_view_is_moved(world, subject, sae):
     assert len(at) == 64 and (prompt.view[at] == "frontal").all() and [(prompt.row[i], prompt.col[i]) for i in at] == [sets.cells[i] for i in cell]
     assert "prior" in prompt.view
     stream = residuals(subject, [prompt], 0)[0]
-    cfg = ConceptSetsConfig(size=3, controls=2, erase=1.0)
+    cfg = ConceptSetsConfig(size=3, random_sets=2, erase=1.0)
     plan = [(("effusion", "left"), 1), (("effusion", "left"), -1)]
     edits = concept_interventions(sae, sets, list(range(64)), prompt, stream, plan, cfg, 0)
     assert [what["method"] for what, _ in edits] == ["concept_set", "random", "random"] * 2
@@ -188,7 +188,7 @@ def test_random_sets_are_others():
 
 def test_the_stage(world, subject, sae, store, tmp_path, monkeypatch):
     """Baselines are the untouched model's, a second run writes nothing, and the summary counts what is in the table."""
-    cfg = ConceptSetsConfig(size=4, studies=3, absent=2, least=5)
+    cfg = ConceptSetsConfig(size=4, test_studies=3, absent=2, least=5)
     table = steer_concepts(world, subject, sae, store, 0, cfg, JudgeConfig(), 0, tmp_path, max_new_tokens=6)
     assert set(table.method) == {"concept_set", "random"} and table.study.nunique() == 3
     assert {world[s].split for s in table.study} == {"test"} and set(table.patient) == {world[s].patient for s in table.study}
