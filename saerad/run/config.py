@@ -27,6 +27,7 @@ from ..sae.training import TrainingConfig
 from ..show.atlas import AtlasConfig
 from ..show.figures import FiguresConfig
 from ..show.portraits import PortraitsConfig
+from ..steering.concept_sets import ConceptSetsConfig
 from ..steering.steer import SteeringConfig
 from ..studies.record import StudiesConfig
 from ..subjects.mini import DecoderConfig
@@ -49,6 +50,7 @@ class Config(Section):
     exemplars: ExemplarsConfig = ExemplarsConfig()
     interpretation: InterpretationConfig = InterpretationConfig()
     steering: SteeringConfig = SteeringConfig()
+    concept_sets: ConceptSetsConfig = ConceptSetsConfig()
     portraits: PortraitsConfig = PortraitsConfig()
     figures: FiguresConfig = FiguresConfig()
     atlas: AtlasConfig = AtlasConfig()

@@ -109,6 +109,19 @@ class Run:
         """The SAE that was trained in the run."""
         return MatryoshkaSAE.load(self / "sae")
 
+    def sae_folder(self, layer: int) -> Path:
+        """Where the SAE of a hookpoint lies: `sae` for the run's own, `sae/more/layer-00` and so on for another, where one was trained."""
+        return self / "sae" if layer == self.section("extraction", ExtractionConfig).layer else self / f"sae/more/layer-{layer:02d}"
+
+    def store_at(self, layer: int) -> Store:
+        """The activations at one of the hookpoints that were recorded."""
+        cfg = self.section("extraction", ExtractionConfig)
+        return self.store if layer == cfg.layer else Store.open(folder_of(self / "activations", cfg, layer))
+
+    def sae_at(self, layer: int) -> MatryoshkaSAE:
+        """The SAE of one of the hookpoints that have one."""
+        return self.sae if self.sae_folder(layer) == self / "sae" else MatryoshkaSAE.load(self.sae_folder(layer))
+
 # %% ../../nbs/show/run_folder.ipynb #9ec78897
 def as_run(run: Run | Path | str) -> Run:
     """A handle on a run, given as such or as its folder."""

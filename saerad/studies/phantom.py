@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZE', 'Plane', 'PAINTERS', 'PATCH', 'Box', 'SIZES', 'Body', 'State', 'patient_states', 'Canvas', 'draw_anatomy',
-           'Drawing', 'draw_study', 'Truth', 'drawing_of', 'phantom_source', 'painted']
+           'Drawing', 'draw_study', 'Truth', 'drawing_of', 'phantom_source', 'painted', 'erased']
 
 # %% ../../nbs/studies/phantom.ipynb #2d3696ab
 from collections.abc import Callable, Iterable
@@ -49,6 +49,7 @@ class State:
     findings: tuple[Finding, ...]        # what is there, with its change when there is a prior study
     resolved: tuple[Finding, ...] = ()   # what was there before and is gone
     painted: tuple[Finding, ...] = ()    # what was put into the image afterwards, see `painted`
+    erased: tuple[Finding, ...] = ()     # of `findings`, what was taken out of the image again, see `erased`
 
 # %% ../../nbs/studies/phantom.ipynb #158b993a
 _CHANCE = {"effusion": .10, "pneumothorax": .055, "consolidation": .075, "atelectasis": .085, "cardiomegaly": .16, "oedema": .11,
@@ -500,7 +501,8 @@ _ORDER = ("cardiomegaly", "oedema", "consolidation", "atelectasis", "nodule", "p
 
 def _heart_size(state: State) -> int:
     "By how many steps the heart is enlarged."
-    return max((SEVERITIES.index(f.severity) + 1 for f in (*state.findings, *state.painted) if f.kind == "cardiomegaly"), default=0)
+    seen = [f for f in (*state.findings, *state.painted) if f.kind == "cardiomegaly" and f not in state.erased]
+    return max((SEVERITIES.index(f.severity) + 1 for f in seen), default=0)
 
 # %% ../../nbs/studies/phantom.ipynb #37fabc0c
 def draw_study(seed: int, state: State) -> Drawing:
@@ -509,7 +511,9 @@ def draw_study(seed: int, state: State) -> Drawing:
     canvas, where = draw_anatomy(state.body, state.projection, _heart_size(state), draw), {}
     for finding in [*sorted(state.findings, key=lambda f: (_ORDER.index(f.kind), f.side)), *state.painted]:
         chance = after if finding in state.painted else draw
-        where[finding] = _where(PAINTERS[finding.kind](canvas, finding, .65 if finding.certainty == "uncertain" else 1.0, chance))
+        sheet = replace(canvas) if finding in state.erased else canvas
+        mask = PAINTERS[finding.kind](sheet, finding, .65 if finding.certainty == "uncertain" else 1.0, chance)
+        if sheet is canvas: where[finding] = _where(mask)
     return Drawing(_exposed(canvas.brightness, draw), {f: box for f, (box, _) in where.items()}, {f: p for f, (_, p) in where.items()})
 
 # %% ../../nbs/studies/phantom.ipynb #b1763eff
@@ -523,8 +527,8 @@ class Truth:
 # %% ../../nbs/studies/phantom.ipynb #7ea16082
 @patch(as_prop=True)
 def findings(self: Truth) -> tuple[Finding, ...]:
-    """What is there; findings that have resolved are not."""
-    return (*self.state.findings, *self.state.painted)
+    """What is there; findings that have resolved, or were erased, are not."""
+    return tuple(f for f in (*self.state.findings, *self.state.painted) if f not in self.state.erased)
 
 # %% ../../nbs/studies/phantom.ipynb #e39f54b3
 @patch(as_prop=True)
@@ -596,5 +600,17 @@ def painted(study: Study, *findings: Finding) -> Study:
     """
     state = replace(study.truth.state, painted=(*study.truth.state.painted, *findings))
     name = "+".join([study.views["frontal"].name, *(f"{f.side} {f.kind}".strip() for f in findings)])
+    view = View(name, partial(_image, study.truth.seed, state), "1")
+    return replace(study, views={**study.views, "frontal": view}, truth=replace(study.truth, state=state))
+
+# %% ../../nbs/studies/phantom.ipynb #e5a1c0d3
+def erased(study: Study, *findings: Finding) -> Study:
+    """A copy of a phantom study without some of its findings in its frontal view and in its truth; text, anatomy and noise stay.
+
+    Raises `ValueError` for a finding that the study does not have.
+    """
+    if missing := [f for f in findings if f not in study.truth.state.findings]: raise ValueError(f"{study.study} has no {missing[0]}.")
+    state = replace(study.truth.state, erased=(*study.truth.state.erased, *findings))
+    name = "-".join([study.views["frontal"].name, *(f"no {f.side} {f.kind}".replace("  ", " ") for f in findings)])
     view = View(name, partial(_image, study.truth.seed, state), "1")
     return replace(study, views={**study.views, "frontal": view}, truth=replace(study.truth, state=state))

@@ -464,3 +464,14 @@ def run_group(command: list[str], env: dict[str, str], seconds: float) -> subpro
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def test_further_hookpoints_can_keep_other_image_tokens(subject: Subject, source: Source, tmp_path: Path) -> None:
+    """Each store still has the bytes of a run that recorded it alone, with its own choice of image tokens."""
+    cfg = SMALL.model_copy(update={"more_layers": (0,), "more_image_tokens": "sample:8"})
+    extract(source, subject, cfg, tmp_path / "together")
+    for layer, tokens in ((1, "last"), (0, "sample:8")):
+        alone = ExtractionConfig.model_validate(single_layer(cfg, layer).model_dump())
+        assert alone.image_tokens == tokens and alone.more_image_tokens is None
+        extract(source, subject, alone, tmp_path / str(layer))
+        assert contents_of_files(folder_of(tmp_path / "together", cfg, layer)) == contents(tmp_path / str(layer))

@@ -1,10 +1,12 @@
 """Configs, keys, skipping and resuming: a real, tiny run."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,22 +18,24 @@ import yaml
 
 from saerad.core import UserError, read_table
 from saerad.run import stages as running
-from saerad.run.checks import check
+from saerad.run.checks import check, check_hookpoints
 from saerad.run.cli import main
 from saerad.run.config import Config, changed, load_config, validated, with_settings
 from saerad.run.stages import is_finished, locked, plan, run_config
 from saerad.run.summary import SUMMARY
+from saerad.sae.training import train_sae
 from saerad.show.atlas import NOTICES
 from saerad.show.run_folder import Run
 
 TINY = """
 studies: {source: "phantom:0", train_patients: 20, validation_patients: 5, test_patients: 5}
 subject: {model: mini}
-extraction: {layer: 2, rows_per_shard: 512}
+extraction: {layer: 2, rows_per_shard: 512, more_layers: [0], more_image_tokens: "sample:8"}
 sae: {expansion: 1, k: 8}
 training: {steps: 40, batch_size: 128, checkpoint_every: 10}
 evaluation: {loss_studies: 4, report_studies: 2, max_new_tokens: 24}
 steering: {features: [0], alphas: [-10, 10], studies: 2, controls: 0, max_new_tokens: 24, images: [shown, other, blank]}
+concept_sets: {size: 2, hookpoint: 0, steps: 10, test_studies: 2, absent: 1, least: 3}
 """
 # Files whose bytes must not depend on whether the run was killed on the way.
 SAME = ("activations/tokens.parquet", "activations/store.json", "sae/sae.safetensors", "sae/metrics.jsonl", "sae/evaluation.json",
@@ -160,7 +164,8 @@ def test_a_run_leaves_what_the_plan_says(done):
     for name in ("config.yaml", "manifest.json", "summary.json", "report.html", "activations/store.json", "activations/tokens.parquet",
                  "sae/sae.safetensors", "sae/config.json", "sae/training.json", "sae/metrics.jsonl", "sae/evaluation.json",
                  "exemplars/features.parquet", "exemplars/exemplars.parquet", "interpretations/interpretations.parquet",
-                 "steering/generations.parquet", "steering/judgements.parquet", "atlas/index.html"):
+                 "steering/generations.parquet", "steering/judgements.parquet",
+                 "steering/concepts.parquet", "sae/more/layer-00/sae.safetensors", "atlas/index.html"):
         assert (out / name).stat().st_size, name
     assert list((out / "figures").glob("*.svg")) and list((out / "figures").glob("*.csv"))
     assert not list(out.rglob("*.part"))
@@ -178,6 +183,7 @@ def test_a_run_leaves_what_the_plan_says(done):
     shares = read_table(out / "steering/shares.parquet").to_pandas()
     zero = shares[(shares.method == "none") & (shares.feature == -1) & (shares.stated == "any")].set_index(["image", "what"])
     assert set(zero.alpha) == {0} and (zero.share.xs("unchanged", level="what") == 1).all() and len(zero.share.xs("unreadable", level="what")) == 3
+    assert 0 <= summary["steering"]["concept_sets"]["on_target_only"] <= 1 and summary["steering"]["concept_sets"]["studies"] == 2
     said = summary["interpretation"]
     assert said["refusals"] == 0 and said["scored"] + sum(said["unscored"].values()) == said["features"]
 
@@ -457,3 +463,25 @@ def test_the_published_atlas_of_a_run_holds_none_of_its_texts(config, done, tmp_
     assert '"tokens":' in whole and NOTICES[True] not in page
     published, page = atlas("--publish")
     assert NOTICES[True] in page and '"published":true' in published.replace(" ", "") and not (folder / "atlas/views").exists()
+
+
+# ---------------------------------------------------------------- further hookpoints
+
+@pytest.mark.parametrize("settings, words", [
+    (["extraction.more_layers=[]"], "concept_sets.hookpoint is 0"),
+    (["concept_sets.hookpoint=null"], "set extraction.image_tokens"),
+    (["extraction.more_image_tokens=null"], "set extraction.more_image_tokens")])
+def test_sets_need_a_hookpoint_with_image_tokens(config, settings, words):
+    with pytest.raises(UserError, match=re.escape(words)): check_hookpoints(changed(config, settings))
+    check_hookpoints(config)
+    check_hookpoints(changed(config, [*settings, "concept_sets.size=0"]))
+
+
+def test_the_sae_of_another_hookpoint_is_that_of_its_own_store(done, config):
+    run = Run(done[0], config)
+    sae, store = run.sae_at(0), run.store_at(0)
+    assert run.sae_at(2) is run.sae and run.store_at(2) is run.store and store.meta["made_from"]["layer"] == 0
+    assert not torch.equal(sae.W_dec, run.sae.W_dec) and (store.tokens["section"].to_numpy() == "image").sum() > len(store.tokens["study"].unique())
+    training = config.training.model_copy(update={"steps": 10})
+    with tempfile.TemporaryDirectory() as folder: again = train_sae(store, config.sae, training, config.seed, folder)
+    assert torch.equal(again.W_dec, sae.W_dec)

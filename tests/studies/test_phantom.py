@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from saerad.core import rng
 from saerad.studies.findings import PHANTOM_KINDS, SEVERITIES, Finding
 from saerad.studies.grammar import parse_report
-from saerad.studies.phantom import PAINTERS, SIZE, draw_anatomy, draw_study, painted, patient_states, phantom_source
+from saerad.studies.phantom import PAINTERS, SIZE, draw_anatomy, draw_study, erased, painted, patient_states, phantom_source
 from saerad.studies.record import StudiesConfig, split_of
 
 patients = st.integers(0, 50_000)
@@ -143,3 +143,26 @@ def test_painting_a_finding_changes_nothing_else(kind):
     stretched = np.polyval(np.polyfit(before[outside], after[outside], 1), before)     # a film always uses its whole range
     changed = abs(after - stretched) > 8
     assert changed[~outside].any() and changed[outside].mean() < (0.002 if kind != "cardiomegaly" else 0.05)
+
+
+@pytest.mark.parametrize("kind", PHANTOM_KINDS)
+def test_erasing_a_finding_changes_nothing_else(kind):
+    study = next(s for s in phantom_source(0, StudiesConfig(train_patients=150, validation_patients=1, test_patients=1))
+                 if kind in {f.kind for f in s.truth.findings} and len({f.kind for f in s.truth.findings}) > 1)
+    finding = next(f for f in study.truth.findings if f.kind == kind)
+    less = erased(study, finding)
+    before, after = (s.views["frontal"].array().astype(int) for s in (study, less))
+    assert set(less.truth.findings) == set(study.truth.findings) - {finding} and less.sections == study.sections
+    assert less.views["frontal"].name != study.views["frontal"].name and finding in study.truth.findings
+    assert set(less.truth.boxes) == set(less.truth.findings)
+    left, top, right, bottom = study.truth.boxes[finding]
+    outside = np.ones_like(before, bool)
+    outside[max(top - 8, 0):bottom + 8, max(left - 8, 0):right + 8] = False
+    stretched = np.polyval(np.polyfit(before[outside], after[outside], 1), before)
+    changed = abs(after - stretched) > 8
+    assert changed[~outside].any() and changed[outside].mean() < (0.002 if kind not in ("cardiomegaly", "oedema") else 0.05)
+
+
+def test_erasing_what_is_not_there_is_refused():
+    study = next(s for s in phantom_source(0, StudiesConfig(train_patients=3, validation_patients=1, test_patients=1)) if not s.truth.findings)
+    with pytest.raises(ValueError, match="has no"): erased(study, Finding("effusion", "left"))

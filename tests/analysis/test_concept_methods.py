@@ -1,0 +1,153 @@
+"""Ceilings and methods of concept sets: gradients, plans, verdicts and shares, on a small real subject model and store."""
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from saerad.activations.extraction import ExtractionConfig, extract, residuals
+from saerad.analysis.concept_methods import (
+    ConceptMethod,
+    ConceptMethodsConfig,
+    Material,
+    best_strengths,
+    ceiling_rows,
+    changed_films,
+    concept_methods,
+    concept_table,
+    concept_verdicts,
+    known_before,
+    learn,
+    log_probability,
+    method_change,
+    method_rows,
+    probe_directions,
+    probe_scores,
+    share_of_ceiling,
+    told_before,
+)
+from saerad.core import rng
+from saerad.sae.model import MatryoshkaSAE
+from saerad.steering.interventions import decoder_layer, replaced
+from saerad.studies.phantom import phantom_source
+from saerad.studies.record import StudiesConfig
+from saerad.subjects.subject import random_mini
+
+PLACES = [("cardiomegaly", ""), ("effusion", "left"), ("picc", "right")]
+
+
+@pytest.fixture(scope="module")
+def world(): return phantom_source(0, StudiesConfig(train_patients=30, validation_patients=1, test_patients=4))
+
+
+@pytest.fixture(scope="module")
+def subject(): return random_mini()
+
+
+@pytest.fixture(scope="module")
+def material(world, subject, tmp_path_factory) -> Material:
+    store = extract(world, subject, ExtractionConfig(layer=0, image_tokens="sample:16"), tmp_path_factory.mktemp("store"))
+    sae = MatryoshkaSAE(store.d, (64, 64), k=8)
+    with torch.no_grad():
+        sae.scale.fill_(float(store.read(store.where("train")[:500]).norm(dim=1).mean()))
+        sae.threshold.fill_(0.01)
+        sae.W_enc.copy_(torch.randn(store.d, 128, generator=torch.Generator().manual_seed(0)))
+        sae.W_dec.copy_(torch.nn.functional.normalize(sae.W_enc.T, dim=1))
+    slopes = {p: torch.randn(64, store.d, generator=torch.Generator().manual_seed(1)) for p in PLACES}
+    return learn(store, sae, world, slopes, ConceptMethodsConfig(least=4))
+
+
+def test_films_are_changed_by_one_finding(world):
+    study = next(s for s in world if len({(f.kind, f.side) for f in s.truth.findings}) > 1)
+    there = {(f.kind, f.side) for f in study.truth.findings}
+    places = sorted({*PLACES, *there})
+    plan = changed_films(study, places, 2, 0)
+    assert {p for p, sign, _ in plan if sign < 0} == there and sum(sign > 0 for _, sign, _ in plan) <= 2
+    assert [(p, s) for p, s, _ in plan] == [(p, s) for p, s, _ in changed_films(study, places, 2, 0)]
+    for place, sign, film in plan:
+        now = {(f.kind, f.side) for f in film.truth.findings}
+        assert now == (there | {place} if sign > 0 else there - {place}) and film.sections == study.sections
+        assert place[0] not in {k for k, _ in there} or sign < 0
+
+
+def test_the_gradient_is_that_of_the_log_probability(world, subject):
+    study = next(s for s in world if s.prior is not None)
+    report = study.sections["findings"]
+    prompt = subject.prompt(study, report)
+    at = torch.from_numpy(np.flatnonzero((prompt.section == "image") & (prompt.view == "frontal")))
+    value, slope = log_probability(subject, study, report, 0)
+    assert slope.shape == (len(at), subject.d_model) and value < 0
+    step = 0.02 * slope / slope.norm()
+    with replaced(decoder_layer(subject, 0), lambda x: x.index_add(1, at, step[None])): more = log_probability(subject, study, report, 0)[0]
+    with replaced(decoder_layer(subject, 0), lambda x: x.index_add(1, at, -step[None])): less = log_probability(subject, study, report, 0)[0]
+    assert (more - less) / 2 == pytest.approx(float((slope * step).sum()), rel=0.05)
+
+
+def test_a_patched_stream_of_the_same_film_changes_nothing(world, subject):
+    study = world.split("test")[0]
+    rows = ceiling_rows(subject, 0, study, [(PLACES[0], 1, study)], 8)
+    assert [r["method"] for r in rows] == ["film", "stream", "patches"] and {r["text"] for r in rows[1:]} == {rows[0]["baseline"]}
+
+
+def test_what_methods_add(material, world, subject):
+    study, number = world.split("test")[0], material.places.index(material.places[0])
+    place, active = material.places[0], torch.rand(len(material.cells), material.sae.width)
+    made = {w.name: w for w in concept_methods(ConceptMethodsConfig(sizes=(1, 4, 8)))}
+    assert torch.equal(method_change(material, made["means by place"], place, -1, 2.0, active), -2 * material.stream[:, 1 + number])
+    even = method_change(material, made["mean vector"], place, 1, 1.0, active)
+    assert torch.allclose(even, even[:1].expand_as(even)) and torch.allclose(even[0], material.stream[:, 1 + number].mean(0), atol=1e-5)
+    whole = ConceptMethod("all", "set", "contrast", material.sae.width)
+    rows = material.sae.W_dec.detach() * float(material.sae.scale)
+    assert torch.allclose(method_change(material, whole, place, 1, 1.0, active), material.features[:, 1 + number] @ rows, atol=1e-3)
+    own = made["set of 4, contrast"]
+    noise = method_change(material, ConceptMethod("r", "random", "contrast", 4), place, 1, 1.0, active)
+    assert torch.allclose(noise.norm(dim=1), method_change(material, own, place, 1, 1.0, active).norm(dim=1), rtol=1e-3, atol=1e-4)
+    gone = method_change(material, whole, place, -1, 1.0, active)
+    kept = active.minimum(material.features[:, 0].clamp(min=0))
+    assert torch.allclose(gone, (kept - active) @ rows, atol=1e-3)
+    written = method_rows(subject, 0, material, study, [(place, 1, w, 1.0) for w in made.values()], 6)
+    assert [r["method"] for r in written] == list(made) and len({r["baseline"] for r in written}) == 1
+    stream = residuals(subject, [subject.prompt(study)], 0)[0]
+    assert stream.shape[1] == material.sae.d and set(known_before(material, own).kind) == {k for k, _ in material.places}
+
+
+def test_probes_find_what_was_put_in():
+    z = rng(0).random((300, 20)).astype(np.float32)
+    stated = np.stack([z[:, 4] > 0.6, z[:, 7] + z[:, 2] > 1.2], 1)
+    scores = probe_scores(z, stated)
+    assert scores[0].argmax() == 4 and set(np.argsort(-scores[1])[:2]) == {7, 2}
+    assert np.abs(probe_directions(z, stated))[0].argmax() == 4 and np.allclose(np.linalg.norm(probe_directions(z, stated), axis=1), 1, atol=1e-5)
+
+
+def rows(method, texts, sign=1, dose=1.0):
+    same = {"patient": "p", "kind": "effusion", "side": "left", "method": method, "baseline": CLEAR, "sign": sign, "dose": dose, "times": 1.0}
+    return pd.DataFrame([same | {"study": f"s{i}", "text": t} for i, t in enumerate(texts)])
+
+
+CLEAR = "The heart size is normal."
+LEFT, RIGHT = (f"Small {side} pleural effusion. {CLEAR}" for side in ("left", "right"))
+
+
+def test_verdicts_are_strict_about_side_and_direction():
+    found = concept_verdicts(rows("m", [LEFT, RIGHT, CLEAR]))
+    assert found.pure.tolist() == [True, False, False] and found.pure_kinds.tolist() == [True, True, False]
+    assert not concept_verdicts(rows("m", [LEFT], sign=-1)).pure[0]
+
+
+def test_a_share_of_the_ceiling():
+    own, film = (concept_verdicts(rows(m, t)) for m, t in (("m", [LEFT, CLEAR, CLEAR, LEFT]), ("film", [LEFT, LEFT, LEFT, LEFT])))
+    share, low, high = share_of_ceiling(own, film)
+    assert share == 0.5 and 0 <= low < 0.5 < high <= 1
+    table = concept_table(pd.concat([own, film]))
+    assert table["of ceiling"]["m"] == 0.5 and table.pure["film"] == 1.0 and table.loc["film", ["of ceiling", "from", "to"]].tolist() == [1, 1, 1]
+
+
+def test_doses_are_chosen_where_most_is_pure_and_then_small():
+    tried = concept_verdicts(pd.concat([rows("m", [LEFT, CLEAR], dose=1.0), rows("m", [LEFT, LEFT], dose=2.0), rows("m", [LEFT, LEFT], dose=3.0)]))
+    assert best_strengths(tried) == {("m", 1): 2.0}
+
+
+def test_what_is_told_before():
+    draw = rng(1)
+    table = pd.DataFrame({"a": draw.random(25), "b": draw.random(25)}).assign(measured=lambda t: t.a)
+    told, chance = told_before(table, ("a", "b")), told_before(table.assign(measured=draw.random(25)), ("a", "b"))
+    assert told["rho"] > 0.9 and told["low"] > 0.5 and chance["low"] < 0.3 and told["places"] == 25
