@@ -39,6 +39,7 @@ class ExtractionConfig(Section):
     layer: int = Field(4, ge=0)    # the hookpoint is the output of this decoder layer, counted from 0
     more_layers: tuple[int, ...] = ()    # further hookpoints of the same pass; each has a store of its own, layer-10/ and so on
     image_tokens: str = Field("last", pattern=r"^(last|last_of_view|none|all|sample:[1-9]\d*)$")
+    more_image_tokens: str | None = Field(None, pattern=r"^(last|last_of_view|none|all|sample:[1-9]\d*)$")    # at more_layers; None: the same
     boilerplate: bool = False      # True keeps the prompt's own words too
     reports: Literal["given", "generated"] = "given"    # the study's findings, or what the model writes
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"   # of the stored rows
@@ -133,6 +134,7 @@ def prepare_study(subject: Subject, study: Study, report: str | None, cfg: Extra
     except UserError as e: return PreparedStudy(study, problem=str(e))
     if report is None: return PreparedStudy(study, prompt)
     keep = kept_tokens(prompt, cfg)
+    if cfg.more_layers and cfg.more_image_tokens: keep |= kept_tokens(prompt, cfg.model_copy(update={"image_tokens": cfg.more_image_tokens}))
     return PreparedStudy(study, prompt, keep, token_table(study, prompt, _texts(subject, prompt), keep))
 
 # %% ../../nbs/activations/extraction.ipynb #774a2798
@@ -223,11 +225,19 @@ def rows_of(subject: Subject, studies: Sequence[Study], cfg: ExtractionConfig) -
 # %% ../../nbs/activations/extraction.ipynb #abeb53da
 def single_layer(cfg: ExtractionConfig, layer: int) -> ExtractionConfig:
     """The settings of one hookpoint's store."""
-    return cfg.model_copy(update={"layer": layer, "more_layers": ()})
+    tokens = cfg.image_tokens if layer == cfg.layer or cfg.more_image_tokens is None else cfg.more_image_tokens
+    return cfg.model_copy(update={"layer": layer, "more_layers": (), "image_tokens": tokens, "more_image_tokens": None})
 
 def folder_of(out: Path | str, cfg: ExtractionConfig, layer: int) -> Path:
     """Where a hookpoint's store lies: `out` for the main one, `out/layer-10` and so on for the others."""
     return Path(out) if layer == cfg.layer else Path(out) / f"layer-{layer:02d}"
+
+# %% ../../nbs/activations/extraction.ipynb #c5e0a1b2
+def _of_hookpoint(prepared: PreparedStudy, layer: int, cfg: ExtractionConfig) -> tuple[Tensor, pa.Table]:
+    "A study's rows and tokens that belong into the store of one hookpoint."
+    own = kept_tokens(prepared.prompt, single_layer(cfg, layer))[prepared.keep]
+    if own.all(): return prepared.rows[layer], prepared.tokens
+    return prepared.rows[layer][torch.from_numpy(own)], prepared.tokens.filter(pa.array(own))
 
 # %% ../../nbs/activations/extraction.ipynb #ca90b7fe
 def store_key(source: Source, subject: Subject, cfg: ExtractionConfig) -> str:
@@ -291,7 +301,7 @@ def _write_part(subject: Subject, studies: Sequence[Study], begin: int, end: int
         for layer, writer in writers.items():
             if i < writer.next_study: continue
             if prepared.problem: writer.skip(prepared.study.study, prepared.problem)
-            else: writer.add(prepared.rows[layer], prepared.tokens)
+            else: writer.add(*_of_hookpoint(prepared, layer, cfg))
         prepared.rows.clear()
     for writer in writers.values(): writer.finish()
 

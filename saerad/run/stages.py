@@ -87,13 +87,27 @@ def do_interpret(run: Run) -> None:
 
 # %% ../../nbs/run/stages.ipynb #ea5abb28
 def do_steer(run: Run) -> None:
-    """Push on features, judge the reports, and analyse the verdicts."""
+    """Push on features, and on sets of them where the config asks for sets; judge the reports, and analyse the verdicts."""
     from saerad.steering.effects import analyse, some_activations
     from saerad.steering.steer import reader_of, steer
     explanations, concepts = read_table(run / "interpretations/interpretations.parquet"), run / "sae/concepts.parquet"
     steer(run.source, run.subject, run.sae, explanations, run.config.steering, run.config.seed, run / "steering",
           run.config.extraction.layer, read_table(concepts) if concepts.exists() else None)
     analyse(run / "steering", run.subject, run.sae, explanations, reader_of(run.source), run.config.seed, some_activations(run.store, run.sae))
+    if run.config.concept_sets.size: _steer_sets(run)
+
+def _steer_sets(run: Run) -> None:
+    "Steer the concept sets; the SAE of their hookpoint is trained here where it is not the run's own. A model that sees nothing has none."
+    from saerad.sae.training import train_sae
+    from saerad.steering.concept_sets import steer_concepts
+    cfg, sets = run.config, run.config.concept_sets
+    layer = cfg.extraction.layer if sets.hookpoint is None else sets.hookpoint
+    training = cfg.training.model_copy(update={"steps": sets.steps or cfg.training.steps})
+    try:
+        sae = run.sae if layer == cfg.extraction.layer else train_sae(run.store_at(layer), cfg.sae, training, cfg.seed, run.sae_folder(layer))
+        steer_concepts(run.source, run.subject, sae, run.store_at(layer), layer, sets, cfg.steering, cfg.seed, run / "steering",
+                       cfg.steering.max_new_tokens, cfg.steering.batch_size)
+    except UserError as e: print(f"concept sets: none was steered, because {e}")
 
 # %% ../../nbs/run/stages.ipynb #201d2356
 def do_portray(run: Run) -> None:
@@ -127,13 +141,13 @@ class Stage:
 STAGES = {s.name: s for s in (
     Stage("subject", do_subject, ("subject", "studies"), (), ("subject",), ("studies",)),
     Stage("extract", do_extract, ("extraction",), ("subject",), ("activations",), ("studies", "model")),
-    Stage("train", do_train, ("sae", "training"), ("extract",), ("sae/sae.safetensors", "sae/config.json", "sae/training.json", "sae/metrics.jsonl",
-                                                                 "sae/checkpoint")),
+    Stage("train", do_train, ("sae", "training"), ("extract",),
+          ("sae/sae.safetensors", "sae/config.json", "sae/training.json", "sae/metrics.jsonl", "sae/checkpoint", "sae/more")),
     Stage("evaluate", do_evaluate, ("evaluation",), ("train",), ("sae/evaluation.json", "sae/concepts.parquet", "sae/control")),
     Stage("exemplars", do_exemplars, ("exemplars",), ("train",), ("exemplars",)),
     Stage("interpret", do_interpret, ("interpretation",), ("exemplars",),
           tuple(f"interpretations/{name}" for name in ("interpretations.parquet", "examinations.parquet", "groups.parquet", "groups"))),
-    Stage("steer", do_steer, ("steering",), ("evaluate", "interpret"), ("steering",),
+    Stage("steer", do_steer, ("steering", "concept_sets"), ("evaluate", "interpret"), ("steering",),
           keeps=("steering/generations.parquet", "steering/ledger.sqlite")),
     Stage("portray", do_portray, ("portraits",), ("train",), ("portraits",), ("studies", "model")),
     Stage("figures", do_figures, ("figures",), ("steer",), ("figures",)),

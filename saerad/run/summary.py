@@ -13,6 +13,7 @@ from ..core import read_json, read_table
 from ..interpretation.groups import groups_summary
 from ..interpretation.interpret import description_names_truth, interpretation_summary
 from ..show.run_folder import Run
+from ..steering.concept_sets import concepts_summary
 from ..steering.effects import on_target_summary
 from ..steering.steer import steering_summary
 from ..studies.grammar import CONCEPTS
@@ -27,7 +28,8 @@ SUMMARY = {
                        "median_precision_at_prevalence", "repeated", "refusals", "cut_off", "unscored", "median_auroc", "groups", "grouped_features",
                        "groups_scored", "groups_median_f1", "groups_shuffled_median_f1"),
     "steering": ("features", "alphas", "reports", "unchanged", "on_target_only", "mixed", "off_target_only", "degenerate", "sign_spearman",
-                 "verdicts", "unanswered_verdicts", "on_target", "addition", "suppression", "random", "baselines", "unreadable_baselines"),
+                 "verdicts", "unanswered_verdicts", "on_target", "addition", "suppression", "random", "baselines", "unreadable_baselines",
+                 "concept_sets"),
     "truth": ("concepts", "concepts_recovered", "description_names_truth", "report_finding_f1")}
 
 # %% ../../nbs/run/summary.ipynb #bdb45cf9
@@ -76,4 +78,6 @@ def _of_steering(run: Run) -> dict[str, Any]:
     path = run / "steering/judgements.parquet"
     if not path.exists(): return {}
     told, judged = run / "steering/steering.json", read_table(path)      # the first tells what became of a language model's verdicts
-    return steering_summary(judged) | on_target_summary(judged.to_pandas()) | (read_json(told) if told.exists() else {})
+    sets = run / "steering/concepts.parquet"
+    found = {"concept_sets": concepts_summary(read_table(sets).to_pandas())} if sets.exists() else {}
+    return steering_summary(judged) | on_target_summary(judged.to_pandas()) | (read_json(told) if told.exists() else {}) | found

@@ -539,6 +539,14 @@ def _threshold_fact(checkpoint: Checkpoint) -> str:
     if threshold < 0: return "not set"
     return f"{threshold:.6g} in normalised units" if own is None else f"one per feature, median {float(own.exp().median()):.6g} in normalised units"
 
+# %% ../../nbs/sae/convert.ipynb #c0117e02
+def _trained(path: Path) -> Iterable[str]:
+    "The doctor's line about the learning rate, where the training left it beside the SAE."
+    record = (path.parent if path.is_file() else path) / "training.json"
+    if not record.exists() or "lr_asked" not in (used := read_json(record)): return
+    said = f" (asked for: {used['lr_asked'] or 'null'})" if used["lr_asked"] != used["lr"] else ""
+    yield f"trained for {used['steps']} steps of {used['batch_size']} tokens at a rate of {used['lr']:.3g}{said}"
+
 # %% ../../nbs/sae/convert.ipynb #ce3797cb
 def doctor(path: Path | str, store: Store | None = None) -> str:
     """What the checkpoint at `path` is and what to be careful about, in plain lines; on a store's activations, if given.
@@ -546,17 +554,9 @@ def doctor(path: Path | str, store: Store | None = None) -> str:
     Raises `UserError` when it cannot be read.
     """
     checkpoint = read_sae(path)
-    facts = _facts(checkpoint) | _training_fact(Path(path))
+    checkpoint = replace(checkpoint, notes=[*_trained(Path(path)), *checkpoint.notes])
     notes = [f"note: {line}" for line in _advice(checkpoint, _group_order(checkpoint), checkpoint.tensors["W_dec"].norm(dim=1))]
     if store is not None:
         lines = _verdict(checkpoint, sample_vectors(store, checkpoint), sample_tokens(store, checkpoint))
         notes += [f"measured: {line}" for line in lines]
-    return "\n".join([f"{name:<14}{value}" for name, value in facts.items()] + notes)
-
-def _training_fact(path: Path) -> dict[str, str]:
-    "The doctor's line about the learning rate, where the training left it beside the SAE."
-    record = (path.parent if path.is_file() else path) / "training.json"
-    if not record.exists(): return {}
-    used = read_json(record)
-    said = f" (asked for: {used['lr_asked'] or 'null'})" if used["lr_asked"] != used["lr"] else ""
-    return {"trained": f"{used['steps']} steps of {used['batch_size']} tokens at a rate of {used['lr']:.3g}{said}"}
+    return "\n".join([f"{name:<14}{value}" for name, value in _facts(checkpoint).items()] + notes)
