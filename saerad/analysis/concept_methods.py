@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['METHOD_ROWS', 'CEILINGS', 'ConceptMethodsConfig', 'example_of', 'changed_films', 'ceiling_rows', 'log_probability',
            'finding_gradient', 'Material', 'probe_scores', 'probe_directions', 'learn', 'concept_gradients',
-           'ConceptMethod', 'concept_methods', 'method_change', 'method_rows', 'concept_ceilings', 'method_reports',
-           'concept_verdicts', 'best_strengths', 'share_of_ceiling', 'concept_table', 'draw_concept_methods',
-           'known_before', 'told_before']
+           'ConceptMethod', 'concept_methods', 'method_change', 'method_rows', 'method_reports', 'concept_verdicts',
+           'best_strengths', 'share_of_ceiling', 'concept_table', 'draw_concept_methods', 'told_before']
 
 # %% ../../nbs/analysis/concept_methods.ipynb #468bdeea
 from collections.abc import Callable, Mapping, Sequence
@@ -159,14 +158,14 @@ def probe_scores(z: Float[np.ndarray, "studies n"], stated: np.ndarray, most: in
         out[j, near] = np.abs(LogisticRegression(l1_ratio=1, solver="liblinear", C=0.1, class_weight="balanced").fit(z[:, near], y).coef_[0])
     return out
 
-# %% ../../nbs/analysis/concept_methods.ipynb #f5309fd2
+# %% ../../nbs/analysis/concept_methods.ipynb #97578b66
 def probe_directions(x: Float[np.ndarray, "studies d"], stated: np.ndarray) -> Float[np.ndarray, "places d"]:
     """Unit vectors of logistic probes on the mean of a study's image tokens, one for each place."""
     scale = x.std(0) + 1e-6
     fits = [LogisticRegression(C=0.01, class_weight="balanced", max_iter=300).fit((x - x.mean(0)) / scale, y).coef_[0] / scale for y in stated.T]
     return np.stack([w / np.linalg.norm(w) for w in fits]).astype(np.float32)
 
-# %% ../../nbs/analysis/concept_methods.ipynb #97578b66
+# %% ../../nbs/analysis/concept_methods.ipynb #4f43d8c9
 def _study_means(store: Store, sae: MatryoshkaSAE, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     "Means over each study's image tokens of the features and of the stream."
     rows, number = patch_rows(store), {n: i for i, n in enumerate(names)}
@@ -181,7 +180,7 @@ def _typical(z: np.ndarray) -> Tensor:
     "How strong features are where they are on, roughly: their mean over the studies in which they are."
     return torch.from_numpy(z.sum(0) / np.maximum((z > 0).sum(0), 1)).float()
 
-# %% ../../nbs/analysis/concept_methods.ipynb #dc022056
+# %% ../../nbs/analysis/concept_methods.ipynb #911ce58a
 @torch.no_grad()
 def learn(store: Store, sae: MatryoshkaSAE, source: Source, gradients: Mapping[Place, Tensor], cfg: ConceptMethodsConfig) -> Material:
     """Everything that the methods need, from the store's training patients and the gradients of each place."""
@@ -200,15 +199,7 @@ def learn(store: Store, sae: MatryoshkaSAE, source: Source, gradients: Mapping[P
               "output score": (effect * _typical(z)).sum(1), "probe": torch.from_numpy(probe_scores(z, stated))}
     return Material(sae, places, cells, features, stream, scores, directions, np.flatnonzero(alive_features(store, sae)).tolist())
 
-# %% ../../nbs/analysis/concept_methods.ipynb #4f43d8c9
-def _kept_rows(path: Path, make: Callable[[], list[dict[str, Any]]]) -> pd.DataFrame:
-    "The table at `path`, made by `make` where it is not there yet."
-    if not path.exists(): write_table(path, pa.Table.from_pylist(make(), METHOD_ROWS))
-    return read_table(path).to_pandas()
-
-def _code() -> list[str]: return [file_hash(part.__file__) for part in (interventions, encoder)]
-
-# %% ../../nbs/analysis/concept_methods.ipynb #911ce58a
+# %% ../../nbs/analysis/concept_methods.ipynb #7dacea15
 def concept_gradients(subject: Subject, source: Source, layer: int, places: Sequence[Place], out: Path | str, cfg: ConceptMethodsConfig,
                       seed: int = 0) -> dict[Place, Tensor]:
     """`finding_gradient` of each place on `pairs` training studies that have nothing of the kind; what is in `out` already is not made again."""
@@ -224,17 +215,17 @@ def concept_gradients(subject: Subject, source: Source, layer: int, places: Sequ
         found[place] = load_file(path)["gradient"]
     return found
 
-# %% ../../nbs/analysis/concept_methods.ipynb #7dacea15
+# %% ../../nbs/analysis/concept_methods.ipynb #f5c7e147
 @dataclass(frozen=True)
 class ConceptMethod:
     """One way of steering a finding: what is moved, how its features are chosen, and how many."""
     name: str
-    kind: str            # "field", "vector", "probe vector", "everywhere", "set" or "random"
+    kind: str            # "field", "vector", "probe vector", "everywhere", "set", "set, subtracted" or "random"
     choose: str = ""     # of `Material.scores`, for a set
     size: int = 0
     doses: tuple[float, ...] = (1.0,)
 
-# %% ../../nbs/analysis/concept_methods.ipynb #5026c58e
+# %% ../../nbs/analysis/concept_methods.ipynb #d6f63e67
 def concept_methods(cfg: ConceptMethodsConfig) -> list[ConceptMethod]:
     """All methods. Differences of means: Marks and Tegmark 2023. Probe directions: Alain and Bengio 2016. By attribution: Marks et al. 2024
     ("Sparse feature circuits"). By output score: after Arad et al. 2025 ("SAEs are good for steering, if you select the right features"), to
@@ -242,11 +233,12 @@ def concept_methods(cfg: ConceptMethodsConfig) -> list[ConceptMethod]:
     doses, middle = cfg.doses, cfg.sizes[len(cfg.sizes) // 2]
     sets = [ConceptMethod(f"set of {n}, {how}", "set", how, n, doses) for how in ("contrast", "attribution") for n in cfg.sizes]
     sets += [ConceptMethod(f"set of {middle}, {how}", "set", how, middle, doses) for how in ("output score", "probe")]
+    sets += [ConceptMethod(f"set of {n}, subtracted", "set, subtracted", "contrast", n, doses) for n in cfg.sizes]      # adds as "contrast" does
     return [ConceptMethod("means by place", "field", doses=doses), ConceptMethod("mean vector", "vector", doses=doses),
             ConceptMethod("mean vector, all tokens", "everywhere", doses=doses), ConceptMethod("probe vector", "probe vector", doses=doses),
             *sets, ConceptMethod(f"random set of {middle}", "random", "contrast", middle, doses)]
 
-# %% ../../nbs/analysis/concept_methods.ipynb #f5c7e147
+# %% ../../nbs/analysis/concept_methods.ipynb #1dc01994
 @torch.no_grad()
 def method_change(m: Material, method: ConceptMethod, place: Place, sign: int, dose: float, active: Float[Tensor, "cells width"],
                   ) -> Float[Tensor, "cells d"]:
@@ -256,13 +248,14 @@ def method_change(m: Material, method: ConceptMethod, place: Place, sign: int, d
     if method.kind in ("vector", "everywhere"): return (m.stream[:, 1 + number].mean(0) * dose * sign).expand(len(m.cells), -1)
     if method.kind == "probe vector": return (m.directions[number] * dose * sign).expand(len(m.cells), -1)
     own = m.scores[method.choose][number].argsort(descending=True)[:method.size].tolist()
-    change = m.features[:, 1 + number, own] * dose if sign > 0 else erased_values(m.features[:, 0, own].clamp(min=0), active[:, own], dose)
+    if sign > 0 or method.kind == "set, subtracted": change = m.features[:, 1 + number, own] * dose * sign
+    else: change = erased_values(m.features[:, 0, own].clamp(min=0), active[:, own], dose)
     rows = m.sae.W_dec.detach().float().cpu() * float(m.sae.scale)
-    if method.kind == "set": return change @ rows[own]
+    if method.kind.startswith("set"): return change @ rows[own]
     moved, noise = change @ rows[own], change @ rows[random_set(m.alive, own, 0, *place)]
     return noise / noise.norm(dim=1, keepdim=True).clamp(min=1e-9) * moved.norm(dim=1, keepdim=True)
 
-# %% ../../nbs/analysis/concept_methods.ipynb #1dc01994
+# %% ../../nbs/analysis/concept_methods.ipynb #6ed30fed
 @torch.no_grad()
 def method_rows(subject: Subject, layer: int, m: Material, study: Study, plan: Sequence[tuple[Place, int, ConceptMethod, float]],
                 most: int | None = None) -> list[dict[str, Any]]:
@@ -280,17 +273,7 @@ def method_rows(subject: Subject, layer: int, m: Material, study: Study, plan: S
              "baseline": base.text, "text": w.text, "times": w.perplexity / base.perplexity}
             for (place, sign, method, dose), w in zip(plan, written, strict=True)]
 
-# %% ../../nbs/analysis/concept_methods.ipynb #031ce0e9
-def concept_ceilings(subject: Subject, layer: int, studies: Sequence[Study], places: Sequence[Place], out: Path | str, cfg: ConceptMethodsConfig,
-                     seed: int = 0) -> pd.DataFrame:
-    """`ceiling_rows` of all studies; what is in `out` already is not written again."""
-    def rows(study: Study) -> pd.DataFrame:
-        films = changed_films(study, places, cfg.absent, seed)
-        key = content_hash(subject.hash, layer, cfg.max_new_tokens, [(p, s, f.views["frontal"].name) for p, s, f in films], _code())[:12]
-        return _kept_rows(Path(out) / f"ceiling-{study.study}-{key}.parquet", lambda: ceiling_rows(subject, layer, study, films, cfg.max_new_tokens))
-    return pd.concat([rows(s) for s in progress(studies, "ceilings")], ignore_index=True)
-
-# %% ../../nbs/analysis/concept_methods.ipynb #6ecede89
+# %% ../../nbs/analysis/concept_methods.ipynb #1471887c
 def method_reports(subject: Subject, layer: int, m: Material, studies: Sequence[Study], methods: Sequence[tuple[ConceptMethod, int, float]],
                    out: Path | str, cfg: ConceptMethodsConfig, seed: int = 0) -> pd.DataFrame:
     """`method_rows` of all studies, for methods with the sign and dose at which each is tried; what is in `out` already is not written again.
@@ -304,7 +287,7 @@ def method_reports(subject: Subject, layer: int, m: Material, studies: Sequence[
         return _kept_rows(Path(out) / f"methods-{study.study}-{key}.parquet", lambda: method_rows(subject, layer, m, study, plan, cfg.max_new_tokens))
     return pd.concat([rows(s) for s in progress(studies, "methods")], ignore_index=True)
 
-# %% ../../nbs/analysis/concept_methods.ipynb #1471887c
+# %% ../../nbs/analysis/concept_methods.ipynb #aec227ba
 def concept_verdicts(rows: pd.DataFrame) -> pd.DataFrame:
     """`rows` with `outcome`, `pure` (purely on target, in the direction asked for), `more` (that direction, whatever else changed), and
     `pure_kinds` (the same where the side does not count): by the exact parser, the target being the finding at its side."""
@@ -319,13 +302,13 @@ def concept_verdicts(rows: pd.DataFrame) -> pd.DataFrame:
     found = [kept[r.baseline, r.text, r.kind, r.side, r.sign, r.times] for r in rows.itertuples()]
     return rows.reset_index(drop=True).join(pd.DataFrame(found, columns=["outcome", "pure", "more", "pure_kinds"]))
 
-# %% ../../nbs/analysis/concept_methods.ipynb #097ae718
+# %% ../../nbs/analysis/concept_methods.ipynb #d64ddec7
 def best_strengths(validation: pd.DataFrame) -> dict[tuple[str, int], float]:
     """For every method and sign the dose with most purely on-target reports on validation patients; of equals the smallest."""
     share = validation.groupby(["method", "sign", "dose"]).pure.mean().reset_index().sort_values(["pure", "dose"], ascending=[False, True])
     return {(r.method, r.sign): r.dose for r in share.drop_duplicates(["method", "sign"]).itertuples()}
 
-# %% ../../nbs/analysis/concept_methods.ipynb #da316b95
+# %% ../../nbs/analysis/concept_methods.ipynb #1178ba2f
 def share_of_ceiling(own: pd.DataFrame, ceiling: pd.DataFrame, seed: int = 0, resamples: int = 1000) -> tuple[float, float, float]:
     """Purely on-target share over the ceiling's, on the same findings and studies, with a 95 % interval from drawing studies again."""
     pairs = own.groupby("study").pure.agg(["sum", "size"]).join(ceiling.groupby("study").pure.agg(["sum", "size"]), rsuffix="_ceiling").fillna(0)
@@ -334,7 +317,7 @@ def share_of_ceiling(own: pd.DataFrame, ceiling: pd.DataFrame, seed: int = 0, re
     low, high = np.quantile(ratio(draw), [0.025, 0.975])
     return float(ratio(pairs.to_numpy(float).sum(0))), float(low), float(high)
 
-# %% ../../nbs/analysis/concept_methods.ipynb #aec227ba
+# %% ../../nbs/analysis/concept_methods.ipynb #f035f59a
 def concept_table(results: pd.DataFrame, ceiling: str = "film", by: Sequence[str] = (), seed: int = 0) -> pd.DataFrame:
     """Purely on-target share of each method with its interval by study, and its share of the ceiling; further columns by name in `by`."""
     rows, keys = {}, ["method", *by]
@@ -349,7 +332,7 @@ def concept_table(results: pd.DataFrame, ceiling: str = "film", by: Sequence[str
                                        **{o: (own.outcome == o).mean() for o in ("unchanged", "mixed", "off_target_only", "degenerate")}}
     return pd.DataFrame.from_dict(rows, orient="index").sort_values("pure", ascending=False)
 
-# %% ../../nbs/analysis/concept_methods.ipynb #1178ba2f
+# %% ../../nbs/analysis/concept_methods.ipynb #219e41f3
 def draw_concept_methods(results: pd.DataFrame, axes: Sequence[Any], ceilings: Sequence[str] = CEILINGS) -> None:
     """Purely on-target share by method with intervals, a panel for findings that are added and one for those that are erased; random sets in grey."""
     order = concept_table(results).index[::-1]
@@ -361,22 +344,7 @@ def draw_concept_methods(results: pd.DataFrame, axes: Sequence[Any], ceilings: S
         ax.barh(order, table.pure, xerr=error, color=colours, ecolor="#444444")
         ax.set(title="added" if sign > 0 else "erased", xlabel="purely on target", xlim=(0, 1))
 
-# %% ../../nbs/analysis/concept_methods.ipynb #219e41f3
-def known_before(m: Material, method: ConceptMethod) -> pd.DataFrame:
-    """What is known of each place before anything is steered: how much of the finding's contrast its set holds, how well the set's features speak
-    for it (attribution, output score), how strong the contrast is, and how many training reports state it."""
-    rows = []
-    for i, (kind, side) in enumerate(m.places):
-        own = m.scores[method.choose][i].argsort(descending=True)[:method.size]
-        contrast = m.features[:, 1 + i]
-        weight = contrast.abs().sum(0) * m.sae.W_dec.detach().norm(dim=1).cpu()
-        rows.append({"kind": kind, "side": side, "held": float(weight[own].sum() / weight.sum()),
-                     "attribution": float(m.scores["attribution"][i, own].sum()),
-                     "output_score": float(m.scores["output score"][i, own].mean()), "strength": float(m.stream[:, 1 + i].norm()),
-                     "spread": float(m.stream[:, 1 + i].norm(dim=1).mean() / m.stream[:, 1 + i].norm(dim=1).max())})
-    return pd.DataFrame(rows)
-
-# %% ../../nbs/analysis/concept_methods.ipynb #422f0feb
+# %% ../../nbs/analysis/concept_methods.ipynb #386d53cf
 def told_before(table: pd.DataFrame, predictors: Sequence[str], measured: str = "measured", seed: int = 0, resamples: int = 1000) -> dict[str, float]:
     """Spearman's ρ of `measured` with what a ridge regression on all other rows predicts, and its 95 % interval from drawing rows again."""
     model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-1, 3, 9)))

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['Place', 'VIEW', 'CONCEPT_ROWS', 'ConceptSetsConfig', 'places_of', 'stated_places', 'adjusted_contrasts', 'patch_rows',
            'feature_reader', 'position_contrasts', 'ConceptSets', 'choose_sets', 'cells_of', 'added_values',
-           'erased_values', 'steered_stream', 'random_set', 'same_lengths', 'alive_features', 'planned',
-           'concept_interventions', 'concept_reports', 'steer_concepts', 'concepts_summary']
+           'erased_values', 'steered_stream', 'random_set', 'same_lengths', 'planned', 'steer_concepts']
 
 # %% ../../nbs/steering/concept_sets.ipynb #fc3bb6e7
 import shutil
@@ -14,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -44,7 +43,8 @@ class ConceptSetsConfig(Section):
     hookpoint: int | None = Field(None, ge=0)   # the layer; None: the run's. Another has to be among extraction.more_layers
     steps: int | None = Field(None, ge=1)       # of training its SAE; None: as many as the run's
     add: float = Field(1.0, gt=0)          # how much of the values that studies with the finding have is added
-    erase: float = Field(1.0, gt=0)        # and how much of what is above the values of the other studies is taken away
+    erase: float = Field(1.0, gt=0)        # how much of them is taken away
+    erase_by: Literal["contrast", "mean"] = "contrast"    # "mean": of what is above the mean of studies without it, in this image
     test_studies: int = Field(24, ge=2)    # on which they are steered
     absent: int = Field(6, ge=1)           # findings that a study does not have, drawn for each, that are added
     random_sets: int = Field(1, ge=0)      # sets of random features, at the same places and of the same lengths
@@ -148,14 +148,14 @@ def erased_values(before: Float[Tensor, "cells n"], active: Float[Tensor, "cells
     """How much they are lowered: `strength` times what is above `before`, the mean of studies without the finding; 0 where nothing is."""
     return (active.minimum(before) - active) * strength
 
-# %% ../../nbs/steering/concept_sets.ipynb #6c1a1041
+# %% ../../nbs/steering/concept_sets.ipynb #794fca75
 @torch.no_grad()
 def steered_stream(sae: MatryoshkaSAE, features: Sequence[int], change: Float[Tensor, "cells n"], tokens: int, at: np.ndarray) -> Intervention:
     """Move features by `change` (normalised units) at the image tokens `at` of a prompt of so many tokens; the rest of the stream stays as it is."""
     moved = change @ sae.W_dec.detach()[list(features)].float().cpu() * float(sae.scale)
     return adding_per_token(torch.zeros(tokens, sae.d).index_copy(0, torch.from_numpy(at), moved))
 
-# %% ../../nbs/steering/concept_sets.ipynb #794fca75
+# %% ../../nbs/steering/concept_sets.ipynb #b2ad7831
 def random_set(alive: Sequence[int], own: Sequence[int], seed: int, *what: Any) -> list[int]:
     """As many features as `own`, drawn from those that are alive and not among them."""
     rest = np.setdiff1d(alive, own)
@@ -166,14 +166,7 @@ def same_lengths(moved: Intervention, like: Intervention) -> Intervention:
     length = moved.per_token.norm(dim=1, keepdim=True).clamp(min=1e-9)
     return adding_per_token(moved.per_token / length * like.per_token.norm(dim=1, keepdim=True))
 
-# %% ../../nbs/steering/concept_sets.ipynb #06d1fd6e
-def alive_features(store: Store, sae: MatryoshkaSAE, most: int = 20_000, least: int = 20) -> Bool[np.ndarray, " width"]:
-    """Which features are on at `least` of some image tokens of training patients."""
-    rows = patch_rows(store).store_row.sort_values().to_numpy()
-    some = rows[:: max(1, len(rows) // most)]
-    return np.asarray((encode_rows(sae, store, some) > 0).sum(0)).ravel() >= least
-
-# %% ../../nbs/steering/concept_sets.ipynb #0151c2d0
+# %% ../../nbs/steering/concept_sets.ipynb #318094da
 def planned(study: Study, sets: ConceptSets, reader: Reader, cfg: ConceptSetsConfig, seed: int) -> list[tuple[Place, int]]:
     """What is steered on a study: findings that its report states are erased (-1), and some of a kind that it does not state are added (1)."""
     there = places_of(reader(study.sections.get("findings", "")))
@@ -182,48 +175,13 @@ def planned(study: Study, sets: ConceptSets, reader: Reader, cfg: ConceptSetsCon
     drawn = sorted(rng(seed, "concept sets", study.study).permutation(len(absent))[:cfg.absent])
     return [(absent[i], 1) for i in drawn] + [(p, -1) for p in sets.places if p in there]
 
-# %% ../../nbs/steering/concept_sets.ipynb #318094da
-@torch.no_grad()
-def concept_interventions(sae: MatryoshkaSAE, sets: ConceptSets, alive: Sequence[int], prompt: Prompt, stream: Float[Tensor, "tokens d"],
-                          plan: Sequence[tuple[Place, int]], cfg: ConceptSetsConfig, seed: int) -> list[tuple[dict[str, Any], Intervention]]:
-    """For everything that is planned on a study the intervention of its set, and those of random sets; `stream` is the prompt's, raw units."""
-    at, cell = cells_of(prompt, sets.cells)
-    if not len(at): raise UserError(f"study {prompt.study} shows no {VIEW} view; concept sets are steered on image tokens.")
-    active, out = sae.encode(stream[at]), []
-    for place, sign in plan:
-        own = sets.features[sets.of(place)]
-        before = sets.before[sets.of(place)][cell]
-        change = added_values(sets, place, cfg.add)[cell] if sign > 0 else erased_values(before, active[:, own], cfg.erase)
-        moved = steered_stream(sae, own, change, len(prompt), at)
-        what = {"kind": place[0], "side": place[1], "sign": sign}
-        out.append((what | {"method": "concept_set", "features": own}, moved))
-        for i in range(cfg.random_sets):
-            drawn = random_set(alive, own, seed, *place, i)
-            noise = steered_stream(sae, drawn, change[:, :len(drawn)], len(prompt), at)
-            out.append((what | {"method": "random", "features": drawn}, same_lengths(noise, moved)))
-    return out
-
-# %% ../../nbs/steering/concept_sets.ipynb #2e797c64
+# %% ../../nbs/steering/concept_sets.ipynb #a0b56ef2
 CONCEPT_ROWS = pa.schema({
     "study": pa.string(), "patient": pa.string(), "kind": pa.string(), "side": pa.string(), "sign": pa.int32(), "method": pa.string(),
     "features": pa.list_(pa.int32()), "baseline": pa.string(), "steered": pa.string(), "perplexity": pa.float64(),
     "baseline_perplexity": pa.float64(), "outcome": pa.string(), "towards": pa.bool_()})
 
-# %% ../../nbs/steering/concept_sets.ipynb #07f7ce92
-def concept_reports(subject: Subject, layer: int, study: Study, prompt: Prompt, edits: Sequence[tuple[dict[str, Any], Intervention]], reader: Reader,
-                    cfg: JudgeConfig, max_new_tokens: int | None = None, batch_size: int = 64) -> list[dict[str, Any]]:
-    """The rows of one study: every report, and its verdict against the untouched one, with the finding at its side as the target."""
-    nothing = adding(torch.zeros(1, subject.d_model))
-    base, *written = write_steered(subject, prompt, [nothing, *(e for _, e in edits)], layer, max_new_tokens, batch_size)
-    rows = []
-    for (what, _), w in zip(edits, written, strict=True):
-        target = target_of(f"{what['side']} {what['kind']}".strip().replace("_", " "))
-        j = judge(base.text, w.text, target, reader, what["sign"], cfg, w.perplexity / base.perplexity)
-        rows.append(what | {"study": study.study, "patient": study.patient, "baseline": base.text, "steered": w.text, "perplexity": w.perplexity,
-                            "baseline_perplexity": base.perplexity, "outcome": j.outcome, "towards": j.effect * what["sign"] > 0})
-    return rows
-
-# %% ../../nbs/steering/concept_sets.ipynb #7c5353b3
+# %% ../../nbs/steering/concept_sets.ipynb #6ed0e0c1
 def steer_concepts(source: Source, subject: Subject, sae: MatryoshkaSAE, store: Store, layer: int, cfg: ConceptSetsConfig, judging: JudgeConfig,
                    seed: int, out: Path | str, max_new_tokens: int | None = None, batch_size: int = 64) -> pd.DataFrame:
     """Steer a set of features for each finding and side on test studies, with random sets beside it; writes `concepts.parquet` into `out`.
@@ -253,16 +211,3 @@ def steer_concepts(source: Source, subject: Subject, sae: MatryoshkaSAE, store: 
     write_table(Path(out) / "concepts.parquet", pa.concat_tables(rows))
     for old in Path(out).glob("concept-parts-*"): shutil.rmtree(old)
     return read_table(Path(out) / "concepts.parquet").to_pandas()
-
-# %% ../../nbs/steering/concept_sets.ipynb #729572d2
-def concepts_summary(rows: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
-    """Shares of reports that changed purely on target and in the direction asked for, with 95 % intervals over studies: of the sets, and of
-    the random ones; all, those with a finding added, and those with one erased."""
-    pure = rows.assign(pure=(rows.outcome == "on_target_only") & rows.towards)
-    out: dict[str, Any] = {"studies": int(rows.study.nunique()), "findings": int(rows.groupby(["kind", "side"]).ngroups)}
-    for method, name in (("concept_set", ""), ("random", "random_")):
-        own = pure[pure.method == method]
-        for part, some in (("on_target_only", own), ("added", own[own.sign > 0]), ("erased", own[own.sign < 0])):
-            share, low, high = share_interval(some.pure, some.study, seed)
-            out |= {f"{name}{part}": share, f"{name}{part}_interval": [low, high], f"{name}{part}_reports": len(some)}
-    return out

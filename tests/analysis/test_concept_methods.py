@@ -101,6 +101,9 @@ def test_what_methods_add(material, world, subject):
     own = made["set of 4, contrast"]
     noise = method_change(material, ConceptMethod("r", "random", "contrast", 4), place, 1, 1.0, active)
     assert torch.allclose(noise.norm(dim=1), method_change(material, own, place, 1, 1.0, active).norm(dim=1), rtol=1e-3, atol=1e-4)
+    less = ConceptMethod("less", "set, subtracted", "contrast", material.sae.width)
+    added = method_change(material, whole, place, 1, 1.0, active)
+    assert torch.allclose(method_change(material, less, place, -1, 2.0, active), -2 * added, atol=1e-3)
     gone = method_change(material, whole, place, -1, 1.0, active)
     kept = active.minimum(material.features[:, 0].clamp(min=0))
     assert torch.allclose(gone, (kept - active) @ rows, atol=1e-3)

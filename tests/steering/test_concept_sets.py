@@ -152,7 +152,7 @@ def test_only_the_frontal_view_is_moved(world, subject, sae):
     assert len(at) == 64 and (prompt.view[at] == "frontal").all() and [(prompt.row[i], prompt.col[i]) for i in at] == [sets.cells[i] for i in cell]
     assert "prior" in prompt.view
     stream = residuals(subject, [prompt], 0)[0]
-    cfg = ConceptSetsConfig(size=3, random_sets=2, erase=1.0)
+    cfg = ConceptSetsConfig(size=3, random_sets=2, erase=1.0, erase_by="mean")
     plan = [(("effusion", "left"), 1), (("effusion", "left"), -1)]
     edits = concept_interventions(sae, sets, list(range(64)), prompt, stream, plan, cfg, 0)
     assert [what["method"] for what, _ in edits] == ["concept_set", "random", "random"] * 2
@@ -169,6 +169,9 @@ def test_only_the_frontal_view_is_moved(world, subject, sae):
     active = sae.encode(stream[at]).detach()[:, sets.features[0]]
     lowered = (active.minimum(torch.tensor(0.5)) - active) @ sae.W_dec[sets.features[0]].detach() * float(sae.scale)
     assert torch.allclose(edits[3][1].per_token[at], lowered, atol=1e-3)
+    plain = concept_interventions(sae, sets, list(range(64)), prompt, stream, plan, ConceptSetsConfig(size=3, erase=0.5), 0)
+    assert [what["method"] for what, _ in plain] == ["concept_set", "random"] * 2
+    assert torch.allclose(plain[2][1].per_token[at], -added / 2, atol=1e-3)
 
 
 def test_a_plan_adds_what_is_absent_and_erases_what_is_there(world, sae):
