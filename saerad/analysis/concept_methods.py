@@ -220,7 +220,7 @@ def concept_gradients(subject: Subject, source: Source, layer: int, places: Sequ
 class ConceptMethod:
     """One way of steering a finding: what is moved, how its features are chosen, and how many."""
     name: str
-    kind: str            # "field", "vector", "probe vector", "everywhere", "set", "set, subtracted" or "random"
+    kind: str            # "field", "vector", "probe vector", "everywhere", "set", "set, subtracted", "random", "random, subtracted"
     choose: str = ""     # of `Material.scores`, for a set
     size: int = 0
     doses: tuple[float, ...] = (1.0,)
@@ -236,7 +236,7 @@ def concept_methods(cfg: ConceptMethodsConfig) -> list[ConceptMethod]:
     sets += [ConceptMethod(f"set of {n}, subtracted", "set, subtracted", "contrast", n, doses) for n in cfg.sizes]      # adds as "contrast" does
     return [ConceptMethod("means by place", "field", doses=doses), ConceptMethod("mean vector", "vector", doses=doses),
             ConceptMethod("mean vector, all tokens", "everywhere", doses=doses), ConceptMethod("probe vector", "probe vector", doses=doses),
-            *sets, ConceptMethod(f"random set of {middle}", "random", "contrast", middle, doses)]
+            *sets, ConceptMethod(f"random set of {middle}", "random, subtracted", "contrast", middle, doses)]
 
 # %% ../../nbs/analysis/concept_methods.ipynb #1dc01994
 @torch.no_grad()
@@ -248,7 +248,7 @@ def method_change(m: Material, method: ConceptMethod, place: Place, sign: int, d
     if method.kind in ("vector", "everywhere"): return (m.stream[:, 1 + number].mean(0) * dose * sign).expand(len(m.cells), -1)
     if method.kind == "probe vector": return (m.directions[number] * dose * sign).expand(len(m.cells), -1)
     own = m.scores[method.choose][number].argsort(descending=True)[:method.size].tolist()
-    if sign > 0 or method.kind == "set, subtracted": change = m.features[:, 1 + number, own] * dose * sign
+    if sign > 0 or method.kind.endswith("subtracted"): change = m.features[:, 1 + number, own] * dose * sign
     else: change = erased_values(m.features[:, 0, own].clamp(min=0), active[:, own], dose)
     rows = m.sae.W_dec.detach().float().cpu() * float(m.sae.scale)
     if method.kind.startswith("set"): return change @ rows[own]
