@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['METHOD_ROWS', 'CEILINGS', 'ConceptMethodsConfig', 'example_of', 'changed_films', 'ceiling_rows', 'log_probability',
            'finding_gradient', 'Material', 'probe_scores', 'probe_directions', 'learn', 'concept_gradients',
-           'ConceptMethod', 'concept_methods', 'method_change', 'method_rows', 'method_reports', 'concept_verdicts',
-           'best_strengths', 'share_of_ceiling', 'concept_table', 'draw_concept_methods', 'told_before']
+           'ConceptMethod', 'concept_methods', 'method_change', 'method_rows', 'concept_ceilings', 'method_reports',
+           'concept_verdicts', 'best_strengths', 'share_of_ceiling', 'concept_table', 'draw_concept_methods',
+           'known_before', 'told_before']
 
 # %% ../../nbs/analysis/concept_methods.ipynb #468bdeea
 from collections.abc import Callable, Mapping, Sequence
@@ -199,6 +200,14 @@ def learn(store: Store, sae: MatryoshkaSAE, source: Source, gradients: Mapping[P
               "output score": (effect * _typical(z)).sum(1), "probe": torch.from_numpy(probe_scores(z, stated))}
     return Material(sae, places, cells, features, stream, scores, directions, np.flatnonzero(alive_features(store, sae)).tolist())
 
+# %% ../../nbs/analysis/concept_methods.ipynb #0fc48d54
+def _kept_rows(path: Path, make: Callable[[], list[dict[str, Any]]]) -> pd.DataFrame:
+    "The table at `path`, made by `make` where it is not there yet."
+    if not path.exists(): write_table(path, pa.Table.from_pylist(make(), METHOD_ROWS))
+    return read_table(path).to_pandas()
+
+def _code() -> list[str]: return [file_hash(part.__file__) for part in (interventions, encoder)]
+
 # %% ../../nbs/analysis/concept_methods.ipynb #7dacea15
 def concept_gradients(subject: Subject, source: Source, layer: int, places: Sequence[Place], out: Path | str, cfg: ConceptMethodsConfig,
                       seed: int = 0) -> dict[Place, Tensor]:
@@ -273,6 +282,16 @@ def method_rows(subject: Subject, layer: int, m: Material, study: Study, plan: S
              "baseline": base.text, "text": w.text, "times": w.perplexity / base.perplexity}
             for (place, sign, method, dose), w in zip(plan, written, strict=True)]
 
+# %% ../../nbs/analysis/concept_methods.ipynb #12013ff5
+def concept_ceilings(subject: Subject, layer: int, studies: Sequence[Study], places: Sequence[Place], out: Path | str, cfg: ConceptMethodsConfig,
+                     seed: int = 0) -> pd.DataFrame:
+    """`ceiling_rows` of all studies; what is in `out` already is not written again."""
+    def rows(study: Study) -> pd.DataFrame:
+        films = changed_films(study, places, cfg.absent, seed)
+        key = content_hash(subject.hash, layer, cfg.max_new_tokens, [(p, s, f.views["frontal"].name) for p, s, f in films], _code())[:12]
+        return _kept_rows(Path(out) / f"ceiling-{study.study}-{key}.parquet", lambda: ceiling_rows(subject, layer, study, films, cfg.max_new_tokens))
+    return pd.concat([rows(s) for s in progress(studies, "ceilings")], ignore_index=True)
+
 # %% ../../nbs/analysis/concept_methods.ipynb #1471887c
 def method_reports(subject: Subject, layer: int, m: Material, studies: Sequence[Study], methods: Sequence[tuple[ConceptMethod, int, float]],
                    out: Path | str, cfg: ConceptMethodsConfig, seed: int = 0) -> pd.DataFrame:
@@ -343,6 +362,21 @@ def draw_concept_methods(results: pd.DataFrame, axes: Sequence[Any], ceilings: S
         error = np.nan_to_num(np.stack([table.pure - table.low, table.high - table.pure])).clip(min=0)
         ax.barh(order, table.pure, xerr=error, color=colours, ecolor="#444444")
         ax.set(title="added" if sign > 0 else "erased", xlabel="purely on target", xlim=(0, 1))
+
+# %% ../../nbs/analysis/concept_methods.ipynb #507a5424
+def known_before(m: Material, method: ConceptMethod) -> pd.DataFrame:
+    """What is known of each place before anything is steered: how much of the finding's contrast its set holds, how well the set's features speak
+    for it (attribution, output score), how strong the contrast is, and how many training reports state it."""
+    rows = []
+    for i, (kind, side) in enumerate(m.places):
+        own = m.scores[method.choose][i].argsort(descending=True)[:method.size]
+        contrast = m.features[:, 1 + i]
+        weight = contrast.abs().sum(0) * m.sae.W_dec.detach().norm(dim=1).cpu()
+        rows.append({"kind": kind, "side": side, "held": float(weight[own].sum() / weight.sum()),
+                     "attribution": float(m.scores["attribution"][i, own].sum()),
+                     "output_score": float(m.scores["output score"][i, own].mean()), "strength": float(m.stream[:, 1 + i].norm()),
+                     "spread": float(m.stream[:, 1 + i].norm(dim=1).mean() / m.stream[:, 1 + i].norm(dim=1).max())})
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/analysis/concept_methods.ipynb #386d53cf
 def told_before(table: pd.DataFrame, predictors: Sequence[str], measured: str = "measured", seed: int = 0, resamples: int = 1000) -> dict[str, float]:

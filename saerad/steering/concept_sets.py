@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Place', 'VIEW', 'CONCEPT_ROWS', 'ConceptSetsConfig', 'places_of', 'stated_places', 'adjusted_contrasts', 'patch_rows',
            'feature_reader', 'position_contrasts', 'ConceptSets', 'choose_sets', 'cells_of', 'added_values',
-           'erased_values', 'steered_stream', 'random_set', 'same_lengths', 'planned', 'steer_concepts']
+           'erased_values', 'steered_stream', 'random_set', 'same_lengths', 'alive_features', 'planned',
+           'concept_interventions', 'concept_reports', 'steer_concepts', 'concepts_summary']
 
 # %% ../../nbs/steering/concept_sets.ipynb #fc3bb6e7
 import shutil
@@ -166,6 +167,13 @@ def same_lengths(moved: Intervention, like: Intervention) -> Intervention:
     length = moved.per_token.norm(dim=1, keepdim=True).clamp(min=1e-9)
     return adding_per_token(moved.per_token / length * like.per_token.norm(dim=1, keepdim=True))
 
+# %% ../../nbs/steering/concept_sets.ipynb #e0bec2c2
+def alive_features(store: Store, sae: MatryoshkaSAE, most: int = 20_000, least: int = 20) -> Bool[np.ndarray, " width"]:
+    """Which features are on at `least` of some image tokens of training patients."""
+    rows = patch_rows(store).store_row.sort_values().to_numpy()
+    some = rows[:: max(1, len(rows) // most)]
+    return np.asarray((encode_rows(sae, store, some) > 0).sum(0)).ravel() >= least
+
 # %% ../../nbs/steering/concept_sets.ipynb #318094da
 def planned(study: Study, sets: ConceptSets, reader: Reader, cfg: ConceptSetsConfig, seed: int) -> list[tuple[Place, int]]:
     """What is steered on a study: findings that its report states are erased (-1), and some of a kind that it does not state are added (1)."""
@@ -175,11 +183,47 @@ def planned(study: Study, sets: ConceptSets, reader: Reader, cfg: ConceptSetsCon
     drawn = sorted(rng(seed, "concept sets", study.study).permutation(len(absent))[:cfg.absent])
     return [(absent[i], 1) for i in drawn] + [(p, -1) for p in sets.places if p in there]
 
+# %% ../../nbs/steering/concept_sets.ipynb #e163003f
+@torch.no_grad()
+def concept_interventions(sae: MatryoshkaSAE, sets: ConceptSets, alive: Sequence[int], prompt: Prompt, stream: Float[Tensor, "tokens d"],
+                          plan: Sequence[tuple[Place, int]], cfg: ConceptSetsConfig, seed: int) -> list[tuple[dict[str, Any], Intervention]]:
+    """For everything that is planned on a study the intervention of its set, and those of random sets; `stream` is the prompt's, raw units."""
+    at, cell = cells_of(prompt, sets.cells)
+    if not len(at): raise UserError(f"study {prompt.study} shows no {VIEW} view; concept sets are steered on image tokens.")
+    active, out = sae.encode(stream[at]), []
+    for place, sign in plan:
+        own = sets.features[sets.of(place)]
+        before = sets.before[sets.of(place)][cell]
+        if sign > 0 or cfg.erase_by == "contrast": change = added_values(sets, place, cfg.add if sign > 0 else -cfg.erase)[cell]
+        else: change = erased_values(before, active[:, own], cfg.erase)
+        moved = steered_stream(sae, own, change, len(prompt), at)
+        what = {"kind": place[0], "side": place[1], "sign": sign}
+        out.append((what | {"method": "concept_set", "features": own}, moved))
+        for i in range(cfg.random_sets):
+            drawn = random_set(alive, own, seed, *place, i)
+            noise = steered_stream(sae, drawn, change[:, :len(drawn)], len(prompt), at)
+            out.append((what | {"method": "random", "features": drawn}, same_lengths(noise, moved)))
+    return out
+
 # %% ../../nbs/steering/concept_sets.ipynb #a0b56ef2
 CONCEPT_ROWS = pa.schema({
     "study": pa.string(), "patient": pa.string(), "kind": pa.string(), "side": pa.string(), "sign": pa.int32(), "method": pa.string(),
     "features": pa.list_(pa.int32()), "baseline": pa.string(), "steered": pa.string(), "perplexity": pa.float64(),
     "baseline_perplexity": pa.float64(), "outcome": pa.string(), "towards": pa.bool_()})
+
+# %% ../../nbs/steering/concept_sets.ipynb #a838c299
+def concept_reports(subject: Subject, layer: int, study: Study, prompt: Prompt, edits: Sequence[tuple[dict[str, Any], Intervention]], reader: Reader,
+                    cfg: JudgeConfig, max_new_tokens: int | None = None, batch_size: int = 64) -> list[dict[str, Any]]:
+    """The rows of one study: every report, and its verdict against the untouched one, with the finding at its side as the target."""
+    nothing = adding(torch.zeros(1, subject.d_model))
+    base, *written = write_steered(subject, prompt, [nothing, *(e for _, e in edits)], layer, max_new_tokens, batch_size)
+    rows = []
+    for (what, _), w in zip(edits, written, strict=True):
+        target = target_of(f"{what['side']} {what['kind']}".strip().replace("_", " "))
+        j = judge(base.text, w.text, target, reader, what["sign"], cfg, w.perplexity / base.perplexity)
+        rows.append(what | {"study": study.study, "patient": study.patient, "baseline": base.text, "steered": w.text, "perplexity": w.perplexity,
+                            "baseline_perplexity": base.perplexity, "outcome": j.outcome, "towards": j.effect * what["sign"] > 0})
+    return rows
 
 # %% ../../nbs/steering/concept_sets.ipynb #6ed0e0c1
 def steer_concepts(source: Source, subject: Subject, sae: MatryoshkaSAE, store: Store, layer: int, cfg: ConceptSetsConfig, judging: JudgeConfig,
@@ -211,3 +255,16 @@ def steer_concepts(source: Source, subject: Subject, sae: MatryoshkaSAE, store: 
     write_table(Path(out) / "concepts.parquet", pa.concat_tables(rows))
     for old in Path(out).glob("concept-parts-*"): shutil.rmtree(old)
     return read_table(Path(out) / "concepts.parquet").to_pandas()
+
+# %% ../../nbs/steering/concept_sets.ipynb #f488ab5a
+def concepts_summary(rows: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
+    """Shares of reports that changed purely on target and in the direction asked for, with 95 % intervals over studies: of the sets, and of
+    the random ones; all, those with a finding added, and those with one erased."""
+    pure = rows.assign(pure=(rows.outcome == "on_target_only") & rows.towards)
+    out: dict[str, Any] = {"studies": int(rows.study.nunique()), "findings": int(rows.groupby(["kind", "side"]).ngroups)}
+    for method, name in (("concept_set", ""), ("random", "random_")):
+        own = pure[pure.method == method]
+        for part, some in (("on_target_only", own), ("added", own[own.sign > 0]), ("erased", own[own.sign < 0])):
+            share, low, high = share_interval(some.pure, some.study, seed)
+            out |= {f"{name}{part}": share, f"{name}{part}_interval": [low, high], f"{name}{part}_reports": len(some)}
+    return out
