@@ -333,3 +333,110 @@ def test_tags_of_the_real_collection():
     assert len(labels) > 3000 and set(labels) <= {s.study for s in source}
     share = {tag: sum(tag in tags for tags in labels.values()) / len(labels) for tag in ("normal", "Cardiomegaly", "No Indexing")}
     assert 0.3 < share["normal"] < 0.4 and 0.05 < share["Cardiomegaly"] < 0.15 and share["No Indexing"] == 0
+
+
+# items of many tokens: pooling, strength, words
+
+def several(items, tokens, concept, draw):
+    """Studies of `tokens` tokens whose concept is loud at one token, or makes a feature come on more often and no louder."""
+    mark = (draw.random(items) < 0.4).astype(float)
+    item = np.repeat(np.arange(items), tokens)
+    often = 0.5 if concept == "anywhere" else 0.4 + 0.2 * mark[item, None]
+    z = draw.uniform(0.9, 1.0, (items * tokens, 2)) * (draw.random((items * tokens, 2)) < often)
+    if concept == "anywhere": z[np.arange(items) * tokens + draw.integers(0, tokens, items), 0] += mark
+    return sparse.csr_matrix(z), sp.Asked(("it",), np.arange(len(item)), item, mark[:, None], np.arange(items))
+
+
+@pytest.mark.parametrize("concept,expected", [("anywhere", "max"), ("everywhere", "mean")])
+def test_pooling_is_chosen_by_what_the_concept_is(concept, expected):
+    draw = np.random.default_rng(7)
+    (z, train), (z_held, held) = (several(n, 30, concept, draw) for n in (200, 150))
+    assert sp.choose_pooling(z, train, z_held, held, sizes=(1,)) == expected
+
+
+def test_some_of_the_items():
+    _, of = several(6, 3, "anywhere", np.random.default_rng(8))
+    some = of.of_items(np.array([1, 4]))
+    assert some.rows.tolist() == [3, 4, 5, 12, 13, 14] and some.item.tolist() == [0, 0, 0, 1, 1, 1]
+    assert np.array_equal(some.marks, of.marks[[1, 4]]) and some.patient.tolist() == [1, 4]
+    assert np.array_equal(sp.pooled(np.arange(18.0)[some.rows][:, None], some, "max"), [[5], [14]])
+
+
+def test_strength_of_the_dense_probe_is_chosen_in_validation():
+    """Many columns, few items, one of them with the signal: a strong penalty does better, and only validation items say so."""
+    draw = np.random.default_rng(9)
+    def split(n):
+        x = draw.normal(size=(n, 80))
+        return x, asked((x[:, :1] + draw.normal(size=(n, 1)) > 0), patients=n, names=("it",))
+    parts = [split(n) for n in (90, 400, 400)]
+    flat = [p for pair in parts for p in pair]
+    alone = {c: sp.logistic_probing(*flat, strengths=(c,), draws=2).concepts.auroc[0] for c in (1e-3, 100.0)}
+    chosen = sp.logistic_probing(*flat, strengths=(1e-3, 100.0), draws=20)
+    assert alone[1e-3] > alone[100.0] + 0.02 and chosen.concepts.auroc[0] == pytest.approx(alone[1e-3])
+    backwards = [*flat[:3], sp.Asked(("it",), flat[3].rows, flat[3].item, 1 - flat[3].marks, flat[3].patient), *flat[4:]]
+    assert sp.logistic_probing(*backwards, strengths=(1e-3, 100.0), draws=2).concepts.auroc[0] == pytest.approx(alone[100.0])
+    assert chosen.curve.auroc_low[0] < chosen.curve.auroc[0] < chosen.curve.auroc_high[0] and chosen.concepts.features[0] == 80
+
+
+def test_readers_with_validation_patients(real):
+    source, store, sae = real
+    seen = {s.study: {"prior" if s.prior else "none"} for s in source}
+    train, test = (sp.ask_studies(store, seen, ["prior"], split) for split in ("train", "test"))
+    fitted, held = (train.of_items(np.arange(first, len(train.marks), 2)) for first in (0, 1))
+    reading = {"SAE": sp.readers(store, sae)["SAE"]}
+    found = sp.probe_readers(reading, store, fitted, test, held, sizes=(1, 2), draws=5)
+    z, z_held, z_test = (encode_rows(sae, store, of.rows) for of in (fitted, held, test))
+    how = sp.choose_pooling(z, fitted, z_held, held, sizes=(1, 2))
+    alone = sp.sparse_probing(sp.pooled(z, fitted, how), fitted, sp.pooled(z_test, test, how), test, sizes=(1, 2), draws=5)
+    assert found["SAE"].pooled == how and found["SAE"].concepts.equals(alone.concepts)
+    assert found["dense probe"].pooled in ("max", "mean") and found["dense probe"].concepts.features.tolist() == [store.d]
+    table = sp.compare_readers(reading, store, fitted, test, sizes=(1, 2), draws=5, validation=held)
+    assert table[table.reader == "SAE"].auroc.tolist() == found["SAE"].curve.auroc.tolist()
+
+
+def test_words_of_a_study_are_counted_and_chosen_on_the_first(real):
+    source, store, _ = real
+    seen = {s.study: {"effusion"} & {w.strip(".,").lower() for w in s.sections["findings"].split()} for s in source}
+    train, test = (sp.ask_studies(store, seen, ["effusion"], split) for split in ("train", "test"))
+    (counts, counts_test), words = sp.word_counts(store, source, train, test)
+    at = words.index("effusion")
+    assert np.array_equal(np.asarray(counts[:, [at]].todense()).ravel() > 0, train.marks[:, 0] > 0) or counts[:, [at]].sum() >= train.marks.sum()
+    first = source[store.tokens["study"].take(test.rows[:1]).to_pylist()[0]]
+    said = " ".join(first.sections.values()).lower().split()
+    assert counts_test[0, words.index("the")] == sum(w.strip(".,;:") == "the" for w in said)
+    assert counts.getnnz(0).min() >= 3 and counts_test.shape == (len(test.marks), len(words))
+
+
+# intervals of what taking away does
+
+def test_accuracy_under_draws_is_the_accuracy_of_the_drawn(carried):
+    draw = np.random.default_rng(10)
+    marks, says, patient = draw.random((60, 2)) < 0.4, draw.random((60, 2)) < 0.5, draw.integers(0, 12, 60)
+    who, weights = sp._patient_draws(patient, 5, 0)
+    longhand = []
+    for row in weights:
+        again = np.repeat(np.arange(60), row[who].astype(int))
+        longhand.append([balanced_accuracy_score(marks[again, j], says[again, j]) for j in range(2)])
+    assert np.allclose(sp.drawn_accuracy(says, marks, who, weights), longhand)
+
+
+def test_perturbation_has_an_interval_over_patients(carried):
+    sae, (x, z, train), (x_test, z_test, test) = carried
+    x_test = x_test + np.random.default_rng(11).normal(0, 0.6, x_test.shape)               # so that no probe is always right
+    table = sp.targeted_perturbation(sae, x, z, train, x_test, z_test, test, sizes=(1,), draws=60)
+    mean = sp.mean_scores(table).iloc[0]
+    assert mean.low < mean.score < mean.high and mean.high - mean.low < 0.2 and mean.score == pytest.approx(table.score.mean()) and mean["rows"] == 3
+    one = sp.Asked(test.names, test.rows, test.item, test.marks, np.zeros(len(test.marks)))
+    same = sp.mean_scores(sp.targeted_perturbation(sae, x, z, train, x_test, z_test, one, sizes=(1,), draws=5)).iloc[0]
+    assert same.low == pytest.approx(same.score) == pytest.approx(same.high)
+
+
+def test_spurious_removal_has_an_interval_over_patients(carried):
+    sae, (x, z, train), (x_test, z_test, test) = carried
+    louder, axes = np.array([1.0, 3.0, 1.0, 1.0]), sparse.diags([1.0, 3.0, 1.0, 1.0])
+    noisy = (x_test + np.random.default_rng(12).normal(0, 0.6, x_test.shape)) * louder
+    table = sp.spurious_removal(sae, x * louder, z @ axes, train, noisy, z_test @ axes, test, ("a", "b"), sizes=(1,), draws=60)
+    of = table[table["keep"] == "a"]
+    ranked = sp.mean_scores(of, "ranked", "ranked_drawn").iloc[0]
+    assert ranked.low < ranked.ranked < ranked.high and ranked.low > 0
+    assert sp.mean_scores(of).iloc[0].low <= of.score.item() <= sp.mean_scores(of).iloc[0].high
