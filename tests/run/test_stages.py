@@ -29,7 +29,7 @@ studies: {source: "phantom:0", train_patients: 20, validation_patients: 5, test_
 subject: {model: mini}
 extraction: {layer: 2, rows_per_shard: 512}
 sae: {expansion: 1, k: 8}
-training: {steps: 40, batch_size: 128, checkpoint_every: 10}
+training: {steps: 40, batch_size: 128, checkpoint_every: 10, lr: null}      # at a higher rate feature 0 dies
 evaluation: {loss_studies: 4, report_studies: 2, max_new_tokens: 24}
 steering: {features: [0], alphas: [-10, 10], studies: 2, controls: 0, max_new_tokens: 24}
 """
