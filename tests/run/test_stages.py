@@ -32,7 +32,7 @@ studies: {source: "phantom:0", train_patients: 20, validation_patients: 5, test_
 subject: {model: mini}
 extraction: {layer: 2, rows_per_shard: 512, more_layers: [0], more_image_tokens: "sample:8"}
 sae: {expansion: 1, k: 8}
-training: {steps: 40, batch_size: 128, checkpoint_every: 10}
+training: {steps: 40, batch_size: 128, checkpoint_every: 10, lr: null}      # at a higher rate feature 0 dies
 evaluation: {loss_studies: 4, report_studies: 2, max_new_tokens: 24}
 steering: {features: [0], alphas: [-10, 10], studies: 2, controls: 0, max_new_tokens: 24, images: [shown, other, blank]}
 concept_sets: {size: 2, hookpoint: 0, steps: 10, test_studies: 2, absent: 1, least: 3}
