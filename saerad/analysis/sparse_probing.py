@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Values', 'Asked', 'ask_tokens', 'ask_studies', 'pooled', 'with_enough', 'tag_labels', 'mean_gaps', 'by_means',
-           'by_auroc', 'l1_order', 'choose_features', 'fit_probe', 'balanced_accuracy', 'Probed', 'sparse_probing',
-           'linear_probes', 'dense_probing', 'at_l0', 'random_sae', 'readers', 'compare_readers', 'probe_effects',
-           'without_features', 'targeted_perturbation', 'equal_cells', 'spurious_removal', 'absorption',
-           'told_by_groups', 'compare_saes', 'probing_table']
+           'by_auroc', 'l1_order', 'choose_features', 'fit_probe', 'balanced_accuracy', 'drawn_accuracy', 'Probed',
+           'sparse_probing', 'linear_probes', 'dense_probing', 'at_l0', 'random_sae', 'readers', 'choose_pooling',
+           'logistic_probing', 'probe_readers', 'compare_readers', 'word_counts', 'probe_effects', 'without_features',
+           'targeted_perturbation', 'mean_scores', 'equal_cells', 'spurious_removal', 'absorption', 'told_by_groups',
+           'compare_saes', 'probing_table']
 
 # %% ../../nbs/analysis/sparse_probing.ipynb #df8820c5
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -35,7 +36,13 @@ from ..sae.evaluation import RECOVERED, aurocs, concept_tokens, concepts_of, eve
 from ..sae.model import MatryoshkaSAE
 from ..show.run_folder import Run
 from ..studies.record import Source
-from ..studies.sources import _openi_reports
+from ..studies.sources import openi_reports
+
+# %% ../../nbs/analysis/sparse_probing.ipynb #7c1e4a90
+from dataclasses import replace
+
+from scipy.sparse import csr_matrix
+from sklearn.preprocessing import StandardScaler
 
 # %% ../../nbs/analysis/sparse_probing.ipynb #c4b1fa8b
 @dataclass(frozen=True)
@@ -50,6 +57,11 @@ class Asked:
     def only(self, which: Sequence[int]) -> "Asked":
         """The same items, asked about some of the concepts."""
         return Asked(tuple(self.names[j] for j in which), self.rows, self.item, self.marks[:, list(which)], self.patient)
+
+    def of_items(self, which: Int[np.ndarray, " m"]) -> "Asked":
+        """The same questions about some of the items, which are numbers in rising order."""
+        inside = np.isin(self.item, which)
+        return Asked(self.names, self.rows[inside], np.searchsorted(which, self.item[inside]), self.marks[which], self.patient[which])
 
 # %% ../../nbs/analysis/sparse_probing.ipynb #91efd43d
 def ask_tokens(store: Store, source: Source, split: str, most: int = 200_000) -> Asked:
@@ -105,7 +117,7 @@ def tag_labels(source: Source) -> dict[str, frozenset[str]]:
     kind, _, path = source.spec.partition(":")
     if kind != "openi": raise UserError(f"{source.spec} has no tags; give an openi: source.")
     known, labels = {s.study for s in source}, {}
-    for name, xml in _openi_reports(Path(path).expanduser()):
+    for name, xml in openi_reports(Path(path).expanduser()):
         try: root = ElementTree.fromstring(xml)
         except ElementTree.ParseError: continue                   # the source has said so already
         uid = root.find("uId")
@@ -181,6 +193,16 @@ def _patient_draws(patient: np.ndarray, draws: int, seed: int) -> tuple[np.ndarr
     drawn = rng(seed, "sparse probing", "patients").multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
     return who, np.vstack([np.ones(len(names)), drawn]).astype(float)
 
+# %% ../../nbs/analysis/sparse_probing.ipynb #5ad3c7e2
+def drawn_accuracy(says: np.ndarray, marks: np.ndarray, who: Int[np.ndarray, " n"],
+                   weights: Float[np.ndarray, "draws patients"]) -> Float[np.ndarray, "draws concepts"]:
+    """`balanced_accuracy` under each row of weights, in which item i has the weight of patient `who[i]`."""
+    yes, true = np.asarray(says, float), np.asarray(marks, float)
+    by_patient = csr_matrix((np.ones(len(who)), (who, np.arange(len(who)))), shape=(weights.shape[1], len(who)))
+    def total(of: np.ndarray) -> np.ndarray: return weights @ (by_patient @ of)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (total(yes * true) / total(true) + total((1 - yes) * (1 - true)) / total(1 - true)) / 2
+
 # %% ../../nbs/analysis/sparse_probing.ipynb #b78f3e2e
 @dataclass(frozen=True)
 class Probed:
@@ -188,6 +210,7 @@ class Probed:
     concepts: pd.DataFrame        # concept, features (how many), chosen, auroc, accuracy: on test patients
     aurocs: np.ndarray            # [rows of `concepts`, 1 + draws]: AUROC on the test patients, then on each bootstrap sample of them
     at_least: float = RECOVERED   # the AUROC at which a concept counts as told
+    pooled: str = ""              # how a study's tokens became one row: "max" or "mean"; "" where items are single tokens
 
     @property
     def curve(self) -> pd.DataFrame:
@@ -238,14 +261,17 @@ def linear_probes(x: Float[np.ndarray, "n d"], marks: Float[np.ndarray, "n conce
 
 # %% ../../nbs/analysis/sparse_probing.ipynb #ce8c08ac
 def dense_probing(x: Float[np.ndarray, "n d"], train: Asked, x_test: Float[np.ndarray, "m d"], test: Asked, draws: int = 200,
-                  seed: int = 0) -> Probed:
-    """What a probe tells that reads every coordinate, judged like `sparse_probing`; `features` is the width of the stream."""
-    (w, b), (who, weights) = linear_probes(x, train.marks), _patient_draws(test.patient, draws, seed)
-    scores = x_test @ w + b
+                  seed: int = 0, ridge: float = 1e-3) -> Probed:
+    """What a ridge probe tells that reads every coordinate, judged like `sparse_probing`; `features` is the width of the stream."""
+    w, b = linear_probes(x, train.marks, ridge)
+    return _judged(x_test @ w + b, test, x.shape[1], draws, seed)
+
+def _judged(scores: Float[np.ndarray, "m concepts"], test: Asked, columns: int, draws: int, seed: int) -> Probed:
+    "Scores of probes that read `columns` columns each, a column a concept, judged on test patients."
+    who, weights = _patient_draws(test.patient, draws, seed)
     told = np.array([weighted_aurocs(s, m, who, weights) for s, m in zip(scores.T, test.marks.T, strict=True)])
     accuracy = balanced_accuracy(scores > 0, test.marks)
-    table = {"concept": train.names, "features": x.shape[1], "chosen": None, "auroc": told[:, 0], "accuracy": accuracy}
-    return Probed(pd.DataFrame(table), told)
+    return Probed(pd.DataFrame({"concept": test.names, "features": columns, "chosen": None, "auroc": told[:, 0], "accuracy": accuracy}), told)
 
 # %% ../../nbs/analysis/sparse_probing.ipynb #8da13e59
 @torch.no_grad()
@@ -283,18 +309,68 @@ def readers(store: Store, sae: MatryoshkaSAE, seed: int = 0, rows: int = 20_000)
              "PCA": lambda r: (coordinates(r) - centre) @ axes[:, ::-1], "coordinates": coordinates}
     return {name: read for name, read in found.items() if read}
 
+# %% ../../nbs/analysis/sparse_probing.ipynb #d97b2f05
+def choose_pooling(z: Values, train: Asked, z_validation: Values, validation: Asked, sizes: Sequence[int] = (1, 2, 5, 20),
+                   by: Literal["means", "l1"] = "means") -> Literal["max", "mean"]:
+    """By which of the two an item's tokens become one row: where sparse probes fitted on training items have the higher mean AUROC in validation."""
+    def score(how: Literal["max", "mean"]) -> float:
+        probed = sparse_probing(pooled(z, train, how), train, pooled(z_validation, validation, how), validation, sizes, by, draws=1)
+        return float(np.nanmean(probed.concepts.auroc))
+    return max(("max", "mean"), key=score)
+
+# %% ../../nbs/analysis/sparse_probing.ipynb #4b69d1f8
+def logistic_probing(x: Values, train: Asked, x_validation: Values, validation: Asked, x_test: Values, test: Asked,
+                     strengths: Sequence[float] = (1e-3, 1e-2, 1e-1, 1.0), draws: int = 200, seed: int = 0) -> Probed:
+    """What logistic regressions tell that read every column, judged like `sparse_probing`; how strong their L2 penalty is (1/C) is chosen, one for
+    all concepts, by the mean AUROC in validation. Dense columns are brought to unit variance, sparse ones (counts) are read as they are."""
+    if not sparse.issparse(x):
+        scale = StandardScaler().fit(x)
+        x, x_validation, x_test = (scale.transform(v) for v in (x, x_validation, x_test))
+    def scores(c: float, of: Values) -> np.ndarray: return np.stack([p.decision_function(of) for p in probes[c]], 1)
+    probes = {c: [LogisticRegression(C=c, class_weight="balanced", max_iter=500).fit(x, mark) for mark in train.marks.T] for c in strengths}
+    best = max(strengths, key=lambda c: np.nanmean(_judged(scores(c, x_validation), validation, 0, 1, seed).concepts.auroc))
+    return _judged(scores(best, x_test), test, x.shape[1], draws, seed)
+
+# %% ../../nbs/analysis/sparse_probing.ipynb #a6e91c42
+def probe_readers(reading: Mapping[str, Callable[[np.ndarray], Values]], store: Store, train: Asked, test: Asked, validation: Asked | None = None,
+                  sizes: Sequence[int] = (1, 2, 5, 20), by: Literal["means", "l1"] = "means", draws: int = 200, seed: int = 0) -> dict[str, Probed]:
+    """Sparse probes of every reader by its name, and the "dense probe" of the stream.
+
+    With items of validation patients these choose how each reader's tokens are pooled (`choose_pooling`) and how strong the dense probe's penalty
+    is (`logistic_probing`). Without, sparse features of a study are its maxima, others its means, and the dense probe is a ridge regression.
+    """
+    found = {}
+    for name, read in reading.items():
+        z, z_test = read(train.rows), read(test.rows)
+        if validation is None: how = "max" if sparse.issparse(z) else "mean"
+        else: how = choose_pooling(z, train, read(validation.rows), validation, sizes, by)
+        of = sparse_probing(pooled(z, train, how), train, pooled(z_test, test, how), test, sizes, by, draws, seed)
+        found[name] = replace(of, pooled=how)
+    def dense(of: Asked, how: Literal["max", "mean"]) -> np.ndarray: return pooled(store.read(of.rows).numpy().astype(np.float64), of, how)
+    if validation is None: return found | {"dense probe": dense_probing(dense(train, "mean"), train, dense(test, "mean"), test, draws, seed)}
+    tried = {how: logistic_probing(*(part for of in (train, validation, validation) for part in (dense(of, how), of)), draws=1)
+             for how in ("max", "mean")}
+    best = max(tried, key=lambda how: np.nanmean(tried[how].concepts.auroc))
+    told = logistic_probing(*(part for of in (train, validation, test) for part in (dense(of, best), of)), draws=draws, seed=seed)
+    return found | {"dense probe": replace(told, pooled=best)}
+
 # %% ../../nbs/analysis/sparse_probing.ipynb #162b4049
 def compare_readers(reading: Mapping[str, Callable[[np.ndarray], Values]], store: Store, train: Asked, test: Asked,
-                    sizes: Sequence[int] = (1, 2, 5, 20), by: Literal["means", "l1"] = "means", draws: int = 200, seed: int = 0) -> pd.DataFrame:
-    """The curve of every reader, one below the other, and the dense probe's point; sparse features of a study are its maxima, others its means."""
-    tables = []
-    for name, read in reading.items():
-        z, z_test = ((pooled(v, of, "max" if sparse.issparse(v) else "mean")) for of in (train, test) for v in [read(of.rows)])
-        tables.append(sparse_probing(z, train, z_test, test, sizes, by, draws, seed).curve.assign(reader=name))
-    x, x_test = (pooled(store.read(of.rows).numpy().astype(np.float64), of) for of in (train, test))
-    tables.append(dense_probing(x, train, x_test, test, draws, seed).curve.assign(reader="dense probe"))
-    table = pd.concat(tables, ignore_index=True)
+                    sizes: Sequence[int] = (1, 2, 5, 20), by: Literal["means", "l1"] = "means", draws: int = 200, seed: int = 0,
+                    validation: Asked | None = None) -> pd.DataFrame:
+    """The curve of every reader of `probe_readers`, one below the other, and the dense probe's point."""
+    probed = probe_readers(reading, store, train, test, validation, sizes, by, draws, seed)
+    table = pd.concat([of.curve.assign(reader=name) for name, of in probed.items()], ignore_index=True)
     return table[["reader", *table.columns.drop("reader")]]
+
+# %% ../../nbs/analysis/sparse_probing.ipynb #bb17f4c8
+def word_counts(store: Store, source: Source, *items: Asked, least: int = 3) -> tuple[list[csr_matrix], list[str]]:
+    """How often each study's sections use each word, for sets of studies one by one, and the words: those of `least` studies of the first or more."""
+    def texts(of: Asked) -> list[str]:
+        first = of.rows[np.searchsorted(of.item, np.arange(len(of.marks)))]
+        return [" ".join(source[s].sections.values()) for s in store.tokens["study"].take(first).to_pylist()]
+    reader = CountVectorizer(token_pattern=r"[^\W_]+", min_df=least).fit(texts(items[0]))
+    return [reader.transform(texts(of)).astype(np.float64) for of in items], reader.get_feature_names_out().tolist()
 
 # %% ../../nbs/analysis/sparse_probing.ipynb #4944a6bb
 def probe_effects(sae: MatryoshkaSAE, z: Values, marks: Float[np.ndarray, "n concepts"], w: Float[np.ndarray, "d concepts"],
@@ -316,22 +392,35 @@ def without_features(sae: MatryoshkaSAE, score: Float[np.ndarray, "n concepts"],
 
 # %% ../../nbs/analysis/sparse_probing.ipynb #b9165979
 def targeted_perturbation(sae: MatryoshkaSAE, x: Float[np.ndarray, "n d"], z: Values, train: Asked, x_test: Float[np.ndarray, "m d"],
-                          z_test: Values, test: Asked, sizes: Sequence[int] = (2, 5, 10, 20), ridge: float = 1e-3) -> pd.DataFrame:
+                          z_test: Values, test: Asked, sizes: Sequence[int] = (2, 5, 10, 20), ridge: float = 1e-3, draws: int = 100,
+                          seed: int = 0) -> pd.DataFrame:
     """Targeted probe perturbation (Karvonen et al. 2024, as in SAEBench): what a concept's own probe loses when its features are taken away.
 
     `intended` is the accuracy that this concept's probe loses, `unintended` the mean that the others lose, `score` their difference, all on test
-    patients. Vectors and features of a study are its means. Unlike SAEBench, probes are ridge regressions and the accuracy is a balanced one over all
-    test items, not over a draw from the other classes.
+    patients; `drawn` holds the score on each bootstrap sample of these, for `mean_scores`. Vectors and features of a study are its means. Unlike
+    SAEBench, probes are ridge regressions and the accuracy is a balanced one over all test items, not over a draw from the other classes.
     """
     w, b = linear_probes(x, train.marks, ridge)
-    effects, score = probe_effects(sae, z, train.marks, w), x_test @ w + b
-    clean, columns, rows = balanced_accuracy(score > 0, test.marks), sparse.csc_matrix(z_test), []
+    effects, score, (who, weights) = probe_effects(sae, z, train.marks, w), x_test @ w + b, _patient_draws(test.patient, draws, seed)
+    def accuracy(of: np.ndarray) -> np.ndarray: return drawn_accuracy(of > 0, test.marks, who, weights)
+    clean, columns, rows = accuracy(score), sparse.csc_matrix(z_test), []
     for j, name in enumerate(train.names):
         order = [int(f) for f in np.argsort(-effects[j]) if effects[j, f] != 0]
         for size in sizes:
-            lost = clean - balanced_accuracy(without_features(sae, score, columns, w, order[:size]) > 0, test.marks)
-            others = float(np.delete(lost, j).mean()) if len(lost) > 1 else 0.0
-            rows.append({"concept": name, "features": size, "intended": lost[j], "unintended": others, "score": lost[j] - others})
+            lost = clean - accuracy(without_features(sae, score, columns, w, order[:size]))
+            others = np.delete(lost, j, 1)                                # a draw may leave a rare concept without a case
+            others = np.nansum(others, 1) / np.maximum((~np.isnan(others)).sum(1), 1)
+            drawn = lost[:, j] - others
+            rows.append({"concept": name, "features": size, "intended": lost[0, j], "unintended": others[0], "score": drawn[0], "drawn": drawn[1:]})
+    return pd.DataFrame(rows)
+
+# %% ../../nbs/analysis/sparse_probing.ipynb #37ad58f9
+def mean_scores(table: pd.DataFrame, what: str = "score", drawn: str = "drawn") -> pd.DataFrame:
+    """Mean of `targeted_perturbation`'s or `spurious_removal`'s scores for each number of features, with the 95 % interval over test patients."""
+    rows = []
+    for size, of in table.groupby("features"):
+        low, high = np.nanquantile(np.nanmean(np.stack(of[drawn].to_list()), 0), [0.025, 0.975])
+        rows.append({"features": int(size), "rows": len(of), what: of[what].mean(), "low": low, "high": high})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/analysis/sparse_probing.ipynb #791a0f28
@@ -345,24 +434,28 @@ def equal_cells(target: np.ndarray, spurious: np.ndarray, draw: np.random.Genera
     return {cell: np.sort(draw.permutation(i)[:few]) for cell, i in at.items()}
 
 # %% ../../nbs/analysis/sparse_probing.ipynb #3662d376
-def _accuracy_and_auroc(score: Float[np.ndarray, "n 1"], truth: Float[np.ndarray, " n"]) -> tuple[float, float]:
-    "Balanced accuracy of the sign of a score, and its AUROC."
-    return float(balanced_accuracy(score[:, 0] > 0, truth)), float(ranked_aurocs(score, truth[:, None])[0, 0])
+def _accuracies_and_aurocs(score: Float[np.ndarray, "n 1"], truth: Float[np.ndarray, " n"], who: np.ndarray,
+                           weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Balanced accuracy of the sign of a score, and its AUROC, under each row of weights."
+    return drawn_accuracy(score > 0, truth[:, None], who, weights)[:, 0], weighted_aurocs(score[:, 0], truth, who, weights)
 
-def _mended(biased: float, mended: float, clean: float) -> float:
+def _mended(biased: np.ndarray, mended: np.ndarray, clean: np.ndarray) -> np.ndarray:
     "How much of what was lost came back; 0 where hardly anything was."
-    return (mended - biased) / (clean - biased) if clean - biased >= 0.001 else 0.0
+    biased, mended, clean = (np.asarray(v, float) for v in (biased, mended, clean))
+    with np.errstate(invalid="ignore", divide="ignore"): return np.where(clean - biased >= 0.001, (mended - biased) / (clean - biased), 0.0)
 
 # %% ../../nbs/analysis/sparse_probing.ipynb #2be0c809
 def spurious_removal(sae: MatryoshkaSAE, x: Float[np.ndarray, "n d"], z: Values, train: Asked, x_test: Float[np.ndarray, "m d"], z_test: Values,
-                     test: Asked, pair: tuple[str, str], sizes: Sequence[int] = (2, 5, 10, 20), ridge: float = 1e-2, seed: int = 0) -> pd.DataFrame:
+                     test: Asked, pair: tuple[str, str], sizes: Sequence[int] = (2, 5, 10, 20), ridge: float = 1e-2, seed: int = 0,
+                     draws: int = 200) -> pd.DataFrame:
     """Spurious correlation removal (SHIFT of Marks et al. 2024, as in SAEBench) for a pair of concepts.
 
     A probe is trained where both concepts always go together, and asked about `keep` where they do not (`biased`, accuracy on test patients);
     the features that carry `remove` most are taken away (`mended`); a probe trained on all four combinations is the goal (`clean`). `score` is
     (mended − biased) / (clean − biased), 0 where nothing was to be mended; `ranked` is the same of AUROCs, for facts whose absence has no feature:
     taking theirs away lowers every score, which the probe's intercept does not know. Both directions are given; SAEBench counts that of the lower
-    `biased` (`counts`). Probes are ridge regressions, and the four combinations are equally frequent.
+    `biased` (`counts`). `drawn` and `ranked_drawn` hold both scores on bootstrap samples of the test patients, for `mean_scores`. Probes are ridge
+    regressions, and the four combinations are equally frequent.
     """
     draw, at = rng(seed, "spurious", *pair), [train.names.index(name) for name in pair]
     cells, cells_test = (equal_cells(*of.marks[:, at].T, draw) for of in (train, test))
@@ -373,15 +466,17 @@ def spurious_removal(sae: MatryoshkaSAE, x: Float[np.ndarray, "n d"], z: Values,
     truth, columns, clean = test.marks[asked][:, at], sparse.csc_matrix(z_test)[asked], x_test[asked] @ w + b
     biased, rows = x_test[asked] @ w_biased + b_biased, []
     worse = int(balanced_accuracy(np.repeat(biased > 0, 2, 1), truth).argmin())
+    patient, weights = _patient_draws(test.patient, draws, seed)
+    def told(of: np.ndarray, keep: int) -> tuple[np.ndarray, np.ndarray]: return _accuracies_and_aurocs(of, truth[:, keep], patient[asked], weights)
     for keep, remove in ((0, 1), (1, 0)):
         order = [int(f) for f in np.argsort(-effects[remove]) if effects[remove, f] != 0]
+        ends = told(biased, keep), told(clean[:, [keep]], keep)
         for size in sizes:
-            mended = without_features(sae, biased, columns, w_biased, order[:size])
-            told = {name: _accuracy_and_auroc(of, truth[:, keep])
-                    for name, of in (("biased", biased), ("mended", mended), ("clean", clean[:, [keep]]))}
-            rows.append({"keep": pair[keep], "remove": pair[remove], "features": size, "counts": keep == worse,
-                         **{name: of[0] for name, of in told.items()}, "score": _mended(*(of[0] for of in told.values())),
-                         "ranked": _mended(*(of[1] for of in told.values()))})
+            mended = told(without_features(sae, biased, columns, w_biased, order[:size]), keep)
+            score, ranked = (_mended(ends[0][i], mended[i], ends[1][i]) for i in (0, 1))
+            rows.append({"keep": pair[keep], "remove": pair[remove], "features": size, "counts": keep == worse, "biased": ends[0][0][0],
+                         "mended": mended[0][0], "clean": ends[1][0][0], "score": score[0], "ranked": ranked[0], "drawn": score[1:],
+                         "ranked_drawn": ranked[1:]})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/analysis/sparse_probing.ipynb #ddc2c622

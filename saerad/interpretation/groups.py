@@ -238,6 +238,11 @@ class GroupedSAE(nn.Module):
         self.d, self.width = sae.d, len(groups)
 
     @property
+    def table(self) -> Any:
+        """The token table of the SAE that it is made of, if that has one."""
+        return self.sae.table
+
+    @property
     def W_enc(self) -> Tensor:
         """The encoder of the SAE that it is made of."""
         return self.sae.W_enc
@@ -246,10 +251,10 @@ class GroupedSAE(nn.Module):
         """The innermost level that a member is in."""
         return min(self.sae.level(f) for f in self.groups[group])
 
-    def encode(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n groups"]:
-        """Activations of raw vectors."""
+    def encode(self, x: Float[Tensor, "n d"], tokens: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n groups"]:
+        """Activations of raw vectors; `tokens` where the SAE has a token table."""
         step = max(1, 2**24 // self.members.numel())
-        return torch.cat([(part[:, self.members] * self.weights).sum(-1) for part in self.sae.encode(x).float().split(step)])
+        return torch.cat([(part[:, self.members] * self.weights).sum(-1) for part in self.sae.encode(x, tokens).float().split(step)])
 
 # %% ../../nbs/interpretation/groups.ipynb #2cb487dd
 def group_names(groups: Sequence[tuple[int, ...]], explanations: Mapping[int, str], words: int = 4) -> list[str]:

@@ -99,11 +99,12 @@ def do_steer(run: Run) -> None:
 def _steer_sets(run: Run) -> None:
     "Steer the concept sets; the SAE of their hookpoint is trained here where it is not the run's own. A model that sees nothing has none."
     from saerad.sae.training import train_sae
-    from saerad.steering.concept_sets import steer_concepts
+    from saerad.steering.concept_sets import patch_rows, steer_concepts
     cfg, sets = run.config, run.config.concept_sets
     layer = cfg.extraction.layer if sets.hookpoint is None else sets.hookpoint
     training = cfg.training.model_copy(update={"steps": sets.steps or cfg.training.steps})
     try:
+        patch_rows(run.store_at(layer))
         sae = run.sae if layer == cfg.extraction.layer else train_sae(run.store_at(layer), cfg.sae, training, cfg.seed, run.sae_folder(layer))
         steer_concepts(run.source, run.subject, sae, run.store_at(layer), layer, sets, cfg.steering, cfg.seed, run / "steering",
                        cfg.steering.max_new_tokens, cfg.steering.batch_size)
