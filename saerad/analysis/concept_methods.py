@@ -330,7 +330,7 @@ def best_strengths(validation: pd.DataFrame) -> dict[tuple[str, int], float]:
 # %% ../../nbs/analysis/concept_methods.ipynb #1178ba2f
 def share_of_ceiling(own: pd.DataFrame, ceiling: pd.DataFrame, seed: int = 0, resamples: int = 1000) -> tuple[float, float, float]:
     """Purely on-target share over the ceiling's, on the same findings and studies, with a 95 % interval from drawing studies again."""
-    pairs = own.groupby("study").pure.agg(["sum", "size"]).join(ceiling.groupby("study").pure.agg(["sum", "size"]), rsuffix="_ceiling").fillna(0)
+    pairs = pd.concat([t.groupby("study").pure.agg(["sum", "size"]) for t in (own, ceiling)], axis=1).loc[own.study.unique()].fillna(0)
     draw = rng(seed, "share of ceiling").multinomial(len(pairs), np.full(len(pairs), 1 / len(pairs)), resamples) @ pairs.to_numpy(float)
     def ratio(t: np.ndarray) -> np.ndarray: return (t[..., 0] / t[..., 1]) / np.maximum(t[..., 2] / t[..., 3], 1e-9)
     low, high = np.quantile(ratio(draw), [0.025, 0.975])
