@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..activations.extraction import residuals
 from ..activations.store import Store
-from ..core import Section, content_hash, file_hash, progress, read_table, rng, spearman, write_beside, write_table
+from ..core import Section, content_hash, file_hash, progress, read_table, rng, write_beside, write_table
 from ..sae import encoder
 from ..sae.encoder import encode_rows
 from ..sae.model import MatryoshkaSAE
@@ -330,7 +330,7 @@ def best_strengths(validation: pd.DataFrame) -> dict[tuple[str, int], float]:
 # %% ../../nbs/analysis/concept_methods.ipynb #1178ba2f
 def share_of_ceiling(own: pd.DataFrame, ceiling: pd.DataFrame, seed: int = 0, resamples: int = 1000) -> tuple[float, float, float]:
     """Purely on-target share over the ceiling's, on the same findings and studies, with a 95 % interval from drawing studies again."""
-    pairs = own.groupby("study").pure.agg(["sum", "size"]).join(ceiling.groupby("study").pure.agg(["sum", "size"]), rsuffix="_ceiling").fillna(0)
+    pairs = pd.concat([t.groupby("study").pure.agg(["sum", "size"]) for t in (own, ceiling)], axis=1).loc[own.study.unique()].fillna(0)
     draw = rng(seed, "share of ceiling").multinomial(len(pairs), np.full(len(pairs), 1 / len(pairs)), resamples) @ pairs.to_numpy(float)
     def ratio(t: np.ndarray) -> np.ndarray: return (t[..., 0] / t[..., 1]) / np.maximum(t[..., 2] / t[..., 3], 1e-9)
     low, high = np.quantile(ratio(draw), [0.025, 0.975])
@@ -380,10 +380,11 @@ def known_before(m: Material, method: ConceptMethod) -> pd.DataFrame:
 
 # %% ../../nbs/analysis/concept_methods.ipynb #386d53cf
 def told_before(table: pd.DataFrame, predictors: Sequence[str], measured: str = "measured", seed: int = 0, resamples: int = 1000) -> dict[str, float]:
-    """Spearman's ρ of `measured` with what a ridge regression on all other rows predicts, and its 95 % interval from drawing rows again."""
-    model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-1, 3, 9)))
-    guess = cross_val_predict(model, table[list(predictors)].to_numpy(), table[measured].to_numpy(), cv=LeaveOneOut())
-    draw = rng(seed, "told before").integers(len(table), size=(resamples, len(table)))
-    again = [spearman(guess[i], table[measured].to_numpy()[i]) for i in draw]
-    low, high = np.nanquantile(again, [0.025, 0.975])
-    return {"rho": spearman(guess, table[measured].to_numpy()), "low": float(low), "high": float(high), "places": len(table)}
+    """Share of the squared error of guessing the mean of all other rows that a ridge regression on them takes away, with its 95 % interval from
+    drawing rows again; 0 or less: nothing is told. (A rank correlation would not do: the mean of the others falls where a row rises.)"""
+    model, y = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-1, 3, 9))), table[measured].to_numpy(float)
+    guess = cross_val_predict(model, table[list(predictors)].to_numpy(float), y, cv=LeaveOneOut())
+    errors = np.stack([(y - guess) ** 2, (y - (y.sum() - y) / (len(y) - 1)) ** 2], 1)
+    draw = rng(seed, "told before").multinomial(len(y), np.full(len(y), 1 / len(y)), resamples) @ errors
+    low, high = np.quantile(1 - draw[:, 0] / draw[:, 1], [0.025, 0.975])
+    return {"told": float(1 - errors[:, 0].sum() / errors[:, 1].sum()), "low": float(low), "high": float(high), "places": len(y)}

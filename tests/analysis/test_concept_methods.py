@@ -153,4 +153,4 @@ def test_what_is_told_before():
     draw = rng(1)
     table = pd.DataFrame({"a": draw.random(25), "b": draw.random(25)}).assign(measured=lambda t: t.a)
     told, chance = told_before(table, ("a", "b")), told_before(table.assign(measured=draw.random(25)), ("a", "b"))
-    assert told["rho"] > 0.9 and told["low"] > 0.5 and chance["low"] < 0.3 and told["places"] == 25
+    assert told["told"] > 0.9 and told["low"] > 0.8 and chance["low"] < 0.1 and chance["told"] < 0.4 and told["places"] == 25
