@@ -11,7 +11,8 @@ activations are kept, so that L0 is k for everybody.
 A run of 500 steps it refuses; there its warm-up is a twentieth of the run. Its step is this engine's (tests/sae/test_training.py), so it is run here.
 `sae_lens` (6.54.12): 3e-4 from the first step to the last, rows as they are, decoder rows that start at a tenth and are not held at any length.
 `sae_lens_field`: the same step on rows of length 1, with dictionary_learning's rate and this project's rise and fall, which serves it better.
-SAELens's step is written down below with sparse products. `--own` trains some of them with the peers' own classes (`make bench-env`) instead.
+SAELens's step is written down below with sparse products. `--only "sae_lens (own)"` and `--only "dictionary_learning (own)"` train with the
+peers' own classes (`make bench-env`), to see that this is no other thing.
 """
 import argparse
 import json
