@@ -146,7 +146,7 @@ def initial_sae(store: Store, sae_cfg: SAEConfig, cfg: TrainingConfig, seed: int
     x = torch.cat([x.float() for _, x in found])
     sae = MatryoshkaSAE.from_config(store.d, sae_cfg, seed)
     sae.max_norm = norm_limit(x, cfg.max_norm)
-    x = _residue_of_start(store, sae, sae_cfg, np.concatenate([rows for rows, _ in found]), x)
+    x = _residue_of_start(store, sae, sae_cfg, [rows for rows, _ in found], x)
     sae.scale.copy_(x.square().sum(1).mean().sqrt())
     if not (torch.isfinite(sae.scale) and sae.scale > 0):
         raise UserError(f"the store's activations have a typical length of {float(sae.scale)}; extract them again "
@@ -155,14 +155,15 @@ def initial_sae(store: Store, sae_cfg: SAEConfig, cfg: TrainingConfig, seed: int
     sae.rule.prepare(sae, x / sae.scale)
     return sae
 
-def _residue_of_start(store: Store, sae: MatryoshkaSAE, cfg: SAEConfig, rows: Int[np.ndarray, " n"], x: Float[Tensor, "n d"]) -> Tensor:
+def _residue_of_start(store: Store, sae: MatryoshkaSAE, cfg: SAEConfig, rows: Sequence[np.ndarray], x: Float[Tensor, "n d"]) -> Tensor:
     "What the features have to tell of the first rows, sinks left out; the token table of `cfg` is measured and put into `sae`."
     at = ordinary_places(x, sae.max_norm)
-    x, rows = (x, rows) if at is None else (x[at], rows[at.numpy()])
+    x = x if at is None else x[at]
     if cfg.token_table == "none": return x
+    of = np.concatenate(rows) if at is None else np.concatenate(rows)[at.numpy()]
     sae.table = token_means(store, cfg.token_shrinkage, sae.max_norm)
     sae.table.how = cfg.token_table
-    return sae.residue(x, token_ids(store, rows))
+    return sae.residue(x, token_ids(store, of))
 
 # %% ../../nbs/sae/training.ipynb #4bc6aeec
 class Engine:
