@@ -751,9 +751,11 @@ def _on_target_claims(steer: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _case_in_words(case: Mapping[str, Any] | None) -> str:
     "The three senses of a case with their intervals, in words; of a case by image, on the studies' own films."
     told = (case or {}).get("shown", case or {})
-    if not told.get("reports") or told["strict"][1] is None: return ""
+    if not told.get("reports"): return ""
+    def share(value: float, low: float | None, high: float | None) -> str:      # of one study there is no interval
+        return f"{value:.0%}" + ("" if low is None or high is None else f" [{100 * low:.0f}, {100 * high:.0f}]")
     names = {"strict": "strictly", "paper": "in the paper's wording", "clinical": "clinically"}
-    shares = ", ".join(f"{name} {told[s][0]:.0%} [{100 * told[s][1]:.0f}, {100 * told[s][2]:.0f}]" for s, name in names.items())
+    shares = ", ".join(f"{name} {share(*told[s])}" for s, name in names.items())
     return f"{shares} ({told['reports']} reports)"
 
 # %% ../../nbs/show/atlas.ipynb #81fd0be6

@@ -798,3 +798,10 @@ def test_a_run_without_groups_shows_none_and_a_published_one_no_contexts(copy):
     (copy / "interpretations/groups.parquet").unlink()
     write_atlas(copy)
     assert data(copy / "atlas/data/table.js")[0]["groups"] == [] and not (copy / "atlas/data/groups.js").exists()
+
+
+def test_a_case_of_one_study_has_no_interval():
+    from saerad.show import atlas
+    told = {"reports": 2, "strict": [0.0, 0.0, 0.84], "paper": [0.5, None, None], "clinical": [0.5, None, None]}
+    assert atlas._case_in_words(told) == "strictly 0% [0, 84], in the paper's wording 50%, clinically 50% (2 reports)"
+    assert atlas._case_in_words({"shown": {"reports": 0}}) == atlas._case_in_words(None) == ""
