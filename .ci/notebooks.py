@@ -214,32 +214,33 @@ def check() -> int:
     return bool(problems)
 
 
-LATE = 20 * 60      # seconds; `make test` has to end within thirty minutes on slow machines too, and installing takes a part of them
+FINDINGS, LATE = 18 * 60, 22 * 60      # seconds; `make test` has to end within thirty minutes on slow machines too, and installing takes a part
 
 
 def test_chapters(todo, done, late: float) -> None:
-    """A worker: runs chapter after chapter as `nbdev_test` does, until the queue gives None; findings only where they can begin before `late`."""
+    """A worker: runs chapter after chapter as `nbdev_test` does, until the queue gives None; only what can begin before `late`, findings sooner."""
     os.environ.update(QUIET)
     from nbdev.config import get_config
     from nbdev.test import test_nb
     while (path := todo.get()) is not None:
         name = path.relative_to(NBS).as_posix()
-        if NBS / "results" in path.parents and time.time() > late: done.put((name, None, 0))
+        if time.time() > late - (LATE - FINDINGS) * (NBS / "results" in path.parents): done.put((name, None, 0))
         else: done.put((name, *test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=ROOT)))
 
 
 def test(with_tests: bool = False) -> int:
     """Run every chapter, one on each core; if asked, with the tests beside them, whose core takes chapters when they are done.
 
-    The findings come last. With the tests, those that cannot begin within `LATE` seconds are left out and named.
+    The findings come last. With the tests, what cannot begin within `LATE` seconds (findings: `FINDINGS`) is left out and named; so are tests.
     """
     context, cores = multiprocessing.get_context("spawn"), os.cpu_count() or 2
     todo, done = context.Queue(), context.SimpleQueue()
     for path in [*sorted(notebooks(), key=lambda p: NBS / "results" in p.parents), *[None] * cores]: todo.put(path)
     late = time.time() + (LATE if with_tests else float("inf"))
     log, small = tempfile.TemporaryFile("w+", encoding="utf-8"), tempfile.TemporaryDirectory()
+    if with_tests: os.environ["SAERAD_LATE"] = str(late)      # read in tests/conftest.py
     os.environ["SAERAD_SMALL"] = small.name         # what many chapters begin with is made once, and never taken from an earlier day
-    command = [sys.executable, "-m", "pytest", "-q", "--durations=10", "tests"] if with_tests else [sys.executable, "-c", ""]
+    command = [sys.executable, "-m", "pytest", "-q", "--durations=10", "-rs", "tests"] if with_tests else [sys.executable, "-c", ""]
     tests = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
     workers = [context.Process(target=test_chapters, args=(todo, done, late)) for _ in range(cores)]
     for worker in workers[with_tests:]: worker.start()

@@ -17,6 +17,7 @@ __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RUST', 'GREY', 'OUTCOME_COLOURS', 'SHADES
            'collect_concepts', 'draw_concepts', 'phantom_studies', 'collect_film', 'draw_film', 'Drawn', 'draw_figures']
 
 # %% ../../nbs/show/figures.ipynb #8601b980
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -729,7 +730,8 @@ def draw_figures(run: Run | Path | str, cfg: FiguresConfig | None = None, names:
 
 # %% ../../nbs/show/figures.ipynb #6a5ffd6b
 def _save_figure(path: Path, fig: Figure, numbers: pd.DataFrame, dpi: int) -> None:
-    with house_style():
+    with house_style(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "constrained_layout not applied")     # of a run so small that labels leave no room
         with write_beside(path.with_suffix(".svg")) as part: fig.savefig(part, format="svg", metadata={"Date": None})
         with write_beside(path.with_suffix(".png")) as part: fig.savefig(part, format="png", dpi=dpi, metadata={"Software": None})
     with write_beside(path.with_suffix(".csv")) as part: numbers.to_csv(part, index=False, float_format="%.6g", lineterminator="\n")

@@ -34,7 +34,7 @@ extraction: {layer: 2, rows_per_shard: 512, more_layers: [0], more_image_tokens:
 sae: {expansion: 1, k: 8}
 training: {steps: 40, batch_size: 128, checkpoint_every: 10, lr: null}      # at a higher rate feature 0 dies
 evaluation: {loss_studies: 4, report_studies: 2, max_new_tokens: 24}
-steering: {features: [0], alphas: [-10, 10], studies: 2, controls: 0, max_new_tokens: 24, images: [shown, other, blank]}
+steering: {features: [0], alphas: [-10, 10], studies: 2, controls: 0, max_new_tokens: 24}
 concept_sets: {size: 2, hookpoint: 0, steps: 10, test_studies: 2, absent: 1, least: 3}
 """
 # Files whose bytes must not depend on whether the run was killed on the way.
@@ -176,13 +176,13 @@ def test_a_run_leaves_what_the_plan_says(done):
     shares = [summary["steering"][name] for name in ("unchanged", "on_target_only", "mixed", "off_target_only", "degenerate")]
     assert sum(shares) == pytest.approx(1)
     steer, judged = summary["steering"], read_table(out / "steering/judgements.parquet").to_pandas()
-    assert set(judged["image"]) == {"shown", "other", "blank"} and steer["baselines"] == 2 and steer["unreadable_baselines"] in (0, 1, 2)
+    assert set(judged["image"]) == {"shown"} and steer["baselines"] == 2 and steer["unreadable_baselines"] in (0, 1, 2)
     share, low, high = steer["on_target"]["strict"]
     assert share == pytest.approx(steer["on_target_only"], abs=1e-4) and low <= share <= high
     assert set(steer["on_target"]) == {"reports", "strict", "paper", "clinical", "towards"} == set(steer["random"]["on_target"])
     shares = read_table(out / "steering/shares.parquet").to_pandas()
     zero = shares[(shares.method == "none") & (shares.feature == -1) & (shares.stated == "any")].set_index(["image", "what"])
-    assert set(zero.alpha) == {0} and (zero.share.xs("unchanged", level="what") == 1).all() and len(zero.share.xs("unreadable", level="what")) == 3
+    assert set(zero.alpha) == {0} and (zero.share.xs("unchanged", level="what") == 1).all() and len(zero.share.xs("unreadable", level="what")) == 1
     assert 0 <= summary["steering"]["concept_sets"]["on_target_only"] <= 1 and summary["steering"]["concept_sets"]["studies"] == 2
     said = summary["interpretation"]
     assert said["refusals"] == 0 and said["scored"] + sum(said["unscored"].values()) == said["features"]
@@ -411,7 +411,8 @@ def test_several_ranks_share_one_command(tmp_path):
     for out, how in (("one", []), ("two", together), ("two", together)):
         ended = subprocess.run([sys.executable, *how, *command, "--out", str(tmp_path / out)], env=env, capture_output=True, text=True, timeout=300)
         assert ended.returncode == 0, ended.stderr[-2000:]
-    files = [p.name for p in sorted((tmp_path / "one/activations").iterdir()) if p.suffix != ".lock"]
+    files = [p.relative_to(tmp_path / "one/activations").as_posix() for p in sorted((tmp_path / "one/activations").rglob("*"))
+             if p.is_file() and p.suffix != ".lock"]
     assert sum(n.startswith("shard") for n in files) >= 4
     for name in files: assert (tmp_path / "two/activations" / name).read_bytes() == (tmp_path / "one/activations" / name).read_bytes(), name
     assert [line.split() for line in ended.stdout.splitlines()[:2]] == [["extract", "finished", "before"], ["train", "finished", "before"]]
