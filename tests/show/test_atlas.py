@@ -335,7 +335,7 @@ def test_the_report_answers_in_a_readers_order_within_three_screens(copy, browse
     page.goto(write_report(copy).as_uri())
     asked = page.locator(".asks h2").all_inner_texts()
     assert asked == [title for title, *_ in QUESTIONS.values()] and page.locator(".asks figure").count() == 4
-    assert page.locator(".asks li").count() == 8 and page.locator(".asks li .caveat:not(:empty)").count() == 8
+    assert page.locator(".asks li").count() == 11 and page.locator(".asks li .caveat:not(:empty)").count() == 11
     assert page.locator("#appendix").evaluate("e => e.getBoundingClientRect().top + scrollY") <= 3 * 900
     drawn = len(list(copy.glob("figures/*.svg")))
     assert page.locator("figure:not(.view)").count() == page.locator("figure:not(.view) figcaption b").count() == drawn
@@ -777,7 +777,7 @@ def test_a_group_is_one_row_that_folds_out_one_page_and_found_by_the_search(buil
     assert [int(a) for a in page.locator("#page tbody th a").all_inner_texts()] == list(groups.features[2])
     page.click("#page tbody th a >> nth=0")
     page.wait_for_selector("#feature .context")
-    page.click(f"#feature .alike a:text-is('{groups.name[2]}')")
+    page.click(f"#feature .grouped a:text-is('{groups.name[2]}')")
     page.wait_for_selector("#page table")
     page.goto(f"{run.as_uri()}/atlas/index.html#page=group&id=99")
     page.wait_for_selector("#page details")

@@ -44,7 +44,7 @@ function group_row(group) {
 // ---- on a feature's page
 function its_group(row) {
   const group = saerad.group_of.get(row.feature);
-  return group ? el("p", { class: "where alike" }, "In the group ", group_link(group), ` of ${group.features.length} features that seem to be of one thing.`) : null;
+  return group ? el("p", { class: "where grouped" }, "In the group ", group_link(group), ` of ${group.features.length} features that seem to be of one thing.`) : null;
 }
 
 // ---- its own page
