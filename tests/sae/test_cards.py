@@ -280,7 +280,7 @@ def test_the_fastest_is_measured_in_whole_steps_and_one_that_fails_is_left_out(c
     assert measure.fastest(x) in measure.candidates() and torch.equal(before, trainer.sae.W_dec)
     monkeypatch.setattr(cards.FusedEngine, "compute", lambda self, *args: 1 / 0)
     with pytest.warns(UserWarning, match="fused does not work here .ZeroDivisionError"): assert measure.seconds("fused", x) == float("inf")
-    monkeypatch.setattr(MeasuredEngine, "fastest", lambda self, x: "sparse")
+    monkeypatch.setattr(MeasuredEngine, "fastest", lambda self, *args: "sparse")
     trainer.engine = measure
     trainer.train_step(x)
     trainer.save(tmp_path / "state", "same")
