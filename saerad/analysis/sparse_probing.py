@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from scipy import sparse
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression, lars_path_gram
 
 from ..activations.store import Store

@@ -3,6 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from test_concept_sets import drawn_sae
 
 from saerad.activations.extraction import ExtractionConfig, extract, residuals
 from saerad.analysis.concept_methods import (
@@ -26,7 +27,6 @@ from saerad.analysis.concept_methods import (
     told_before,
 )
 from saerad.core import rng
-from saerad.sae.model import MatryoshkaSAE
 from saerad.steering.interventions import decoder_layer, replaced
 from saerad.studies.phantom import phantom_source
 from saerad.studies.record import StudiesConfig
@@ -46,12 +46,7 @@ def subject(): return random_mini()
 @pytest.fixture(scope="module")
 def material(world, subject, tmp_path_factory) -> Material:
     store = extract(world, subject, ExtractionConfig(layer=0, image_tokens="sample:16"), tmp_path_factory.mktemp("store"))
-    sae = MatryoshkaSAE(store.d, (64, 64), k=8)
-    with torch.no_grad():
-        sae.scale.fill_(float(store.read(store.where("train")[:500]).norm(dim=1).mean()))
-        sae.threshold.fill_(0.01)
-        sae.W_enc.copy_(torch.randn(store.d, 128, generator=torch.Generator().manual_seed(0)))
-        sae.W_dec.copy_(torch.nn.functional.normalize(sae.W_enc.T, dim=1))
+    sae = drawn_sae(store, (64, 64))
     slopes = {p: torch.randn(64, store.d, generator=torch.Generator().manual_seed(1)) for p in PLACES}
     return learn(store, sae, world, slopes, ConceptMethodsConfig(least=4))
 

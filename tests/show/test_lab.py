@@ -17,7 +17,7 @@ def run(tmp_path_factory): return open_run(invent_run(tmp_path_factory.mktemp("r
 
 def test_a_run_shows_its_headlines(run):
     shown = run._repr_html_()
-    assert "variance stays unexplained" in shown and shown.count("<li>") == 8
+    assert "variance stays unexplained" in shown and shown.count("<li>") == 11
 
 
 def test_a_feature_shows_its_explanation_scores_and_contexts_escaped(run):

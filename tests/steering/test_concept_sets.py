@@ -52,15 +52,19 @@ def store(world, subject, tmp_path_factory):
     return extract(world, subject, ExtractionConfig(layer=0, image_tokens="sample:16"), tmp_path_factory.mktemp("store"))
 
 
-@pytest.fixture(scope="module")
-def sae(store):
-    made = MatryoshkaSAE(store.d, (32, 32), k=8)
+def drawn_sae(store: Store, groups: tuple[int, ...]) -> MatryoshkaSAE:
+    """An untrained SAE with tied weights and the store's scale, so that its features fire."""
+    made = MatryoshkaSAE(store.d, groups, k=8)
     with torch.no_grad():
         made.scale.fill_(float(store.read(store.where("train")[:500]).norm(dim=1).mean()))
         made.threshold.fill_(0.01)
-        made.W_enc.copy_(torch.randn(store.d, 64, generator=torch.Generator().manual_seed(0)))
+        made.W_enc.copy_(torch.randn(store.d, sum(groups), generator=torch.Generator().manual_seed(0)))
         made.W_dec.copy_(torch.nn.functional.normalize(made.W_enc.T, dim=1))
     return made
+
+
+@pytest.fixture(scope="module")
+def sae(store): return drawn_sae(store, (32, 32))
 
 
 def test_what_a_report_affirms():
