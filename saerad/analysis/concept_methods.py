@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHOD_ROWS', 'CEILINGS', 'ConceptMethodsConfig', 'example_of', 'changed_films', 'ceiling_rows', 'log_probability',
-           'finding_gradient', 'Material', 'probe_scores', 'probe_directions', 'learn', 'concept_gradients',
+           'finding_gradient', 'Material', 'probe_scores', 'probe_vectors', 'learn', 'concept_gradients',
            'ConceptMethod', 'concept_methods', 'method_change', 'method_rows', 'concept_ceilings', 'method_reports',
            'concept_verdicts', 'best_strengths', 'share_of_ceiling', 'concept_table', 'draw_concept_methods',
            'known_before', 'told_before']
@@ -160,7 +160,7 @@ def probe_scores(z: Float[np.ndarray, "studies n"], stated: np.ndarray, most: in
     return out
 
 # %% ../../nbs/analysis/concept_methods.ipynb #97578b66
-def probe_directions(x: Float[np.ndarray, "studies d"], stated: np.ndarray) -> Float[np.ndarray, "places d"]:
+def probe_vectors(x: Float[np.ndarray, "studies d"], stated: np.ndarray) -> Float[np.ndarray, "places d"]:
     """Unit vectors of logistic probes on the mean of a study's image tokens, one for each place."""
     scale = x.std(0) + 1e-6
     fits = [LogisticRegression(C=0.01, class_weight="balanced", max_iter=300).fit((x - x.mean(0)) / scale, y).coef_[0] / scale for y in stated.T]
@@ -195,7 +195,7 @@ def learn(store: Store, sae: MatryoshkaSAE, source: Source, gradients: Mapping[P
     slope = torch.stack([gradients[p] if len(gradients.get(p, ())) else torch.zeros(len(cells), sae.d) for p in places])
     effect = torch.einsum("pcd,fd->pcf", slope, weight)
     z, x = _study_means(store, sae, names)
-    directions = torch.from_numpy(probe_directions(x, stated)) * stream[:, 1:].mean(0).norm(dim=1, keepdim=True)
+    directions = torch.from_numpy(probe_vectors(x, stated)) * stream[:, 1:].mean(0).norm(dim=1, keepdim=True)
     scores = {"contrast": contrast.abs().sum(1) * weight.norm(dim=1), "attribution": (effect * contrast).sum(1),
               "output score": (effect * _typical(z)).sum(1), "probe": torch.from_numpy(probe_scores(z, stated))}
     return Material(sae, places, cells, features, stream, scores, directions, np.flatnonzero(alive_features(store, sae)).tolist())
