@@ -21,8 +21,8 @@ from saerad.analysis.concept_methods import (
     log_probability,
     method_change,
     method_rows,
-    probe_vectors,
     probe_scores,
+    probe_vectors,
     share_of_ceiling,
     told_before,
 )
