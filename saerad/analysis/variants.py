@@ -24,14 +24,17 @@ from ..show.run_folder import Run
 # %% ../../nbs/analysis/variants.ipynb #813834f6
 def _variant(base: Run, name: str, settings: Sequence[str]) -> Run:
     "A variant by its settings; raises `UserError` where it cannot share the activations."
-    config = changed(base.config, settings)
-    config = config.model_copy(update={"extraction": single_layer(config.extraction, config.extraction.layer), "out": None})
-    own, theirs = (content_hash(c.studies, c.subject, single_layer(c.extraction, 0)) for c in (config, base.config))
+    config, recorded = changed(base.config, settings), base.config.extraction
+    layer = config.extraction.layer
+    own, theirs = (content_hash(c.studies, c.subject, c.extraction.model_copy(update={"layer": layer})) for c in (config, base.config))
     if own != theirs: raise UserError(f"the variant {name} changes studies, subject or extraction; make it a run of its own.")
-    if config.extraction.layer not in (recorded := hookpoints(base.config.extraction)):
-        raise UserError(f"the variant {name} reads layer {config.extraction.layer}, and the layers recorded are {recorded}; "
+    if layer not in hookpoints(recorded):
+        raise UserError(f"the variant {name} reads layer {layer}, and the layers recorded are {hookpoints(recorded)}; "
                         "add it to extraction.more_layers.")
-    return Run(base / "variants" / name, config, base)
+    alone: dict[str, Any] = {"extraction": single_layer(recorded, layer), "out": None}
+    sets = config.concept_sets
+    if sets.hookpoint not in (None, layer): alone["concept_sets"] = sets.model_copy(update={"size": 0, "hookpoint": None})
+    return Run(base / "variants" / name, config.model_copy(update=alone), base)
 
 # %% ../../nbs/analysis/variants.ipynb #95e83698
 def run_variants(config: Config, settings: Mapping[str, Sequence[str]], out: Path | str, last: str = "evaluate",

@@ -6,6 +6,7 @@ from scipy import stats
 
 from saerad.analysis.variants import differences, run_variants, t_interval, variant_table
 from saerad.core import UserError, read_json
+from saerad.run.checks import check_hookpoints
 from saerad.run.config import changed, validated
 from saerad.run.stages import run_config
 
@@ -50,6 +51,17 @@ def test_what_cannot_be_shared_is_named(tmp_path):
     for setting, word in (("studies.test_patients=2", "studies"), ("extraction.boilerplate=true", "extraction"), ("extraction.layer=5", "layer 5")):
         with pytest.raises(UserError, match=word): run_variants(validated(SMALL, "the test"), {"x": [setting]}, tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_variant_has_one_hookpoint_with_its_own_image_tokens(tmp_path):
+    """Where the further layers keep other image tokens than the main one, and concept sets are steered at one of them."""
+    more = {"extraction": {"layer": 4, "more_layers": [2], "more_image_tokens": "sample:4"}, "concept_sets": {"size": 2, "hookpoint": 2}}
+    settings = {"x": ["sae.k=8"], "y": ["sae.k=8", "extraction.layer=2"]}
+    variants = run_variants(validated(SMALL | more, "the test"), settings, tmp_path, "train", lambda line: None)
+    for variant, tokens, sets in ((variants["x"], "last", 0), (variants["y"], "sample:4", 2)):
+        assert variant.config.extraction.image_tokens == variant.store.meta["made_from"]["settings"]["image_tokens"] == tokens
+        assert variant.config.concept_sets.size == sets and variant.config.extraction.more_layers == ()
+        check_hookpoints(variant.config)
 
 
 def test_a_table_has_the_numbers_of_every_variant(done):
