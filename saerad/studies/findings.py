@@ -165,22 +165,29 @@ def mentions(text: str) -> list[tuple[int, int, str]]:
 
 # %% ../../nbs/studies/findings.ipynb #a17flat1
 _OPEN_END = r"(?P<open>,|\b(?:and|or|nor|of|the|an?|no|with|without|for|in|to|at|from|is|are|left|right))"
-_LINE = rf"{_OPEN_END}?[^\S\n]*(?P<lines>\n\s*)(?P<small>[a-z])?"
+_VALUE_LINE = r"(?:(?=(?P<value>(?:[-*•] *)?(?:none|nil|absent|negative|no|not (?:seen|present|identified)) *(?:[.;\n]|$))))?"
+_LINE = rf"{_OPEN_END}?[^\S\n]*(?P<lines>\n\s*){_VALUE_LINE}(?P<small>[a-z])?"
 _ITEM, _BOLD = r"(?P<item>\s+\d\d?\) +)", r"(?:\s*\*+)+ *"
 _SHORT = r"(?P<short>(?:(?<=\bcan)|(?<!\bca)n)['’]t)\b"
 _BREAK = re.compile("|".join((_LINE, _ITEM, _BOLD, r"\s\s+", _SHORT)), re.I)
+_LABELLED = re.compile(r"\W*[A-Z][\w /()-]{1,40}?(?:[:=|]|\s[-–—]\s)")
+_VALUE_END = re.compile(r"(?:[:=|]|\s[-–—])\s*(?:[\w,]+ ){0,2}(?:no|left|right)$", re.I)
+_UNDERSCORE = re.compile(r"(?<=[a-z])_(?=[a-z])", re.I)         # the names of a machine: pleural_effusion
 _LAST_START = re.compile(r"(?:^|[.;:!?])\W*(\w)(?=[^.;:!?]*$)")
 
 # %% ../../nbs/studies/findings.ipynb #a17flat2
 def _goes_on(line: str, m: re.Match) -> bool:
     "Whether the sentence at the end of `line` goes on after the line break `m`."
-    if m["lines"].count("\n") > 1: return False
-    begun = _LAST_START.search(line)
-    return bool(m["open"] or m["small"] and m["small"].islower() and begun and not begun[1].islower())
+    wrapped, begun = bool(m["small"] and m["small"].islower()), _LAST_START.search(line)
+    if m["value"] and line.rstrip().endswith((":", "?")): return True
+    if m["open"] and not wrapped and (_LABELLED.match(m.string, m.end("lines")) or _VALUE_END.search(line)): return False
+    if m["lines"].count("\n") > 1: return bool(m["open"]) and m["open"].lower() in ("or", "nor", "and", "without", "of", "the", "a", "an")
+    return bool(m["open"] or wrapped and begun and not begun[1].islower())
 
 # %% ../../nbs/studies/findings.ipynb #a17flat3
 def _unwrapped(text: str) -> tuple[str, list[tuple[int, int]]]:
     "`text` with one space for every run of blanks and every broken line and \"not\" for \"n't\", and (place, how much further it stands in `text`)."
+    text = _UNDERSCORE.sub(" ", text)
     lines, line, further, done, length = [], "", [(0, 0)], 0, 0
     for m in _BREAK.finditer(text):
         start, end, new = m.start(), m.end(), " "
@@ -290,7 +297,7 @@ CUES |= {
 _CUES = _compiled(CUES)
 
 # %% ../../nbs/studies/findings.ipynb #a17cue2
-_NO_VALUE = re.compile(r"(?:[:;=?(\[|]|\s[-–—]+|\.{2,}|…)[\s\"'*]*(?:none|nil|absent|neg(?:ative)?|false|unremarkable|"
+_NO_VALUE = re.compile(r"(?:[:;=?(\[|]|\s[-–—]+>?|→|\.{2,}|…)[\s\"'*]*(?:none|nil|absent|neg(?:ative)?|false|unremarkable|"
                        r"(?:no(?: evidence| signs?)?|n|0)(?=[\s\"'|\]]*(?:[.,;)](?!\d)|$))|"
                        r"not (?:seen|present|identified|evident|visuali[sz]ed))\b", re.I)
 _NORMAL_AFTER = re.compile(r"[^,]{0,25}\b(?:with)?in (?:the )?(?:normal limits|limits of normal)", re.I)
