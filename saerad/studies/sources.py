@@ -199,7 +199,8 @@ def _mapping(columns: Mapping[str, str], header: Iterable[str], path: Path) -> d
     for needed in ("study", "patient"):
         if needed not in used:
             raise UserError(f"{path} has no column {needed!r}; name the one to use in studies.columns.")
-    return used
+    if used.keys() & {"findings", "impression", "image", "lateral"}: return used
+    raise UserError(f"{path} has no reports and no images: there is no column 'findings' or 'image'; {_near('findings', header)}")
 
 # %% ../../nbs/studies/sources.ipynb #5937df1b
 _EMPTY = {"nan", "nat", "<na>", "#n/a", "null"}    # what tools write into an empty cell, and nobody into a report

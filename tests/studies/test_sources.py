@@ -505,6 +505,7 @@ def test_text_of_a_table_leaves_only_when_the_config_says_so(tmp_path):
             dict(columns={"finding": "findings"}),
             "did you mean 'findings'",
         ),
+        ([dict(study="a", patient="p", Findings="x")], {}, "no reports and no images.*did you mean 'Findings'"),
         ([dict(study="a", patient="p", order="soon", findings="x")], {}, "order 'soon'"),
         ([dict(study="a", patient="p", findings=" ")], {}, r"no study that can be used \(empty report: 1\)"),
         ([], {}, "no rows"),
