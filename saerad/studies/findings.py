@@ -338,9 +338,10 @@ _OF_HEART = r"(?! (?:atri|ventric|heart|clinical|context|setting))"       # no s
 ATTRIBUTE_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     "side": {"left": (rf"left(?:-sided)?{_OF_HEART}", r"lt", r"l(?![/'])", r"l[ul]l"), "right": (rf"right(?:-sided)?{_OF_HEART}", r"rt",
     r"r(?![/'])", r"r[uml]l"),
-             "bilateral": (r"bilat(?:eral\w*)?", r"b/l", r"both(?= (?:lungs?|sides?|bases|apices|lower|upper))",
+             "bilateral": (r"bilat(?:eral\w*)?", r"b/l", r"both(?= (?:lungs?|sides?|bases|apices|lower|upper|costophrenic|cp|hemi\w+))",
                            r"bi-?bas\w+", r"bi-?apical", r"bihilar", r"(?:left|right) and (?:left|right)",
-                           r"(?:greater|more|larger|worse) than (?:on )?(?:the )?(?:left|right)", r"[lr] > [lr]")},
+                           r"(?:greater|more|larger|worse) than (?:on )?(?:the )?(?:left|right)",
+                           r"(?:greater|more|larger|worse) on the (?:left|right) than", r"[lr] > [lr]")},
     "zone": {"upper": (r"upper(?! limits?)", r"apical", r"apex", r"apices", r"bi-?apical", r"[rl]ul"),
              "middle": (r"mid(?:dle)?", r"mid-?(?:lung|zone)s?", r"peri-?hilar", r"lingula\w*", r"rml"),
              "lower": (r"lower", r"(?:bi-?)?bas[ai]l\w*", r"bas(?:e|es|ilar|al)", r"retrocardiac",
@@ -350,7 +351,7 @@ ENDOTRACHEAL_ZONES = {"upper": (r"(?:too )?high", r"above the (?:clavicles?|thor
 
 # %% ../../nbs/studies/findings.ipynb #f815a5a5
 ATTRIBUTE_WORDS |= {
-    "severity": {"small": (r"small(?:-sized)?", r"mild(?:ly)?", r"minimal(?:ly)?", r"trace", r"tiny",
+    "severity": {"small": (r"small(?:-sized)?", r"mild(?:ly)?", r"minimal(?:ly)?", r"trace", r"tiny", r"minute",
                            r"slight(?:ly)?", r"minor", r"subtle", r"borderline"),
                  "moderate": (r"moderate(?:ly)?(?:-sized)?", r"(?:small|mild|minimal|trace)(?:ly)?[ -]to[ -]moderate(?:ly)?"),
                  "large": (r"(?:moderately |moderate[ -]to[ -])?large", r"moderate(?:ly)?[ -]to[ -](?:severe|marked)(?:ly)?", r"severe(?:ly)?",
@@ -359,7 +360,8 @@ ATTRIBUTE_WORDS |= {
 NOT_A_SIZE = (r"(?:slight|mild|minimal|moderate|marked|small|minor)(?:ly)? (?:interval )?"
               r"(?:increas|decreas|improv|worsen|progress|chang|clear|larger|smaller|bigger|better|worse|more|less)\w*",
               r"(?:previously|no longer|not) (?:very )?(?:small|mild|moderate|large|severe|massive|extensive)",
-              r"heart(?: size)? (?:is|remains|appears) large", r"(?:large|moderate|small|minor) (?:extent|degree)")
+              r"heart(?: size)? (?:is|remains|appears) large", r"(?:large|moderate|small|minor) (?:extent|degree)",
+              r"from (?:large|severe|moderate|small|mild)(?= to )")
 
 # %% ../../nbs/studies/findings.ipynb #244cc419
 _THAN_BEFORE = r"(?! (?:on|in|at|than) (?:the )?(?:left|right))"      # "larger on the right" is said of two sides, not of two dates
@@ -373,16 +375,18 @@ ATTRIBUTE_WORDS |= {
                        r"(?:has|have|was|were) (?:been )?(?:placed|inserted)", r"placement(?! (?:is|are|in|of))", r"placed(?=\W*$)"),
                "resolved": (r"resol(?:ved|ution)", r"no longer(?! (?:very |as )?(?:small|mild|moderate|large|severe|massive|extensive)\b)",
                             r"(?:(?:has|have) (?:completely )?)?cleared",
-                            r"remov(?:ed|al(?: of)?)", r"(?:interval|complete) clearing", r"no residual", r"(?:ha[sd]|have|is|are) (?:now )?gone",
+                            r"remov(?:ed|al(?: of)?)", r"(?:interval|complete) clearing", r"no residual",
+                            r"(?:ha[sd]|have|is|are) (?:now )?gone(?! (?:from|up|down))",
                             r"disappear(?:ed|ance)", r"vanished", r"went away", r"explanted", r"d/?c['’]?e?d", r"extubat\w+",
                             r"(?:withdrawn|pulled|taken out|discontinued)(?!(?: back)?(?: by)?(?: about| approximately)? \d)",
                             r"(?:is|are|now|come) out(?! of)", r"(?:tubes?|lines?|picc|drain) out(?=\W*$)"),
                "larger": (r"increas(?:e[ds]?|ing)", r"worsen(?:ed|ing)", rf"(?:worse|larger|bigger){_THAN_BEFORE}", r"progress(?:ed|ion|ive)",
-                          r"enlarging", r"(?:has|have) enlarged", rf"more (?:prominent|extensive|conspicuous){_THAN_BEFORE}", r"has grown"),
+                          r"enlarging", r"(?:has|have) enlarged", rf"more (?:prominent|extensive|conspicuous){_THAN_BEFORE}", r"has grown",
+                          r"(?:doubled|tripled)(?: in size)?", r"from (?:trace|tiny|small|mild|minimal) to (?:moderate|large|severe)"),
                "smaller": (r"(?:improv|decreas)(?:ed|ing) but persist\w+",
                            r"decreas(?:e[ds]?|ing)", r"improv(?:e[ds]?|ing|ement)", rf"smaller{_THAN_BEFORE}",
                            rf"less(?: (?:prominent|extensive|conspicuous))?{_THAN_BEFORE}(?! (?:likely|probable|well|optimal|than (?:an? |one |\d)))",
-                           r"reduced",
+                           r"reduced", r"from (?:large|severe|moderate) to (?:moderate|small|mild|minimal|trace|tiny)",
                            r"diminish(?:ed|ing)", r"resolving", r"(?:is|are) clearing",
                            rf"{_PARTLY} (?:resol(?:ved?|ution)|clear(?:ed|ing)?|gone|disappeared)",
                            r"(?:not|never|yet to|fail(?:s|ed)? to)(?: yet)? (?:resolve|clear)(?:e?d)? (?:completely|fully|entirely)",
@@ -494,7 +498,7 @@ def _clauses(sentence: str, named: list[tuple[int, int, str]]) -> list[tuple[int
     for a, b in _spans(cuts, sentence): cuts.update(a + c for c in _own_clauses(sentence[a:b], [(s - a, e - a, k) for s, e, k in about(a, b)]))
     for a, b in _spans(cuts, sentence):
         if a and not about(a, b) and sentence.startswith("which", a): cuts.discard(a)
-        lead_in = not a and _LEAD_IN.fullmatch(sentence, a, b) and not _ADVICE.match(sentence, b)
+        lead_in = not a and _LEAD_IN.fullmatch(sentence, a, b) and not _ADVICE.match(sentence, b) and not sentence.startswith("but", b)
         if not about(a, b) and (lead_in or _HALF.search(sentence, a, b)): cuts.discard(b)
     return [(a, b) for a, b in _spans(cuts, sentence) if sentence[a:b].strip()]
 
@@ -512,6 +516,7 @@ def _own_words(clause: str, named: list[tuple[int, int, str]], i: int) -> tuple[
 
 # %% ../../nbs/studies/findings.ipynb #a17st1
 _ONCE = phrases((r"previously (?:seen|noted|described|identified|demonstrated)",))
+_NEITHER_CHANGED = re.compile(r"\bneither (?:[\w-]+ ){1,3}(?:has|have) (?:\w+ )?changed\b", re.I)
 _CLEARED = re.compile(r"\b(?:has|have)(?: \w+)? cleared\b", re.I)
 _OR_AFTER = re.compile(r"(?:,? (?:and/)?or\b| (?:(?!and\b)[\w-]+ ){0,5}?(?:vs?\.|vs|versus)(?!\w)(?! (?:the )?(?:prior|previous)))", re.I)
 _OR_BEFORE = re.compile(r"(?:\b(?:(?:and/)?or|vs?\.|vs|versus) )(?:[\w-]+ ){0,3}$", re.I)
@@ -569,6 +574,7 @@ def _clause_statements(clause: str, named: list[tuple[int, int, str]]) -> list[t
         before, after = clause[max(start - REACH, 0):start], clause[end:end + REACH]
         standing = _standing(before, after, clause[start:end])
         if standing == "absent" and _ONCE.search(before): about["change"] = "resolved"
+        if standing == "absent" and _NEITHER_CHANGED.search(clause): standing, about["change"] = "present", "unchanged"
         if about["change"] == "resolved": standing = "present"
         if standing == "present" and _alternative(before, after): standing = "favoured"
         if standing == "absent": about = dict.fromkeys(about, "")
