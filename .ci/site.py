@@ -326,10 +326,10 @@ def finish(site: Path, book: Book) -> None:
     """Put the formulas where their marks are, and the repository's files beside the pages."""
     for page in site.rglob("*"):
         if page.suffix not in (".html", ".json", ".js"): continue
-        text = page.read_text()
+        text = page.read_text(encoding="utf-8")
         if "FORMULA" not in text: continue
         put = partial(formula_at, page=page, book=book)
-        page.write_text(re.sub(r"(<p>)?FORMULA(\d{5})X(?(1)</p>)", put, text))
+        page.write_text(re.sub(r"(<p>)?FORMULA(\d{5})X(?(1)</p>)", put, text), encoding="utf-8")
     if ATLAS.is_dir(): shutil.copytree(ATLAS, site / "atlas")
     for address, file in book.files.items():
         (site / address).parent.mkdir(parents=True, exist_ok=True)
@@ -345,7 +345,8 @@ def from_disk(site: Path) -> None:
     for page in site.rglob("*.html"):
         up = "../" * (len(page.relative_to(site).parts) - 1)
         if page.relative_to(site).parts[0] not in ("files", "atlas"):
-            page.write_text(page.read_text().replace("<head>", f'<head><script src="{up}assets/disk.js"></script>', 1))
+            text = page.read_text(encoding="utf-8").replace("<head>", f'<head><script src="{up}assets/disk.js"></script>', 1)
+            page.write_text(text, encoding="utf-8")
 
 
 def formula_at(m: re.Match, page: Path, book: Book) -> str:

@@ -1,5 +1,6 @@
 """The house: rooms in one direction without a circle, and the names that a user needs in one place."""
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +69,29 @@ def test_editors_see_what_is_there():
 def test_importing_the_package_loads_nothing_heavy():
     code = "import sys, saerad; sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'transformers', 'nnsight')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def bare_texts(code):
+    """Lines on which a text file is read or written without saying how its letters are written; ruff sees only what it knows to be a path."""
+    for call in ast.walk(ast.parse(code)):
+        if not isinstance(call, ast.Call) or {"encoding"} & {k.arg for k in call.keywords}: continue
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        binary = any(isinstance(a, ast.Constant) and "b" in str(a.value) for a in call.args[1:2])
+        if name in ("read_text", "write_text") or name == "open" and isinstance(call.func, ast.Name) and not binary: yield call.lineno
+
+
+@pytest.mark.parametrize("code, bare", [("p.read_text()", True), ("open('b')", True), ("open('b', 'w')", True), ("p.write_text('x')", True),
+                                        ("open('a', 'rb')", False), ("p.read_text(encoding='utf-8')", False), ("Image.open(p)", False)])
+def test_a_text_without_an_encoding_is_seen(code, bare): assert bool(list(bare_texts(code))) == bare
+
+
+@pytest.mark.parametrize("folder", ["saerad", "benchmarks", ".ci", "tests", "nbs"])
+def test_text_files_are_utf8_by_name(folder):
+    root, cells = PACKAGE.parent / folder, []
+    for path in root.rglob("*.py"): cells.append((path.name, path.read_text(encoding="utf-8")))
+    for path in root.rglob("*.ipynb"):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        cells += [(f"{path.name} {c['id']}", "".join(c["source"])) for c in notebook["cells"] if c["cell_type"] == "code"]
+    if not cells: pytest.skip(f"{folder} is not here")
+    plain = [(where, code) for where, code in cells if not any(line.startswith(("%", "!")) for line in code.splitlines())]
+    assert [(where, line) for where, code in plain for line in bare_texts(code)] == []

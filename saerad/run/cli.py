@@ -12,6 +12,7 @@ __all__ = ['app', 'ConfigPath', 'Settings', 'Out', 'From', 'Keep', 'Check', 'Sto
 # %% ../../nbs/run/cli.ipynb #f10e2614
 import errno
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -295,7 +296,8 @@ def bench_command(name: Annotated[str | None, typer.Argument(help="which one")] 
     if name not in known: raise UserError(f"{name} is not a benchmark; the benchmarks are {', '.join(known)}.")
     python = folder.parent / ".venv-bench/bin/python"
     options = [*(["--quick"] if quick else []), *(["--device", device] if device else [])]
-    done = subprocess.run([python if python.exists() else sys.executable, folder / f"{name}.py", *options], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([python if python.exists() else sys.executable, folder / f"{name}.py", *options], stdout=subprocess.PIPE, encoding="utf-8",
+                          env=os.environ | {"PYTHONIOENCODING": "utf-8"})
     if done.returncode == 2: raise UserError(f"the benchmark {name} does not run here with {' '.join(options) or 'its defaults'}; see above why.")
     if done.returncode: raise RuntimeError(f"the benchmark {name} ended with exit code {done.returncode}")
     result = json.loads(done.stdout.splitlines()[-1])

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['LINES', 'TUBES', 'LOOSE_NAMES', 'LOOSE_WORDS', 'NOT_A_PROMISE', 'ATTRIBUTE_NAMES', 'Reader', 'HARMS', 'DEVICE_KINDS',
            'OUTCOMES', 'SENSES', 'ASK', 'VERDICT', 'JudgeConfig', 'Target', 'target_of', 'Difference',
-           'finding_differences', 'on_target', 'direction', 'repeats', 'unread_share', 'Usual', 'usual_of', 'broken',
-           'is_critical', 'harms_of', 'another_subject', 'outcome_of', 'outcomes_in_senses', 'Judgement', 'judge',
-           'judges_of', 'reader_named', 'reader_of', 'judge_prompt', 'parse_verdict', 'Verdict', 'LanguageJudge',
-           'judging_estimate', 'unanswered_verdicts', 'steering_settings', 'judge_agreement']
+           'finding_differences', 'on_target', 'direction', 'same_words', 'repeats', 'unread_share', 'Usual',
+           'usual_of', 'broken', 'is_critical', 'harms_of', 'another_subject', 'outcome_of', 'outcomes_in_senses',
+           'Judgement', 'judge', 'judges_of', 'reader_named', 'reader_of', 'judge_prompt', 'parse_verdict', 'Verdict',
+           'differing', 'LanguageJudge', 'judging_estimate', 'unanswered_verdicts', 'steering_settings',
+           'judge_agreement']
 
 # %% ../../nbs/steering/judges.ipynb #0af00e07
 import re
@@ -186,6 +187,10 @@ def _count_words(f: Finding | None, target: Target) -> int:
     return sum(bool(f) and getattr(f, a) != "" and v in ("", getattr(f, a)) for a, v in target.words)
 
 # %% ../../nbs/steering/judges.ipynb #91660a4a
+def same_words(one: str, other: str) -> bool:
+    """Whether two texts differ in white space at most."""
+    return one.split() == other.split()
+
 def repeats(text: str, run: int = 4) -> int:
     """How often the commonest run of `run` words occurs in `text`; 0 for a shorter text."""
     words = re.findall(r"\w+", text.lower())
@@ -224,7 +229,7 @@ def broken(text: str, reading: Reading, cfg: JudgeConfig, perplexity: float | No
     shows as well is no reason. Without both it says what the rule makes of a report alone.
     """
     before, known = baseline or ("", Reading(()))
-    if baseline and text.split() == before.split(): return ""
+    if baseline and same_words(text, before): return ""
     if not sentences(text): return "" if usual.empty or (baseline and not sentences(before)) else "empty"
     if repeats(text) > max(cfg.max_repeats, repeats(before), usual.repeats): return "repeats"
     if unread_share(text, reading) > max(cfg.max_unread, unread_share(before, known), usual.unread): return "unread"
@@ -378,6 +383,10 @@ class Verdict:
 # %% ../../nbs/steering/judges.ipynb #e4224d04
 VERDICT = object_schema("verdict", {"outcome": {"type": "string", "enum": list(OUTCOMES)}, "direction": {"type": "integer", "enum": [-1, 0, 1]}})
 
+def differing(pairs: Iterable[tuple[str, str, Target]]) -> list[tuple[str, str, Target]]:
+    """The pairs, each once, whose texts do not have the same words."""
+    return [pair for pair in dict.fromkeys(pairs) if not same_words(*pair[:2])]
+
 class LanguageJudge:
     """A language model that judges pairs, in verdicts of at most `room` tokens at first; use it in a `with` block."""
     def __init__(self, cfg: EndpointConfig, ledger: Ledger, may_leave: bool, room: int = 100):
@@ -392,7 +401,16 @@ class LanguageJudge:
         else: self.ledger.close()
 
     def judge(self, pairs: Sequence[tuple[str, str, Target]]) -> list[Verdict]:
-        """A verdict for every (baseline, steered, target), in order; raises `UserError` when the endpoint cannot be used or fails."""
+        """A verdict for every (baseline, steered, target), in order; it is not asked whether a text is unchanged.
+
+        Raises `UserError` when the endpoint cannot be used or fails.
+        """
+        asked = differing(pairs)
+        answers = dict(zip(asked, self._asked(asked), strict=True)) if asked else {}
+        return [answers.get(pair, Verdict("unchanged", 0)) for pair in pairs]
+
+    def _asked(self, pairs: Sequence[tuple[str, str, Target]]) -> list[Verdict]:
+        "The verdicts on pairs that differ."
         self.endpoint.expected = len(pairs) - len(self.ledger)
         with steering_settings(), stoppable(self.endpoint):
             verdicts = list(progress(self.endpoint.pool.map(self._verdict, pairs), "steering: judging", len(pairs)))
@@ -411,6 +429,7 @@ class LanguageJudge:
 # %% ../../nbs/steering/judges.ipynb #b20b5325
 def judging_estimate(pairs: Sequence[tuple[str, str, Target]], cfg: EndpointConfig) -> dict[str, Any]:
     """About how many calls and tokens it takes to judge pairs, and what they cost (None without prices); repairs and retries not counted."""
+    pairs = differing(pairs)
     sent, answered = sum(tokens_in(judge_prompt(*p), cfg) for p in pairs), 20 * len(pairs)
     priced = cfg.price_in is not None and cfg.price_out is not None
     return {"calls": len(pairs), "tokens_in": sent, "tokens_out": answered,

@@ -69,6 +69,7 @@ NAMES: dict[str, tuple[str, ...]] = {
                      r"enlarge(?:d|ment of)(?: the)? (?:heart|cardiac|cardio\w+)(?: silhouette| size)?",
                      r"(?:heart|cardiac|cardio\w+al)(?! and)(?:[ -](?:not normal|(?!normal)\w+)){0,7} enlarged",
                      r"(?:heart|cardi\w+)(?: silhouette| size)?: (?:(?!normal)\w+ ){0,3}enlarged",
+                     r"(?:heart|cardiac)(?: silhouette)?(?: size)? is(?: \w+)? increased",
                      r"borderline (?:in )?(?:heart|cardiac)(?: silhouette)?(?: size)?",
                      r"heart(?: size)? (?:is|remains|appears)(?: \w+){0,2}? (?:large|borderline)(?! normal)(?: in size)?"),
     "oedema": (r"(?:pulmonary |interstitial |alveolar )?o?edema",
@@ -126,11 +127,14 @@ NOT_MEANT = (r"effusions? (?:of|in) (?:the )?(?:\w+ )?(?:knee|shoulder|elbow|hip
              r"consolidated (?:report|summary)", r"(?:inguinal|umbilical|ventral|abdominal) hernias?",
              r"(?:pericardial|(?:\w+ )?joint|knee) effusions?", r"nipple shadows?", r"ports? of", r"port[ -]?wine(?: stains?)?",
              r"(?:soft tissue|leg|ankle|peripheral|laryngeal|cerebral|subcutaneous|facial) (?:o?edema|opacit\w+)",
-             r"(?:soft tissue|abdominal|pelvic|breast|thyroid|renal|adrenal|hepatic|liver|bone|muscle|body) (?:mass(?:es)?|nodules?)",
+             r"(?:soft tissue|abdominal|pelvic|breast|thyroid|renal|adrenal|hepatic|liver|bone|muscle|body|lean|fat|"
+             r"nasal|ovarian|uterine|pancreatic|splenic|neck|brain|ventricular|atrial) (?:mass(?:es)?|nodules?)",
              r"fractur(?:e of|ed)(?: the)?(?: \w+)? (?:catheter|leads?|screws?)",
-             r"mass effect", r"(?:respiratory|renal) failure", r"(?:circulatory|cardiovascular) collapse",
+             r"mass effect", r"(?:respiratory|renal) failure",
+             r"(?:circulatory|cardiovascular|blood pressure|ha?emodynamic|nasal|venous) collapse",
+             r"(?:he|she|patient|man|woman)(?: \w+)? collapsed", r"heart failure (?:clinic|team|service|nurse)",
              r"vertebra\w* (?:body |bodies )?(?:compression )?(?:deformit\w+|collapsed?)",
-             r"collapse of (?:an? |the )?(?:\w+ )?(?:vertebra\w*|stomach)")
+             r"collapsed? (?:of )?(?:an? |the )?(?:\w+ )?(?:vertebra\w*|stomach)")
 
 # %% ../../nbs/studies/findings.ipynb #85c16ce3
 def phrases(alternatives: Iterable[str]) -> re.Pattern:
@@ -161,22 +165,29 @@ def mentions(text: str) -> list[tuple[int, int, str]]:
 
 # %% ../../nbs/studies/findings.ipynb #a17flat1
 _OPEN_END = r"(?P<open>,|\b(?:and|or|nor|of|the|an?|no|with|without|for|in|to|at|from|is|are|left|right))"
-_LINE = rf"{_OPEN_END}?[^\S\n]*(?P<lines>\n\s*)(?P<small>[a-z])?"
+_VALUE_LINE = r"(?:(?=(?P<value>(?:[-*•] *)?(?:none|nil|absent|negative|no|not (?:seen|present|identified)) *(?:[.;\n]|$))))?"
+_LINE = rf"{_OPEN_END}?[^\S\n]*(?P<lines>\n\s*){_VALUE_LINE}(?P<small>[a-z])?"
 _ITEM, _BOLD = r"(?P<item>\s+\d\d?\) +)", r"(?:\s*\*+)+ *"
 _SHORT = r"(?P<short>(?:(?<=\bcan)|(?<!\bca)n)['’]t)\b"
 _BREAK = re.compile("|".join((_LINE, _ITEM, _BOLD, r"\s\s+", _SHORT)), re.I)
+_LABELLED = re.compile(r"\W*[A-Z][\w /()-]{1,40}?(?:[:=|]|\s[-–—]\s)")
+_VALUE_END = re.compile(r"(?:[:=|]|\s[-–—])\s*(?:[\w,]+ ){0,2}(?:no|left|right)$", re.I)
+_UNDERSCORE = re.compile(r"(?<=[a-z])_(?=[a-z])", re.I)         # the names of a machine: pleural_effusion
 _LAST_START = re.compile(r"(?:^|[.;:!?])\W*(\w)(?=[^.;:!?]*$)")
 
 # %% ../../nbs/studies/findings.ipynb #a17flat2
 def _goes_on(line: str, m: re.Match) -> bool:
     "Whether the sentence at the end of `line` goes on after the line break `m`."
-    if m["lines"].count("\n") > 1: return False
-    begun = _LAST_START.search(line)
-    return bool(m["open"] or m["small"] and m["small"].islower() and begun and not begun[1].islower())
+    wrapped, begun = bool(m["small"] and m["small"].islower()), _LAST_START.search(line)
+    if m["value"] and line.rstrip().endswith((":", "?")): return True
+    if m["open"] and not wrapped and (_LABELLED.match(m.string, m.end("lines")) or _VALUE_END.search(line)): return False
+    if m["lines"].count("\n") > 1: return bool(m["open"]) and m["open"].lower() in ("or", "nor", "and", "without", "of", "the", "a", "an")
+    return bool(m["open"] or wrapped and begun and not begun[1].islower())
 
 # %% ../../nbs/studies/findings.ipynb #a17flat3
 def _unwrapped(text: str) -> tuple[str, list[tuple[int, int]]]:
     "`text` with one space for every run of blanks and every broken line and \"not\" for \"n't\", and (place, how much further it stands in `text`)."
+    text = _UNDERSCORE.sub(" ", text)
     lines, line, further, done, length = [], "", [(0, 0)], 0, 0
     for m in _BREAK.finditer(text):
         start, end, new = m.start(), m.end(), " "
@@ -193,9 +204,10 @@ def _unwrapped(text: str) -> tuple[str, list[tuple[int, int]]]:
     return "".join([*lines, line, text[done:]]), further
 
 # %% ../../nbs/studies/findings.ipynb #a17sent2
-_DOT_INSIDE = r"\.(?=\d)|(?<![a-zA-Z]{2})\.(?=[a-zA-Z])|(?<=\b[vV]s)\.|(?<=\b[dD]r)\.|(?<=\bapprox)\."
+_DOT_INSIDE = r"\.(?=\d)|(?<![a-zA-Z]{2})\.(?=[a-zA-Z])|(?<=\b[vV]s)\.|(?<= v)\.|(?<=\b[dD]r)\.|(?<=\bapprox)\."
+_DOTS = r"\.{2,}(?= *(?i:none|nil|absent|negative)\b)|;(?= *(?i:none|nil|absent|negative) *(?:[.\n]|$))"
 _ASKED = r"\?(?= *(?i:none|no|nil|absent|negative)\b)|(?<!\w)\?"
-_SENTENCE = re.compile(rf"(?:[^.;!?\n]|{_DOT_INSIDE}|{_ASKED})+\??")
+_SENTENCE = re.compile(rf"(?:[^.;!?\n]|{_DOT_INSIDE}|{_DOTS}|{_ASKED})+\??")
 
 # %% ../../nbs/studies/findings.ipynb #678a89f4
 def sentences(text: str) -> list[str]:
@@ -203,7 +215,8 @@ def sentences(text: str) -> list[str]:
     return [s.strip(" ?") for s in _SENTENCE.findall(_unwrapped(text)[0]) if re.search(r"[^\W\d_]{2}", s)]
 
 # %% ../../nbs/studies/findings.ipynb #a8cbc7d8
-CLAUSE_STARTS = (r"(?<!all )but", r"however(?!, (?:is|are|was|were|has|have|remains?)\b)", r"although", r"though", r"while", r"whereas", r"which",
+CLAUSE_STARTS = (r"(?<!all )but(?! (?:(?:not|in)(?: yet)? ?(?:complete|entirely|fully|quite)|persist))",
+                 r"however(?!, (?:is|are|was|were|has|have|remains?)\b)", r"although", r"though", r"while", r"whereas", r"which",
                  r"(?<!not )yet(?! to)", r"despite", r"except(?: for)?", r"(?:aside|apart) from", r"other than", r"otherwise", r"after", r"following",
                  r"(?<!if )there (?:is|are|was|were|has|have|may|remains?|continues?)",
                  r"(?<!consistent )(?<!compatible )(?<!associated )(?<!along )with(?! or without)",
@@ -213,11 +226,13 @@ CLAUSE_STARTS = (r"(?<!all )but", r"however(?!, (?:is|are|was|were|has|have|rema
 # %% ../../nbs/studies/findings.ipynb #09dbc647
 ADVICE = (r"if", r"recommend\w*", r"correlat\w+", r"consider", r"(?<!a )consideration", r"please", r"suggest follow",
           r"(?:further|for) evaluat\w+", r"could obscure", r"limited")
-NOT_NOW = (r"(?:evaluat\w+|assess\w*|look(?:ing)?|follow-?up|screen\w*|treat(?:ed|ment)|work-?up) (?:for|of)", r"r/o",
-           r"(?<!to )(?<!not )(?<!cannot )(?<!completely )(?<!entirely )rule out", r"(?:h/o|hx of)",
+NOT_NOW = (r"(?:evaluat\w+|assess\w*|look(?:ing)?|check(?:ing)?|follow[ -]?up|screen\w*|treat(?:ed|ment)|work-?up) (?:for|of)", r"r/o", r"eval",
+           r"(?<!to )(?<!not )(?<!cannot )(?<!completely )(?<!entirely )rule[ -]out", r"(?<![\w,] )to (?:rule[ -]out|exclude)", r"(?:h/o|hx of)",
+           r"(?<![\w,] )follow[ -]?up(?! (?:shows?|demonstrates?|reveals?|films?|chest))(?=(?: \w+){1,3}\W*$)",
            r"follow-? ?up (?:to|is|with|imaging|films?|ct|radiographs?)",
            r"(?:past )?(?:medical )?history (?:of|for|significant)", r"clinical (?:concern|suspicion|question)", r"denies", r"in the past")
-_HEADING = re.compile(r"[\W\d]*(?:indication|history|clinical [\w ]+|reason(?: for [\w ]+)?|comparison|technique|exam\w*|procedure)s?:", re.I)
+_HEADING = re.compile(r"[\W\d]*(?:indication|(?:\w+ ){0,2}history|pmhx?|hpi|hx|(?:chief|presenting) complaint|clinical [\w ]+|"
+                      r"reason(?: for [\w ]+)?|comparison|technique|exam\w*|procedure)s?:", re.I)
 
 # %% ../../nbs/studies/findings.ipynb #a17cl1
 _CLAUSE = phrases(CLAUSE_STARTS + ADVICE + NOT_NOW)
@@ -242,7 +257,7 @@ _VERB = re.compile(r"\b(?:is|are|was|were|has|have|had|remains?|appears?|persist
 _SAYS_MORE = re.compile(rf"(?:{_VERB.pattern})(?!(?: not)?{_THERE}\b)", re.I)
 
 # %% ../../nbs/studies/findings.ipynb #a17cue0
-_VERSUS = r"(?:versus|vs\.?)(?! (?:the )?(?:prior|previous))"
+_VERSUS = r"(?:versus|vs\.?|v(?=\. ))(?! (?:the )?(?:prior|previous))"
 _NO_CHANGE = r"(?:no|without)(?: \w+){0,2}? (?:increase|decrease|progression|worsening|improvement|resolution|clearing|removal)(?= in| of|\W*$)"
 _NOT_CHANGED = (r"(?:not|never|yet to|fail(?:s|ed)? to)(?: (?:yet|been|be|significantly|much|to))*"
                 r" (?:resolved?|clear(?:ed)?|removed|(?:in|de)creased?|improved?|larger|smaller|"
@@ -250,25 +265,29 @@ _NOT_CHANGED = (r"(?:not|never|yet to|fail(?:s|ed)? to)(?: (?:yet|been|be|signif
 
 # %% ../../nbs/studies/findings.ipynb #5bef11c7
 CUES: dict[str, tuple[str, ...]] = {
-    "favours_after": (r"probabl[ey]", r"likely", r"most suggest\w*", r"favou?r(?:s|ed|ing)?", r"presum(?:ed|abl[ey])", _VERSUS),
+    "favours_after": (r"probabl[ey]", r"likely", r"most suggest\w*", r"favou?r(?:s|ed|ing)?", r"presum(?:ed|abl[ey])", _VERSUS,
+                      r"in all (?:likelihood|probability)", r"(?:thought|felt|believed) to (?:represent|reflect|be)"),
     "favours_before": (r"(?:is|are|was|were) (?:likely|probable|favou?red)(?! to)",),
-    "doubts_after": (r"may", r"might", r"could", r"possibl[ey]", r"potential(?:ly)?", r"question(?:able|ed)?(?: of)?", r"query",
-                     r"suspicious (?:for|of)", r"suspected", r"(?<!most )suggest\w*", r"worrisome", r"clinical (?:setting|context)",
-                     r"concern\w*", r"to (?:exclude|rule out)", r"differential", r"perhaps", r"conceivabl[ey]", r"equivocal", r"doubt(?:ful)?",
+    "doubts_after": (r"may", r"might", r"could", r"possibl[ey]", r"(?<!a )possibility", r"potential(?:ly)?", r"question(?:able|ed)?(?: of)?",
+                     r"query", r"suspicio(?:us|n) (?:for|of)", r"suspected", r"(?<!most )suggest\w*", r"worrisome", r"clinical (?:setting|context)",
+                     r"concern\w*", r"to (?:exclude|rule[ -]out)", r"differential", r"perhaps", r"conceivabl[ey]", r"equivocal", r"doubt(?:ful)?",
+                     r"less (?:likely|probable)",
                      r"unclear"),
-    "doubts_before": (r"(?:is|are|was|were) (?:possible|suspected|questioned|questionable|doubtful|unclear)", r"in the differential",
+    "doubts_before": (r"(?:is|are|was|were) (?:possible|suspected|questioned|questionable|doubtful|un(?:clear|certain)|equivocal|indeterminate)",
+                      r"in the differential",
                       r"(?:should|could|may|might|can) (?:also )?be considered", r"is (?:a|another) (?:consideration|possibility)",
                       r"(?:suspected|possible)(?=\W*$)", r"may be present"),
-    "doubts_around": (r"(?:cannot|can ?not|not) (?:be )?(?:\w+ly )?(?:excluded?|ruled? out)", r"less likely", r"with or without",
-                      r"(?:difficult|hard|impossible) to (?:\w+ly )?(?:exclude|rule out)")}
+    "doubts_around": (r"(?:cannot|can ?not|not) (?:be )?(?:\w+ly )?(?:excluded?|ruled?[ -]out)", r"(?<!, )(?<!and )(?<!or )less (?:likely|probable)",
+                      r"with or without",
+                      r"(?:difficult|hard|impossible) to (?:\w+ly )?(?:exclude|rule[ -]out)")}
 
 # %% ../../nbs/studies/findings.ipynb #fb8c211a
 CUES |= {
     "denies_after": (r"no", r"not", r"nil", r"without", r"w/o", r"free of", r"clear of", r"negative for", r"absen(?:ce of|t)",
-                     r"rather than", r"nor", r"neither", r"none", r"nothing", r"ruled? out", r"lack of", r"fail(?:s|ed)? to",
-                     r"no longer", r"unlikely"),
+                     r"rather than", r"nor", r"neither", r"none", r"nothing", r"(?<!to )ruled?[ -]out", r"lack of", r"fail(?:s|ed)? to",
+                     r"no longer", r"unlikely", r"improbable", r"hardly", r"cannot be said"),
     "denies_before": (rf"(?:(?:is|are|was|were|has|have|does|do) not(?: \w+)?|not){_THERE}", r"(?:is|are) absent", r"(?:excluded|ruled out)",
-                      r"not see (?:one|any|it)", r"(?:un|not )likely(?! to (?:represent|reflect|indicate))"),
+                      r"not see (?:one|any|it)", r"improbable", r"(?:un|not )likely(?! to (?:represent|reflect|indicate))"),
     "denies_nothing": (r"no(?:t)?(?: \w+){0,2}? (?:change[ds]?|different)(?: in| of)?",
                        r"without(?: \w+){0,2}? change", _NO_CHANGE, _NOT_CHANGED,
                        r"not (?:only|well|optimally|fully|normal|diagnostic)", r"no more than",
@@ -278,10 +297,11 @@ CUES |= {
 _CUES = _compiled(CUES)
 
 # %% ../../nbs/studies/findings.ipynb #a17cue2
-_NO_VALUE = re.compile(r"(?:[:=?(]|\s[-–—])\s*(?:none|nil|absent|negative|no(?: evidence| signs?)?(?=\s*(?:[.,;)]|$))|"
+_NO_VALUE = re.compile(r"(?:[:;=?(\[|]|\s[-–—]+>?|→|\.{2,}|…)[\s\"'*]*(?:none|nil|absent|neg(?:ative)?|false|unremarkable|"
+                       r"(?:no(?: evidence| signs?)?|n|0)(?=[\s\"'|\]]*(?:[.,;)](?!\d)|$))|"
                        r"not (?:seen|present|identified|evident|visuali[sz]ed))\b", re.I)
 _NORMAL_AFTER = re.compile(r"[^,]{0,25}\b(?:with)?in (?:the )?(?:normal limits|limits of normal)", re.I)
-_ASKED_AFTER = re.compile(r"^[^\w?]*\?\s*$|: *(?:possible|probable|likely|questionable)\b", re.I)
+_ASKED_AFTER = re.compile(r"^[^\w?]*\?\W*$|: *(?:possible|probable|likely|questionable|suspected|uncertain|equivocal|indeterminate|unclear)\b", re.I)
 
 # %% ../../nbs/studies/findings.ipynb #880fd4c7
 def _standing(before: str, after: str, inside: str) -> str:
@@ -318,9 +338,10 @@ _OF_HEART = r"(?! (?:atri|ventric|heart|clinical|context|setting))"       # no s
 ATTRIBUTE_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     "side": {"left": (rf"left(?:-sided)?{_OF_HEART}", r"lt", r"l(?![/'])", r"l[ul]l"), "right": (rf"right(?:-sided)?{_OF_HEART}", r"rt",
     r"r(?![/'])", r"r[uml]l"),
-             "bilateral": (r"bilat(?:eral\w*)?", r"b/l", r"both(?= (?:lungs?|sides?|bases|apices|lower|upper))",
+             "bilateral": (r"bilat(?:eral\w*)?", r"b/l", r"both(?= (?:lungs?|sides?|bases|apices|lower|upper|costophrenic|cp|hemi\w+))",
                            r"bi-?bas\w+", r"bi-?apical", r"bihilar", r"(?:left|right) and (?:left|right)",
-                           r"(?:greater|more|larger|worse) than (?:on )?(?:the )?(?:left|right)", r"[lr] > [lr]")},
+                           r"(?:greater|more|larger|worse) than (?:on )?(?:the )?(?:left|right)",
+                           r"(?:greater|more|larger|worse) on the (?:left|right) than", r"[lr] > [lr]")},
     "zone": {"upper": (r"upper(?! limits?)", r"apical", r"apex", r"apices", r"bi-?apical", r"[rl]ul"),
              "middle": (r"mid(?:dle)?", r"mid-?(?:lung|zone)s?", r"peri-?hilar", r"lingula\w*", r"rml"),
              "lower": (r"lower", r"(?:bi-?)?bas[ai]l\w*", r"bas(?:e|es|ilar|al)", r"retrocardiac",
@@ -330,42 +351,57 @@ ENDOTRACHEAL_ZONES = {"upper": (r"(?:too )?high", r"above the (?:clavicles?|thor
 
 # %% ../../nbs/studies/findings.ipynb #f815a5a5
 ATTRIBUTE_WORDS |= {
-    "severity": {"small": (r"small(?:-sized)?", r"mild(?:ly)?", r"minimal(?:ly)?", r"trace", r"tiny",
+    "severity": {"small": (r"small(?:-sized)?", r"mild(?:ly)?", r"minimal(?:ly)?", r"trace", r"tiny", r"minute",
                            r"slight(?:ly)?", r"minor", r"subtle", r"borderline"),
-                 "moderate": (r"moderate(?:ly)?(?:-sized)?",),
-                 "large": (r"(?:moderately )?large", r"severe(?:ly)?", r"marked(?:ly)?", r"massive(?:ly)?", r"extensive", r"siz(?:e)?able",
+                 "moderate": (r"moderate(?:ly)?(?:-sized)?", r"(?:small|mild|minimal|trace)(?:ly)?[ -]to[ -]moderate(?:ly)?"),
+                 "large": (r"(?:moderately |moderate[ -]to[ -])?large", r"moderate(?:ly)?[ -]to[ -](?:severe|marked)(?:ly)?", r"severe(?:ly)?",
+                           r"marked(?:ly)?", r"massive(?:ly)?", r"extensive", r"siz(?:e)?able",
                            r"gross(?:ly)?")}}
 NOT_A_SIZE = (r"(?:slight|mild|minimal|moderate|marked|small|minor)(?:ly)? (?:interval )?"
-              r"(?:increas|decreas|improv|worsen|progress|chang|clear|larger|smaller|more|less)\w*",
+              r"(?:increas|decreas|improv|worsen|progress|chang|clear|larger|smaller|bigger|better|worse|more|less)\w*",
               r"(?:previously|no longer|not) (?:very )?(?:small|mild|moderate|large|severe|massive|extensive)",
-              r"heart(?: size)? (?:is|remains|appears) large")
+              r"heart(?: size)? (?:is|remains|appears) large", r"(?:large|moderate|small|minor) (?:extent|degree)",
+              r"from (?:large|severe|moderate|small|mild)(?= to )")
 
 # %% ../../nbs/studies/findings.ipynb #244cc419
 _THAN_BEFORE = r"(?! (?:on|in|at|than) (?:the )?(?:left|right))"      # "larger on the right" is said of two sides, not of two dates
-_PARTLY = (r"(?:almost|all but|near(?:ly)?|largely|mostly|partial(?:ly)?|incomplete(?:ly)?|"
-           r"not (?:yet )?(?:completely|fully|entirely))(?:[ -](?:complete(?:ly)?|total|interval))*")
+_PARTLY = (r"(?:almost|all but|near(?:ly)?|largely|mostly|mainly|partial(?:ly)?|incomplete(?:ly)?|considerab(?:ly|le)|"
+           r"(?:virtual|practical|essential|substantial|significant)(?:ly)?|"
+           r"(?:(?:not|never|fail(?:s|ed)? to)(?: yet)?|yet to) (?:quite|completely|fully|entirely))"
+           r"(?:[ -](?:complete(?:ly)?|total(?:ly)?|entire(?:ly)?|full(?:y)?|interval))*")
 ATTRIBUTE_WORDS |= {
     "change": {"new": (r"new(?:ly)?", r"interval (?:development|placement|appearance|insertion)", r"(?:has|have) (?:developed|appeared)",
                        r"not (?:previously )?(?:seen|present) (?:previously|before|on (?:the )?prior)",
                        r"(?:has|have|was|were) (?:been )?(?:placed|inserted)", r"placement(?! (?:is|are|in|of))", r"placed(?=\W*$)"),
-               "resolved": (r"resol(?:ved|ution)", r"no longer", r"(?:(?:has|have) (?:completely )?)?cleared",
-                            r"remov(?:ed|al(?: of)?)", r"(?:interval|complete) clearing", r"no residual", r"(?:ha[sd]|have|is|are) (?:now )?gone",
-                            r"disappear(?:ed|ance)", r"vanished", r"extubat\w+",
+               "resolved": (r"resol(?:ved|ution)", r"no longer(?! (?:very |as )?(?:small|mild|moderate|large|severe|massive|extensive)\b)",
+                            r"(?:(?:has|have) (?:completely )?)?cleared",
+                            r"remov(?:ed|al(?: of)?)", r"(?:interval|complete) clearing", r"no residual",
+                            r"(?:ha[sd]|have|is|are) (?:now )?gone(?! (?:from|up|down))",
+                            r"disappear(?:ed|ance)", r"vanished", r"went away", r"explanted", r"d/?c['’]?e?d", r"extubat\w+",
                             r"(?:withdrawn|pulled|taken out|discontinued)(?!(?: back)?(?: by)?(?: about| approximately)? \d)",
-                            r"(?:is|are|now|come) out(?! of)"),
+                            r"(?:is|are|now|come) out(?! of)", r"(?:tubes?|lines?|picc|drain) out(?=\W*$)"),
                "larger": (r"increas(?:e[ds]?|ing)", r"worsen(?:ed|ing)", rf"(?:worse|larger|bigger){_THAN_BEFORE}", r"progress(?:ed|ion|ive)",
-                          r"enlarging", r"(?:has|have) enlarged", rf"more (?:prominent|extensive|conspicuous){_THAN_BEFORE}", r"has grown"),
-               "smaller": (r"decreas(?:e[ds]?|ing)", r"improv(?:e[ds]?|ing|ement)", rf"smaller{_THAN_BEFORE}",
-                           rf"less(?: (?:prominent|extensive|conspicuous))?{_THAN_BEFORE}(?! likely)", r"reduced",
+                          r"enlarging", r"(?:has|have) enlarged", rf"more (?:prominent|extensive|conspicuous){_THAN_BEFORE}", r"has grown",
+                          r"(?:doubled|tripled)(?: in size)?", r"from (?:trace|tiny|small|mild|minimal) to (?:moderate|large|severe)"),
+               "smaller": (r"(?:improv|decreas)(?:ed|ing) but persist\w+",
+                           r"decreas(?:e[ds]?|ing)", r"improv(?:e[ds]?|ing|ement)", rf"smaller{_THAN_BEFORE}",
+                           rf"less(?: (?:prominent|extensive|conspicuous))?{_THAN_BEFORE}(?! (?:likely|probable|well|optimal|than (?:an? |one |\d)))",
+                           r"reduced", r"from (?:large|severe|moderate) to (?:moderate|small|mild|minimal|trace|tiny)",
                            r"diminish(?:ed|ing)", r"resolving", r"(?:is|are) clearing",
-                           rf"{_PARTLY} (?:resol(?:ved?|ution)|clear(?:ed|ing)|gone|disappeared)"),
+                           rf"{_PARTLY} (?:resol(?:ved?|ution)|clear(?:ed|ing)?|gone|disappeared)",
+                           r"(?:not|never|yet to|fail(?:s|ed)? to)(?: yet)? (?:resolve|clear)(?:e?d)? (?:completely|fully|entirely)",
+                           r"resolved (?:for the most part|in (?:large )?part|to a (?:large|great) (?:extent|degree))",
+                           r"resolution of(?: [\w-]+){1,6} (?:is|was|remains) (?:still )?(?:incomplete|partial|not (?:yet )?complete)"),
                "unchanged": (r"unchanged", r"stable", r"persist(?:s|ent|ing)?", r"again", r"similar",
-                             r"redemonstrat\w+", r"as before", r"remains?",
+                             r"redemonstrat\w+", r"as before", r"un(?:resolved|resolving)", r"non-?resolving",
+                             r"no (?:larger|smaller|bigger|worse|better)(?! than \d)",
+                             r"remains?(?! (?:in the differential|(?:a |un)?(?:likely|possib|concern|consideration|clear|certain)))",
                              r"no(?:t)?(?: \w+){0,2}? change[ds]?", _NO_CHANGE, _NOT_CHANGED)}}
 
 # %% ../../nbs/studies/findings.ipynb #dfa5a922
 _ATTRIBUTES = {a: _compiled(words) for a, words in ATTRIBUTE_WORDS.items()}
 _ATTRIBUTES["severity"][""] = phrases(NOT_A_SIZE)
+_ATTRIBUTES["change"][""] = phrases((r"(?:silhouette|size|heart) is(?: \w+)? increased",))     # it is large, and not larger
 _ENDOTRACHEAL = _compiled(ENDOTRACHEAL_ZONES)
 
 def _nearest_value(words: Mapping[str, re.Pattern], text: str, start: int, end: int) -> str:
@@ -386,7 +422,7 @@ NORMAL_SUBJECTS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("cardiomegaly",): (r"heart", r"cardiac(?: silhouette| size| contours?)?", r"cardio\w+"),
     ("enlarged_mediastinum",): (r"mediastin\w+", r"cardio-?mediastin\w+"),
     ("consolidation", "opacity"): (r"lungs?(?: fields?)?", r"lung parenchyma", r"air ?-?spaces?"),
-    ("effusion",): (r"pleural (?:spaces?|surfaces?)", r"costophrenic (?:angles?|sulci)"),
+    ("effusion",): (r"pleural (?:spaces?|surfaces?)", r"(?:costophrenic|cp) (?:angles?|sulc(?:us|i)|recess(?:es)?)"),
     ("oedema",): (r"(?:pulmonary )?vascular\w*", r"pulmonary vessels")}
 NORMAL_WORDS = (r"normal", r"unremarkable", r"clear", r"(?:has|have) cleared", r"sharp", r"preserved", r"not (?:\w+ )?enlarged",
                 r"within (?:normal )?limits")
@@ -412,7 +448,9 @@ class Statement:
 
 # %% ../../nbs/studies/findings.ipynb #a17co6
 REACH = 400
-_VALUE = re.compile(r"[:=]|\s[-–—]\s")
+_VALUE = re.compile(r"[:=|]|\s[-–—]+\s")
+_TOLD = re.compile(r"\b(?:unchanged|stable|again|persists?|(?:has |have )?(?:increas|decreas|improv|worsen|resolv|clear)ed|larger|smaller|removed|"
+                   r"in (?:(?:\w+ )?place|(?:\w+ )?position|situ)|tips? (?:in|at|over|projects?|terminates?|overl\w+)\b.*)\W*$", re.I)
 _SUBJECT = phrases(p for names in NORMAL_SUBJECTS.values() for p in names)
 _DOUBT = phrases(CUES["doubts_after"] + CUES["favours_after"])
 _CAST = phrases(CUES["denies_after"] + CUES["doubts_after"] + CUES["favours_after"] + NOT_NOW)
@@ -423,6 +461,7 @@ def _starts_anew(left: str, right: str, rest: str, named_left: bool, named_right
     if opener and opener["cue"]: return True
     if named_right and _VALUE.search(left) and _VALUE.search(right): return True
     if opener and named_left and named_right and not _OR.search(rest) and not _DOUBT.search(left): return True
+    if named_left and named_right and not _OR.search(rest) and _CUES["denies_after"].search(left) and _TOLD.search(right): return True
     if not named_right and not _SUBJECT.search(right): return False
     if _SAYS_MORE.search(right) and _CAST.search(left): return True
     return bool(_VERB.search(left) and (_VERB.search(right) or _NORMAL.search(right)))
@@ -459,7 +498,7 @@ def _clauses(sentence: str, named: list[tuple[int, int, str]]) -> list[tuple[int
     for a, b in _spans(cuts, sentence): cuts.update(a + c for c in _own_clauses(sentence[a:b], [(s - a, e - a, k) for s, e, k in about(a, b)]))
     for a, b in _spans(cuts, sentence):
         if a and not about(a, b) and sentence.startswith("which", a): cuts.discard(a)
-        lead_in = not a and _LEAD_IN.fullmatch(sentence, a, b) and not _ADVICE.match(sentence, b)
+        lead_in = not a and _LEAD_IN.fullmatch(sentence, a, b) and not _ADVICE.match(sentence, b) and not sentence.startswith("but", b)
         if not about(a, b) and (lead_in or _HALF.search(sentence, a, b)): cuts.discard(b)
     return [(a, b) for a, b in _spans(cuts, sentence) if sentence[a:b].strip()]
 
@@ -477,8 +516,10 @@ def _own_words(clause: str, named: list[tuple[int, int, str]], i: int) -> tuple[
 
 # %% ../../nbs/studies/findings.ipynb #a17st1
 _ONCE = phrases((r"previously (?:seen|noted|described|identified|demonstrated)",))
-_OR_AFTER = re.compile(r"(?:,? (?:and/)?or\b| (?:(?!and\b)[\w-]+ ){0,5}?(?:vs\.?|versus)\b(?! (?:the )?(?:prior|previous)))", re.I)
-_OR_BEFORE = re.compile(r"(?:\b(?:(?:and/)?or|vs\.?|versus) )(?:[\w-]+ ){0,3}$", re.I)
+_NEITHER_CHANGED = re.compile(r"\bneither (?:[\w-]+ ){1,3}(?:has|have) (?:\w+ )?changed\b", re.I)
+_CLEARED = re.compile(r"\b(?:has|have)(?: \w+)? cleared\b", re.I)
+_OR_AFTER = re.compile(r"(?:,? (?:and/)?or\b| (?:(?!and\b)[\w-]+ ){0,5}?(?:vs?\.|vs|versus)(?!\w)(?! (?:the )?(?:prior|previous)))", re.I)
+_OR_BEFORE = re.compile(r"(?:\b(?:(?:and/)?or|vs?\.|vs|versus) )(?:[\w-]+ ){0,3}$", re.I)
 _LABEL = re.compile(r"\W*[:=]")
 _NOT_ASSESSED = re.compile(r"[^,]{0,12}\b(?:not (?:applicable|assessed|evaluated|included|assessable)|"
                            r"(?:cannot|can not) be (?:assessed|evaluated|determined)|n/a)\b", re.I)
@@ -523,7 +564,7 @@ def _shared_change(clause: str, named: list[tuple[int, int, str]], i: int) -> st
 def _clause_statements(clause: str, named: list[tuple[int, int, str]]) -> list[tuple[Finding, int, int, bool]]:
     "Findings of one clause, their place in it, and whether they are favoured."
     if _ADVICE.match(clause): return []
-    denied = [k for k in denied_by_normality(clause) if k not in {m[2] for m in named}]
+    denied = [k for k in denied_by_normality(clause) if not named or not _CLEARED.search(clause) and k not in {m[2] for m in named}]
     statements_here = [(Finding(k, certainty="absent"), 0, len(clause), False) for k in denied]
     for i, (start, end, kind) in enumerate(named):
         if _LABEL.match(clause, end) and kind in {m[2] for m in named[i + 1:i + 9]} or _NOT_ASSESSED.match(clause, end): continue
@@ -533,6 +574,7 @@ def _clause_statements(clause: str, named: list[tuple[int, int, str]]) -> list[t
         before, after = clause[max(start - REACH, 0):start], clause[end:end + REACH]
         standing = _standing(before, after, clause[start:end])
         if standing == "absent" and _ONCE.search(before): about["change"] = "resolved"
+        if standing == "absent" and _NEITHER_CHANGED.search(clause): standing, about["change"] = "present", "unchanged"
         if about["change"] == "resolved": standing = "present"
         if standing == "present" and _alternative(before, after): standing = "favoured"
         if standing == "absent": about = dict.fromkeys(about, "")

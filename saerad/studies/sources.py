@@ -199,10 +199,12 @@ def _mapping(columns: Mapping[str, str], header: Iterable[str], path: Path) -> d
     for needed in ("study", "patient"):
         if needed not in used:
             raise UserError(f"{path} has no column {needed!r}; name the one to use in studies.columns.")
-    return used
+    if used.keys() & {"findings", "impression", "image", "lateral"}: return used
+    raise UserError(f"{path} has no reports and no images: there is no column 'findings' or 'image'; {_near('findings', header)}")
 
 # %% ../../nbs/studies/sources.ipynb #5937df1b
-_NOTHING = {"", "nan", "none", "null", "nat", "na", "n/a", "<na>", "#n/a", "nil"}    # what tools write into an empty cell
+_EMPTY = {"nan", "nat", "<na>", "#n/a", "null"}    # what tools write into an empty cell, and nobody into a report
+_NOTHING = _EMPTY | {"", "none", "na", "n/a", "nil"}                # and no id, order or image
 
 def _identity(value: str, what: str, where: str) -> str:
     "An id as its owner wrote it: `123.0` was 123, and what stands for nothing is ''; raises `UserError` for a number that has lost digits."
@@ -250,6 +252,7 @@ def _table_view(name: str, folder: Path) -> View:
 # %% ../../nbs/studies/sources.ipynb #f696a540
 def _table_draft(where: str, row: dict[str, str], folder: Path) -> Draft:
     "One row, keyed by our names, as a draft."
+    row = {name: "" if value.lower() in (_NOTHING if name in ("image", "lateral", "split") else _EMPTY) else value for name, value in row.items()}
     images = {"frontal": row.get("image", ""), "lateral": row.get("lateral", "")}
     views = {view: _table_view(image, folder) for view, image in images.items() if image}
     parts = {name: row[name] for name in (*SECTIONS, "impression") if name in row}
@@ -293,21 +296,22 @@ _HEADING = re.compile(rf"""^\ *(?: (?P<known>(?i:{_KNOWN})) \ *:                
                               | (?P<alone>{_KNOWN.upper()}) \ *$                              # alone on its line
                               | (?P<capitals>[A-Z][A-Z](?:[A-Z0-9 ()/,&.'_-]|:(?=\d)){{1,80}}?) \ *: (?!\d)   # anything in capitals; 5:13 is a time
                               | (?P<plain>[A-Za-z](?:[A-Za-z0-9 ,/_-]|:(?=\d)){{2,60}}?) \ *: (?!\d)    # a title of views may be in small letters
-                              | (?P<addendum>(?i:addendum)\b) )""", re.MULTILINE | re.VERBOSE)
+                              | [*\ -]*(?P<addendum>(?i:addendum)\b) )""", re.MULTILINE | re.VERBOSE)
 
 # %% ../../nbs/studies/sources.ipynb #26aa293f
 _ENDS = re.compile(r"recommend|notif|addend|wet ?read|exam|dictat|signed|transcri|\bdate\b|\bpfi\b|communicat|critical|attest")
 _ORGANS = re.compile(r"\b(lungs?|pleura\w*|heart|cardi\w*|mediastin\w*|hil(a|um|ar)|bon(e|es|y)|osseous|skelet\w*|soft tissues?|diaphragm\w*|abdomen|"
                      r"airways?|tubes?|lines?|catheters?|devices?|hardware|vascul\w*|spine|ett?|ngt?|picc|lower neck|chest wall)\b")
 _OF_VIEWS = set("chest cxr pa ap lateral lat frontal portable upright erect supine semi semi-upright semiupright decubitus oblique rib ribs view "
-                "views radiograph radiographs radiography x-ray x-rays xray film films bedside".split())
-_AROUND_VIEWS = set("and of the a an with single one two three four at on am pm a.m. p.m. or in for study".split())
+                "two-view one-view views radiograph radiographs radiography x-ray x-rays xray film films bedside".split())
+_AROUND_VIEWS = set("and of the a an with single one two three four at on am pm a.m. p.m. or in for study "
+                    "performed obtained taken dated date with comparison to".split())
 
 # %% ../../nbs/studies/sources.ipynb #c773974d
 def _is_title(words: str) -> bool:
     "Whether some words in small letters only name views, times and dates."
     said = [w for w in re.split(r"[\s,()&/]+", words) if w and not re.fullmatch(r"[\d_:.]+", w)]
-    return bool(_OF_VIEWS & set(said)) and all(w in _OF_VIEWS | _AROUND_VIEWS for w in said)
+    return bool(_OF_VIEWS & set(said)) and said[0] != "comparison" and all(w in _OF_VIEWS | _AROUND_VIEWS for w in said)
 
 # %% ../../nbs/studies/sources.ipynb #f7844657
 @lru_cache(4096)
@@ -364,7 +368,7 @@ def read_report(text: str) -> dict[str, str]:
     What stands before the words "FINAL REPORT" is left out; of several finals the last that has a section counts. Organs and views may stand for
     the heading of findings. The collection's own parser: github.com/MIT-LCP/mimic-cxr, txt/section_parser.py (Johnson et al. 2019).
     """
-    before, *finals = re.split(r"FINAL REPORT|(?im:^ *final report *$)", _tidied(text))
+    before, *finals = re.split(r"FINAL REPORT(?! *[a-z])|(?im:^ *final report *$)", _tidied(text))
     sections: dict[str, str] = {}
     added = {part for part in finals or [before] if re.match(r"\s*addendum", part, re.IGNORECASE)}
     for part in finals or [before]: sections = _cut(part) | sections if part in added else sections | _cut(part)

@@ -180,13 +180,22 @@ def test_a_language_model_judges_once_and_is_asked_again_when_it_babbles(tmp_pat
         assert "nodule" in server.bodies[0]["messages"][1]["content"]
 
 
+def test_a_language_model_is_not_asked_whether_a_text_is_unchanged(tmp_path):
+    same = [("No evidence of effusion. " * 9, "No evidence of effusion.\n" * 9, target_of("effusion")), ("", " ", target_of("nodule"))]
+    with JudgeServer(lambda n, body: (200, {}, completion('{"outcome": "degenerate", "direction": 0}'))) as server:
+        with LanguageJudge(cfg(server), Ledger(tmp_path / "l"), True) as one:
+            assert [v.outcome for v in one.judge([same[0], PAIR, same[1], PAIR])] == ["unchanged", "degenerate", "unchanged", "degenerate"]
+            assert len(server.bodies) == 1 and one.judge(same) == [one.judge(same)[0]] * 2
+    assert judging_estimate([*same, PAIR], EndpointConfig())["calls"] == 1 and judging_estimate(same, EndpointConfig())["tokens_in"] == 0
+
+
 def test_a_judge_that_cannot_be_read_gives_no_verdict_and_a_reason(tmp_path):
     with JudgeServer(lambda n, body: (200, {}, completion("good!"))) as server, LanguageJudge(cfg(server), Ledger(tmp_path / "l"), True) as one:
         assert vars(one.judge([PAIR])[0]) == {"outcome": None, "direction": None, "why": "parse failure"}
 
 
 def test_an_endpoint_that_fails_leaves_the_judging_unfinished_and_is_asked_for_the_rest(tmp_path):
-    pairs = [("Effusion.", "Effusion." + " Nodule." * i, target_of("nodule")) for i in range(8)]
+    pairs = [("Effusion.", "Effusion." + " Nodule." * i, target_of("nodule")) for i in range(1, 9)]
     with JudgeServer(lambda n, body: (500, {}, "oops") if n == 5 else None) as server:
         with pytest.raises(UserError, match=r"failed \(HTTP 500\), so 1 pairs have no verdict.*steering.endpoint.max_failed"):
             with LanguageJudge(cfg(server, attempts=1, concurrency=1), Ledger(tmp_path / "l"), True) as one: one.judge(pairs)
@@ -211,7 +220,7 @@ def test_what_became_of_the_verdicts_is_counted():
     told = pd.DataFrame({"judge": ["rules", "openai", "openai"], "outcome": ["mixed", "mixed", None], "why": ["", "", "cut off"]})
     assert unanswered_verdicts(told) == {"verdicts": 2, "unanswered_verdicts": 1, "why": {"cut off": 1}}
     assert unanswered_verdicts(told[told.judge == "rules"])["verdicts"] is None
-    needed = judging_estimate([PAIR] * 10, EndpointConfig(price_in=1.0, price_out=1.0))
+    needed = judging_estimate([(PAIR[0], PAIR[1] * i, PAIR[2]) for i in range(1, 11)], EndpointConfig(price_in=1.0, price_out=1.0))
     assert needed["calls"] == 10 and needed["tokens_in"] > 1000 and needed["cost"] == round((needed["tokens_in"] + needed["tokens_out"]) / 1e6, 2)
 
 

@@ -441,8 +441,11 @@ def test_a_judge_that_says_nothing_is_counted_and_told(run, source, subject, sae
         cfg = CFG.model_copy(update={"judges": ("rules", "openai"), "endpoint": EndpointConfig(base_url=server.url, model="judge")})
         steer(source, subject, sae, SAID, cfg, 0, tmp_path, layer=4)
     told, said = read_json(tmp_path / "steering.json"), capsys.readouterr().out
-    assert told["unanswered_verdicts"] == told["verdicts"] > 0 and told["why"] == {"parse failure": told["verdicts"]}
-    assert f"no verdict on {told['verdicts']} of {told['verdicts']} pairs" in said and "pairs to judge, about" in said
+    silent, pairs = told["unanswered_verdicts"], read_table(tmp_path / "generations.parquet").to_pylist()
+    changed = {i for i, p in enumerate(pairs) if p["baseline"].split() != p["steered"].split()}          # nobody is asked about the others
+    assert silent == sum(g in changed for g in read_table(tmp_path / "judgements.parquet")["generation"].to_pylist()) > 0
+    assert told["why"] == {"parse failure": silent}
+    assert f"no verdict on {silent} of {told['verdicts']} pairs" in said and "pairs to judge, about" in said
 
 
 def test_a_judge_that_fails_is_named_and_the_rest_is_kept(run, source, subject, sae, tmp_path):

@@ -304,6 +304,14 @@ def test_words_for_nothing_are_no_id(tmp_path, word, column, message):
         open_table(table(tmp_path, [dict(study="a", patient="p", findings="A.") | {column: word}]))
 
 
+@pytest.mark.parametrize("word", ["nan", "NaN", "NULL", "<NA>", "NaT", "#N/A"])
+def test_words_for_nothing_are_no_report_and_no_film(tmp_path, word):
+    rows = [dict(study="a", patient="p", findings=word), dict(study="b", patient="q", findings="B.", image=word, split=word, technique=word)]
+    source = open_table(table(tmp_path, [*rows, dict(study="c", patient="r", findings="C.", comparison="None")]))
+    assert [(p.kind, p.where) for p in source.problems] == [("empty report", "a")]
+    assert source["b"].sections == {"findings": "B."} and not source["b"].views and source["c"].sections["comparison"] == "None"
+
+
 @pytest.mark.parametrize(
     "patients, message",
     [
@@ -497,6 +505,7 @@ def test_text_of_a_table_leaves_only_when_the_config_says_so(tmp_path):
             dict(columns={"finding": "findings"}),
             "did you mean 'findings'",
         ),
+        ([dict(study="a", patient="p", Findings="x")], {}, "no reports and no images.*did you mean 'Findings'"),
         ([dict(study="a", patient="p", order="soon", findings="x")], {}, "order 'soon'"),
         ([dict(study="a", patient="p", findings=" ")], {}, r"no study that can be used \(empty report: 1\)"),
         ([], {}, "no rows"),
@@ -785,6 +794,12 @@ def test_sections_of_reports(report, expected):
         (" PA AND LATERAL VIEWS OF THE CHEST:\n The lungs are clear.\n\n IMPRESSION:  Normal.", "The lungs are clear."),
         (" AP CHEST, 5:13 A.M., ___:  The lungs are clear.", "The lungs are clear."),
         ("Chest, two views: The lungs are clear.", "The lungs are clear."),
+        (" TWO-VIEW CHEST:  The lungs are clear.", "The lungs are clear."),
+        (" UPRIGHT PA CHEST WITH COMPARISON TO ___:  The lungs are clear.", "The lungs are clear."),
+        (" CHEST RADIOGRAPH PERFORMED ON ___ AT 5:13:  The lungs are clear.", "The lungs are clear."),
+        (" FINAL REPORT\n COMPARISON CHEST RADIOGRAPH:  ___.\n IMPRESSION:  Normal.", None),
+        (" FINDINGS:  As in the FINAL REPORT of ___.\n Clear.", "As in the FINAL REPORT of ___. Clear."),
+        (" FINDINGS:  Clear.\n\n **** ADDENDUM ****\n Also a nodule.", "Clear."),
         (" CHEST, PA AND LATERAL:  ___.\n\n FINDINGS:  Small effusion.", "Small effusion."),
         (" PORTABLE CHEST:  AP view at 5:13 a.m.\n IMPRESSION:  Edema.", None),
         (" TECHNIQUE:  Chest, PA and lateral.\n\n FINDINGS:  Clear.\n CHEST TUBE:  Removed.", "Clear. CHEST TUBE: Removed."),
