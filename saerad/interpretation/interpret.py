@@ -587,9 +587,9 @@ def asked_rows(table: Exemplars, cfg: InterpretationConfig, seed: int, source: S
 def _asking(interpreter: Interpreter, needed: Mapping[str, Any], ledger: Ledger, cfg: InterpretationConfig, what: str) -> Iterator[None]:
     "Around the questions of a run: how long it takes, how it is stopped, and that everything was asked."
     endpoint = getattr(interpreter, "endpoint", None)
-    if endpoint: endpoint.expected = needed["calls"] - len(ledger)
+    if endpoint: endpoint.expected = needed["calls"]
     with stoppable(endpoint): yield
-    if endpoint: ledger.note(replay_note(cfg, what), "every question of a run was asked")
+    if endpoint and not endpoint.missing: ledger.note(replay_note(cfg, what), "every question of a run was asked")
 
 def replay_note(cfg: InterpretationConfig, what: str = "features") -> str:
     """Where a ledger notes that all questions of this config were asked: under what they depend on, and not under how they were asked."""
@@ -654,6 +654,7 @@ def _all_rows(table: Exemplars, cfg: InterpretationConfig, seed: int, interprete
         list(_feature_rows(table, cfg, seed, interpreter))
         if not interpreter.endpoint.waiting or not interpreter.endpoint.submit_batch(): break
         interpreter.endpoint.waiting.clear()
+    if isinstance(interpreter, LanguageModel): interpreter.endpoint.missing = 0      # what waited for the batch
     rows = list(_feature_rows(table, cfg, seed, interpreter))
     for row, group in zip(rows, repeated_explanations([r["explanation"] for r in rows]), strict=True): row["group"] = group
     return rows
