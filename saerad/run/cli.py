@@ -32,7 +32,7 @@ from ..interpretation.interpret import checked_estimate, estimate_cost, format_e
 from .checks import check, model_shape
 from .code import PACKAGE
 from .config import Config, changed, explain_validation, load_config, validated, with_settings
-from .stages import STAGES, locked, news, peak_memory, run_config, wanted_inputs
+from .stages import STAGES, locked, news, peak_memory, replaced, run_config, wanted_inputs
 from ..sae.model import MatryoshkaSAE
 from ..sae.sweep import combinations
 from ..show.run_folder import Run
@@ -61,8 +61,9 @@ def run_until(config: Path, settings: list[str] | None, out: Path | None, first:
     out = folder_for(out or Path(cfg.out))
     if check_only:
         run = Run(out, cfg)
-        check(run)
-        for line in news(run, wanted_inputs(run, keep or [])): print(line)
+        wanted = wanted_inputs(run, keep or [])
+        check(run, replaced=replaced(run, wanted))
+        for line in news(run, wanted): print(line)
         print(f"{config}: nothing stands in the way; the run would be in {out}")
         return
     summary = run_config(cfg, out, first, last, keep=keep or [])

@@ -66,6 +66,8 @@ def test_check_does_nothing(saerad, tmp_path):
     (["interpretation.interpreter=openai", "interpretation.base_url=https://api.example.org/v1", "interpretation.api_key_env=NOT_SET_HERE"],
      ["NOT_SET_HERE", "api.example.org"]),
     (["interpretation.descriptions=nowhere/theirs.csv"], ["nowhere/theirs.csv", "interpretation.descriptions"]),
+    (["interpretation.features=[3, 99999]"], ["interpretation.features", "feature 99999", "0 to 1023"]),
+    (["interpretation.features=level:9"], ["interpretation.features", "level:9", "levels 0 to 4"]),
     (["interpretation.budget=1"], ["interpretation.budget", "price_in"]),
     (["--from", "nothing"], ["nothing", "extract"]),
     (["--keep", "nothing"], ["--keep nothing", "extract"]),
