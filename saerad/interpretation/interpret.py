@@ -102,8 +102,9 @@ class InterpretationConfig(EndpointConfig):
     @model_validator(mode="before")
     @classmethod
     def _small_model(cls, values: dict[str, Any]) -> dict[str, Any]:
-        local = values.get("interpreter") == "local" and values.get("model", cls.model_fields["model"].default) == cls.model_fields["model"].default
-        return values | {"model": PACKAGED} if local else values
+        if values.get("interpreter") != "local": return values
+        named = values.get("model", cls.model_fields["model"].default) != cls.model_fields["model"].default
+        return {"most_tokens": 1000} | values | ({} if named else {"model": PACKAGED})      # whoever has not ended by then never will
 
     @field_validator("features")
     @classmethod
@@ -345,8 +346,9 @@ class Local:
     def explain_all(self, some: Sequence[FeatureContexts]) -> list[Explanation]:
         """Explanations of some features, written in one batch."""
         prompts = [[m | {"content": m["content"].partition("End with one line")[0].strip()} for m in explain_prompt(f, self.protocol)] for f in some]
-        replies = self.model.write(prompts, self.cfg.explain_tokens, BEGINS)
-        return [Explanation(f.feature, r.text.removeprefix(BEGINS).strip(), r.refusal) for f, r in zip(some, replies, strict=True)]
+        replies = self.model.write(prompts, self.cfg.explain_tokens, BEGINS, self.cfg.most_tokens)
+        return [Explanation(f.feature, "" if r.cut else r.text.removeprefix(BEGINS).strip(), CUT_OFF if r.cut else r.refusal)
+                for f, r in zip(some, replies, strict=True)]
 
     def detect(self, explanation: Explanation, contexts: Sequence[Context], troubles: Counter[str], images: bool = False) -> Predictions:
         excerpts, judge = [unmarked(c, self.protocol) for c in contexts], self._fit if self.cfg.judge_by == "fit" else self._answer
