@@ -120,7 +120,7 @@ def check_features(run: Run, width: int) -> None:
     table = read_table(path).to_pandas() if path.exists() else None
     if table is None or len(table) != width:
         if " by " in choice: return
-        levels = np.minimum(range(width), len(cfg.sae.group_fractions) - 1)
+        levels = np.repeat(range(len(cfg.sae.group_fractions)), cfg.sae.group_sizes(width // cfg.sae.expansion))
         table = pd.DataFrame({"feature": range(width), "status": "ok", "level": levels, "density": 0.0})
     choose_features(table, choice, cfg.seed)
 

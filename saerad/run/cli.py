@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from huggingface_hub.utils import logging as hub_logging
 from pydantic import ValidationError
@@ -144,8 +145,12 @@ def estimate_of(run: Run) -> str:
     """What interpreting would need and cost: from the run's exemplars, or, before there are any, as if every feature had all its contexts."""
     cfg, made = run.config.interpretation, run / "exemplars/features.parquet"
     if made.exists(): return format_estimate(checked_estimate(Exemplars(run / "exemplars"), cfg), cfg)
-    table, some = planned_exemplars(run.config.sae.expansion * stream_width(run.config), run.config.exemplars)
-    return format_estimate(estimate_cost(table, cfg, some), cfg) + "; all features counted, for there are no exemplars yet"
+    sae, d = run.config.sae, stream_width(run.config)
+    table, some = planned_exemplars(sae.expansion * d, run.config.exemplars)
+    table["level"] = np.repeat(range(len(sae.group_fractions)), sae.group_sizes(d))
+    if isinstance(cfg.features, str): cfg = cfg.model_copy(update={"features": cfg.features.partition(" by ")[0]})     # N of them, whichever
+    which = "all features" if cfg.features == "all" else "all of them"
+    return f"{format_estimate(estimate_cost(table, cfg, some), cfg)}; {which} counted, for there are no exemplars yet"
 
 def stream_width(config: Config) -> int:
     "Width of the residual stream; MAIRA-2's is known without its gated files."

@@ -300,6 +300,14 @@ def test_an_estimate_needs_neither_data_nor_hub(saerad, tmp_path, monkeypatch):
     assert code == 0 and number(ours) < number(out) / 2
 
 
+def test_the_estimate_counts_what_was_chosen_before_there_is_anything(saerad, tmp_path):
+    for choice, count in (("all", 1024), ("sample:20", 20), ("top:30 by max", 30), ("level:0", 64), ("level:4", 512), ("[3, 5]", 2)):
+        code, out, _ = saerad("interpret", CONFIGS / "phantom.yaml", *ASKED, f"interpretation.features={choice}", "--estimate", "--out", tmp_path)
+        assert code == 0 and f" {count:,} features" in out and ("all features counted" in out) == (choice == "all"), out
+    code, _, err = saerad("interpret", CONFIGS / "phantom.yaml", *ASKED, "interpretation.features=level:9", "--estimate", "--out", tmp_path)
+    assert code == 2 and "levels 0 to 4" in err
+
+
 def test_an_unknown_protocol_is_named_before_anything_starts(saerad, tmp_path):
     code, _, err = saerad("run", CONFIGS / "phantom.yaml", "interpretation.protocol=papr", "--check", "--out", tmp_path / "run")
     assert code == 2 and "must be one of paper, saerad" in err
