@@ -23,7 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -75,8 +75,9 @@ class EndpointConfig(Section):
 # %% ../../nbs/interpretation/endpoint.ipynb #33da4c92
 def host_of(base_url: str) -> str:
     """Host of an endpoint; raises `UserError` for what is no http(s) address or holds a password."""
-    try: parts = urlsplit(base_url)
-    except ValueError: parts = urlsplit("")
+    parts = urlsplit("")
+    with suppress(ValueError):      # of a host in brackets that do not close, or a port that is none
+        if (named := urlsplit(base_url)).port != 0: parts = named
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"interpretation.base_url is {base_url!r}; give an address such as http://127.0.0.1:8000/v1.")
     if parts.username or parts.password:
@@ -571,9 +572,9 @@ def models_at(cfg: EndpointConfig, base_url: str, timeout: float = 10.0) -> list
 # %% ../../nbs/interpretation/endpoint.ipynb #9186d298
 def check_endpoint_answers(cfg: EndpointConfig) -> None:
     """Raises `UserError` when nobody answers at an endpoint, or it refuses the key, or its path lacks the /v1."""
+    host, url, base = host_of(cfg.base_url), urlsplit(cfg.base_url), cfg.base_url.rstrip("/")
     key_of(cfg)
-    url, base = urlsplit(cfg.base_url), cfg.base_url.rstrip("/")
-    try: socket.create_connection((host_of(cfg.base_url), url.port or (443 if url.scheme == "https" else 80)), timeout=10).close()
+    try: socket.create_connection((host, url.port or (443 if url.scheme == "https" else 80)), timeout=10).close()
     except OSError as e:
         raise UserError(f"interpretation.base_url {cfg.base_url} does not answer ({e.strerror or e}); start that server, or name another.") from e
     if cfg.api == "azure" or models_at(cfg, base) is not None or base.endswith("/v1"): return

@@ -154,6 +154,12 @@ def test_an_endpoint_is_looked_at_before_work_starts(monkeypatch):
     with pytest.raises(UserError, match="does not answer"): check_endpoint_answers(EndpointConfig(base_url="http://127.0.0.1:9/v1"))
 
 
+@pytest.mark.parametrize("address", ["http://127.0.0.1:99999/v1", "http://127.0.0.1:port/v1", "http://[::1/v1", "http:///v1", "127.0.0.1:8000/v1"])
+def test_an_address_that_is_none_is_named(address, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with pytest.raises(UserError, match="give an address such as"): check_endpoint_answers(EndpointConfig(base_url=address))
+
+
 # one slot
 
 def test_one_slot_is_kept_busy_and_nothing_times_out(tmp_path):
