@@ -20,7 +20,7 @@ from ..activations.extraction import hookpoints, single_layer, stored_studies
 from ..core import UserError, read_json, read_table
 from ..interpretation.endpoint import all_answered, can_replay, check_destination, check_endpoint_answers
 from ..interpretation.interpret import check_settings, choose_features, replay_note
-from ..interpretation.local import find_model
+from ..interpretation.local import check_model
 from .config import Config
 from ..show.run_folder import Run
 from ..steering.judges import judges_of, steering_settings
@@ -132,7 +132,7 @@ def check_endpoint(run: Run, stages: Collection[str] | None = None, replaced: Co
     """
     cfg, steering = run.config.interpretation, run.config.steering
     check_settings(cfg)
-    if cfg.interpreter == "local": find_model(cfg.model)
+    if cfg.interpreter == "local": check_model(cfg.model)
     if cfg.interpreter == "openai":
         check_destination(cfg, run.source.may_leave)
         notes = [replay_note(cfg), *([replay_note(cfg, "groups")] if cfg.groups == "auto" else [])]

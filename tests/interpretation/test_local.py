@@ -106,10 +106,14 @@ def test_settings_say_what_cannot_be(tiny):
         check_settings(config(tiny, images=True))
 
 
-def test_a_run_is_refused_before_it_begins(tmp_path):
+def test_a_run_is_refused_before_it_begins(tmp_path, monkeypatch):
     from saerad.run.checks import check_endpoint
     run = SimpleNamespace(config=SimpleNamespace(interpretation=config(tmp_path / "nothing"), steering=None), source=OPEN)
     with pytest.raises(UserError, match="there is no model at"): check_endpoint(run)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    run.config.interpretation = config("someone/no-such-model")
+    with pytest.raises(UserError, match="interpretation.model someone/no-such-model is not a folder here and cannot be had from the hub"):
+        check_endpoint(run)
     run.config.interpretation = config(make_model(tmp_path / "mute", template=None))
     with pytest.raises(UserError, match="mute has no chat template"): check_endpoint(run)
 
