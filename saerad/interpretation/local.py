@@ -41,15 +41,16 @@ def find_model(name: str) -> Path | str:
     raise UserError(f"there is no model at {name}; name the folder of an instruct model, a GGUF file, or OWNER/NAME on the hub.")
 
 # %% ../../nbs/interpretation/local.ipynb #f58d8fb9
+MUTE = "{} has no chat template, so it cannot be asked anything; name an instruct model."
+
 def _checked_gguf(path: Path) -> Path:
-    "A GGUF file that is one, and can be read."
-    with open(path, "rb") as f: begins = f.read(4)
-    if begins != b"GGUF": raise UserError(f"{path} is no GGUF file; name one, or the folder of an instruct model.")
+    "A GGUF file that is one, of a model that can be asked something, and can be read."
+    with open(path, "rb") as f: begins = f.read(64 << 20)      # what it says of itself stands before the weights
+    if begins[:4] != b"GGUF": raise UserError(f"{path} is no GGUF file; name one, or the folder of an instruct model.")
     for package in ("gguf", "accelerate"):
         if find_spec(package) is None: raise UserError(f"to read {path} the package {package} is needed; install it with `pip install {package}`.")
+    if b"tokenizer.chat_template" not in begins: raise UserError(MUTE.format(path))
     return path
-
-MUTE = "{} has no chat template, so it cannot be asked anything; name an instruct model."
 
 def _checked_folder(path: Path) -> Path:
     "The folder of a model that can be asked something, as far as its small files tell."
@@ -76,11 +77,12 @@ def load_model(name: str) -> tuple[Any, Any]:
     place, gguf = (str(where.parent), {"gguf_file": where.name}) if one_file else (str(where), {})
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left", **gguf)
+        if not tokenizer.chat_template: raise UserError(MUTE.format(where))
         model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16 if card else torch.float32, **gguf)
+    except UserError: raise
     except Exception as e:  # transformers and the hub's client have a dozen kinds of refusal; for a user they come to one
         raise UserError(f"{where} cannot be opened as a language model ({type(e).__name__}: {str(e).splitlines()[0][:120]}); "
                         "name the folder of an instruct model, a GGUF file, or OWNER/NAME on the hub.") from e
-    if not tokenizer.chat_template: raise UserError(MUTE.format(where))
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return model.to("cuda" if card else "cpu").eval(), tokenizer
 

