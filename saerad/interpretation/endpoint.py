@@ -23,7 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -75,8 +75,9 @@ class EndpointConfig(Section):
 # %% ../../nbs/interpretation/endpoint.ipynb #33da4c92
 def host_of(base_url: str) -> str:
     """Host of an endpoint; raises `UserError` for what is no http(s) address or holds a password."""
-    try: parts = urlsplit(base_url)
-    except ValueError: parts = urlsplit("")
+    parts = urlsplit("")
+    with suppress(ValueError):      # of a host in brackets that do not close, or a port that is none
+        if (named := urlsplit(base_url)).port != 0: parts = named
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"interpretation.base_url is {base_url!r}; give an address such as http://127.0.0.1:8000/v1.")
     if parts.username or parts.password:
@@ -363,9 +364,9 @@ def _reply(completion: Any) -> Reply:
     choice, usage = completion.choices[0], completion.usage
     refusal = getattr(choice.message, "refusal", None) or ("content filter" if choice.finish_reason == "content_filter" else "")
     cached = getattr(getattr(usage, "prompt_tokens_details", None), "cached_tokens", 0) or 0
-    return Reply("" if refusal else message_text(choice.message), refusal, getattr(usage, "prompt_tokens", 0) or 0,
-                 getattr(usage, "completion_tokens", 0) or 0, cached, choice.finish_reason == "length" and not refusal,
-                 chances(getattr(choice.logprobs, "content", None)))
+    cut = choice.finish_reason == "length" and not refusal
+    return Reply("" if refusal else message_text(choice.message, ended=not cut), refusal, getattr(usage, "prompt_tokens", 0) or 0,
+                 getattr(usage, "completion_tokens", 0) or 0, cached, cut, chances(getattr(choice.logprobs, "content", None)))
 
 # %% ../../nbs/interpretation/endpoint.ipynb #3b9e07d1
 def key_of(cfg: EndpointConfig) -> str:
@@ -399,8 +400,9 @@ def words_of(error: openai.APIStatusError) -> str:
 OPTIONAL = {"item counts": r"m(?:in|ax)_?items", "response_format": r"response_?format|json_?schema|schema|grammar|structured",
             "logprobs": r"log_?probs?", "seed": r"\bseed\b", "temperature": r"temperature", "max_tokens": r"\bmax_tokens",
             "max_completion_tokens": r"max_completion_tokens"}
-_TOO_LONG = re.compile(r"context.{0,40}(?:length|size|window|limit)|exceeds?.{0,40}context|prompt is too long|too many tokens|input.{0,20}too long",
-                       re.I | re.S)
+_TOO_LONG = re.compile(r"context.{0,40}(?:length|size|window|limit)|exceeds?.{0,40}context|prompt is too long|too many tokens|input.{0,20}too long|"
+                       r"inputs?.{0,20}tokens.{0,30}must be|(?:token count|number of tokens|(?:sequence|input) length).{0,30}(?:exceeds|longer)|"
+                       r"reduce the length of the (?:messages|prompt|input)", re.I | re.S)
 
 def dressed(request: Mapping[str, Any], without: set[str]) -> dict[str, Any]:
     """A request as it is sent to a server that does without some of the fields."""
@@ -530,7 +532,7 @@ class Connection:
         "What to do about an HTTP status; raises `UserError` for a request that will never be accepted."
         where, status, words = self.cfg.base_url, error.status_code, words_of(error)
         if status in (401, 403): raise UserError(f"{where} refuses the key in {self.cfg.api_key_env} (HTTP {status}); set a valid one.") from error
-        if status in (400, 413, 422, 500) and _TOO_LONG.search(words): raise TooLong(TOO_LONG) from error
+        if status == 413 or (status in (400, 422, 500) and _TOO_LONG.search(f"{words} {error.code}")): raise TooLong(TOO_LONG) from error
         if status == 400 and "content" in str(error.code or ""): return "refusal", Reply(refusal="content filter")
         if status in (400, 404, 422, 500, 501):
             hopeless = status in (400, 422, 501) or (status == 500 and attempt >= 2)
@@ -570,9 +572,9 @@ def models_at(cfg: EndpointConfig, base_url: str, timeout: float = 10.0) -> list
 # %% ../../nbs/interpretation/endpoint.ipynb #9186d298
 def check_endpoint_answers(cfg: EndpointConfig) -> None:
     """Raises `UserError` when nobody answers at an endpoint, or it refuses the key, or its path lacks the /v1."""
+    host, url, base = host_of(cfg.base_url), urlsplit(cfg.base_url), cfg.base_url.rstrip("/")
     key_of(cfg)
-    url, base = urlsplit(cfg.base_url), cfg.base_url.rstrip("/")
-    try: socket.create_connection((host_of(cfg.base_url), url.port or (443 if url.scheme == "https" else 80)), timeout=10).close()
+    try: socket.create_connection((host, url.port or (443 if url.scheme == "https" else 80)), timeout=10).close()
     except OSError as e:
         raise UserError(f"interpretation.base_url {cfg.base_url} does not answer ({e.strerror or e}); start that server, or name another.") from e
     if cfg.api == "azure" or models_at(cfg, base) is not None or base.endswith("/v1"): return
@@ -628,6 +630,7 @@ class Endpoint(Connection):
         super().__init__(cfg, ledger, may_leave, say)
         self.waiting: dict[str, dict[str, Any]] = {}                    # questions that are kept for the batch
         self.spent, self.reserved = cost_of(ledger.tokens(), cfg), 0.0
+        self.missing = 0                                                # questions that have no answer in the ledger
         self.level = 0                                                  # which room is needed
         self.chatter = content_hash(cfg.base_url, cfg.model, "writes on after its answer")
         self.goes_on = ledger.noted(self.chatter) is not None
@@ -650,8 +653,10 @@ class Endpoint(Connection):
         request = self.request(messages, max_tokens, schema, sure)
         key = content_hash(self.cfg.base_url, request)
         known = self.ledger.get(key) or self.ledger.noted(key)
-        if known and known.refusal == TOO_LONG: raise TooLong(TOO_LONG)
-        if known: return known
+        if known:
+            with self.lock: self.expected -= not known.cut
+            if known.refusal == TOO_LONG: raise TooLong(TOO_LONG)
+            return known
         most = cost_of(Reply(tokens_in=tokens_in(messages, self.cfg), tokens_out=max_tokens), self.cfg)
         if self.cfg.batch: self._queue_for_batch(key, request, most)
         try: reply = self._within_budget(request, most)
@@ -672,7 +677,9 @@ class Endpoint(Connection):
         talk, why, told = list(messages), "parse failure", messages[0]["content"] if messages[0]["role"] == "system" else ""
         for _ in range(2):
             try: reply = self._ask_with_room(talk, parse, max_tokens, schema, sure)
-            except CallFailed as e: return Answer(None, str(e))
+            except CallFailed as e:
+                with self.lock: self.missing += not isinstance(e, TooLong)
+                return Answer(None, str(e))
             if reply.refusal: return Answer(None, "refusal")
             if reply.cut: return Answer(None, CUT_OFF)
             value = parse(reply.text)

@@ -102,8 +102,9 @@ class InterpretationConfig(EndpointConfig):
     @model_validator(mode="before")
     @classmethod
     def _small_model(cls, values: dict[str, Any]) -> dict[str, Any]:
-        local = values.get("interpreter") == "local" and values.get("model", cls.model_fields["model"].default) == cls.model_fields["model"].default
-        return values | {"model": PACKAGED} if local else values
+        if values.get("interpreter") != "local": return values
+        named = values.get("model", cls.model_fields["model"].default) != cls.model_fields["model"].default
+        return {"most_tokens": 1000} | values | ({} if named else {"model": PACKAGED})      # whoever has not ended by then never will
 
     @field_validator("features")
     @classmethod
@@ -345,8 +346,9 @@ class Local:
     def explain_all(self, some: Sequence[FeatureContexts]) -> list[Explanation]:
         """Explanations of some features, written in one batch."""
         prompts = [[m | {"content": m["content"].partition("End with one line")[0].strip()} for m in explain_prompt(f, self.protocol)] for f in some]
-        replies = self.model.write(prompts, self.cfg.explain_tokens, BEGINS)
-        return [Explanation(f.feature, r.text.removeprefix(BEGINS).strip(), r.refusal) for f, r in zip(some, replies, strict=True)]
+        replies = self.model.write(prompts, self.cfg.explain_tokens, BEGINS, self.cfg.most_tokens)
+        return [Explanation(f.feature, "" if r.cut else r.text.removeprefix(BEGINS).strip(), CUT_OFF if r.cut else r.refusal)
+                for f, r in zip(some, replies, strict=True)]
 
     def detect(self, explanation: Explanation, contexts: Sequence[Context], troubles: Counter[str], images: bool = False) -> Predictions:
         excerpts, judge = [unmarked(c, self.protocol) for c in contexts], self._fit if self.cfg.judge_by == "fit" else self._answer
@@ -587,9 +589,9 @@ def asked_rows(table: Exemplars, cfg: InterpretationConfig, seed: int, source: S
 def _asking(interpreter: Interpreter, needed: Mapping[str, Any], ledger: Ledger, cfg: InterpretationConfig, what: str) -> Iterator[None]:
     "Around the questions of a run: how long it takes, how it is stopped, and that everything was asked."
     endpoint = getattr(interpreter, "endpoint", None)
-    if endpoint: endpoint.expected = needed["calls"] - len(ledger)
+    if endpoint: endpoint.expected = needed["calls"]
     with stoppable(endpoint): yield
-    if endpoint: ledger.note(replay_note(cfg, what), "every question of a run was asked")
+    if endpoint and not endpoint.missing: ledger.note(replay_note(cfg, what), "every question of a run was asked")
 
 def replay_note(cfg: InterpretationConfig, what: str = "features") -> str:
     """Where a ledger notes that all questions of this config were asked: under what they depend on, and not under how they were asked."""
@@ -654,6 +656,7 @@ def _all_rows(table: Exemplars, cfg: InterpretationConfig, seed: int, interprete
         list(_feature_rows(table, cfg, seed, interpreter))
         if not interpreter.endpoint.waiting or not interpreter.endpoint.submit_batch(): break
         interpreter.endpoint.waiting.clear()
+    if isinstance(interpreter, LanguageModel): interpreter.endpoint.missing = 0      # what waited for the batch
     rows = list(_feature_rows(table, cfg, seed, interpreter))
     for row, group in zip(rows, repeated_explanations([r["explanation"] for r in rows]), strict=True): row["group"] = group
     return rows

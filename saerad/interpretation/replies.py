@@ -31,12 +31,13 @@ def plain(text: str) -> str:
     return _DRESS.sub("", without_thoughts(text)).strip()
 
 # %% ../../nbs/interpretation/replies.ipynb #206acef6
-def message_text(message: Any) -> str:
-    """The text of a chat message, whichever way a server spells it; "" where there is none."""
+def message_text(message: Any, ended: bool = True) -> str:
+    """The text of a chat message, whichever way a server spells it; "" where there is none; one that never `ended` has only `content`."""
     content = getattr(message, "content", None)
     if isinstance(content, list):
         content = "".join(str(_field(p, "text") or "") for p in content if _field(p, "type") in (None, "text", "output_text"))
     if content and str(content).strip(): return str(content)
+    if not ended: return ""
     thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
     return without_opening(thought) if isinstance(thought, str) else ""
 
@@ -48,11 +49,11 @@ def without_opening(thought: str) -> str:
 
 # %% ../../nbs/interpretation/replies.ipynb #665673b5
 ANSWERS = {"1": True, "1.0": True, "true": True, "yes": True, "y": True, "active": True,
-           "0": False, "0.0": False, "false": False, "no": False, "n": False, "inactive": False}
+           "0": False, "0.0": False, "false": False, "no": False, "n": False, "inactive": False, "not active": False}
 
 def answer_of(word: Any) -> bool | None:
     """The yes or no that a word, number or truth value is, or None."""
-    return ANSWERS.get(str(word).strip(" \t\r\n\"'.").lower())
+    return ANSWERS.get(str(word).strip(" \t\r\n\"'.\\").lower())
 
 # %% ../../nbs/interpretation/replies.ipynb #4ca16abb
 Readings = set[tuple[bool, ...]]
@@ -63,12 +64,13 @@ def _complete(words: Iterable[Any], count: int) -> Readings:
     return {answers} if len(answers) == count and None not in answers else set()
 
 def _in_brackets(said: str, count: int) -> Readings:
-    return set().union(*(_complete(inside.split(","), count) for inside in re.findall(r"\[([^\[\]]*)\]", said)))
+    inside = [part.strip(" \t\r\n,") for part in re.findall(r"\[([^\[\]]*)\]", said)]
+    return set().union(*(_complete(re.split(between, part), count) for part in inside for between in ("[,;]", r"\s+")))
 
 # %% ../../nbs/interpretation/replies.ipynb #050c35d9
 _WORD = "|".join(sorted(map(re.escape, ANSWERS), key=len, reverse=True))
-_NUMBERED = re.compile(rf"^[\s\-•#(\[]*(?:[a-z]+[ #]+){{0,3}}(\d+)"      # perhaps a bullet and a word, the number
-                       rf"(?:\s*[\])]?\s*[:=)\]|>–—-]+\s*|\.\s+)[\"']?({_WORD})[\"']?"     # a sign between, the answer
+_NUMBERED = re.compile(rf"^[\s\-•#(\[|]*(?:\d+[.)]\s+(?=[a-z]))?(?:[a-z]+[ #]+){{0,3}}(\d{{1,4}})"    # perhaps a bullet and a word, the number
+                       rf"(?:\s*[\])]?\s*[:=)\]|>→–—-]+\s*|\.\s+)[\"']?({_WORD})[\"']?"     # a sign between, the answer
                        r"(?=\s*(?:$|[.:()|–—-]))", re.I)
 
 def _numbered(said: str, count: int) -> Readings:
@@ -99,7 +101,7 @@ def _python_objects(text: str) -> list[dict[str, Any]]:
     found = []
     for flat in re.findall(r"\{[^{}]*\}", text):
         try: value = ast.literal_eval(flat)
-        except (ValueError, SyntaxError, MemoryError, RecursionError): continue
+        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError): continue     # TypeError: a set of lists, as in \boxed{[1, 0]}
         if isinstance(value, dict): found.append(value)
     return found
 
@@ -108,8 +110,9 @@ _KEYS = ("active", "answer", "value", "label", "fires", "result")
 
 def _in_objects(said: str, count: int) -> Readings:
     found: Readings = set()
-    for value in json_objects(said):
-        if isinstance(value, dict) and all(str(k).isdigit() for k in value):
+    objects = json_objects(said)
+    for value in [*objects, *(inner for o in objects if isinstance(o, dict) for inner in o.values())]:
+        if isinstance(value, dict) and all(str(k).isdecimal() for k in value):
             found |= _complete((value[k] for k in sorted(value, key=int)), count) if sorted(map(int, value)) == list(range(1, count + 1)) else set()
         if isinstance(value, list) and all(isinstance(v, dict) for v in value):
             found |= _complete((next((v[k] for k in _KEYS if k in v), None) for v in value), count)
@@ -124,9 +127,11 @@ def parse_list(text: str, count: int) -> list[bool] | None:
 
 # %% ../../nbs/interpretation/replies.ipynb #790c5f53
 MARK = "[EXPLANATION]:"
-_MARK = re.compile(r"(?:\[\s*EXPLANATION\s*\]\s*:?|(?m:^)[\s#>\-]*EXPLANATION\s*:)", re.I)
-_COURTESY = re.compile(r"\s*(?:\[/EXPLANATION\]|(?:I hope|Hope this|Let me know|Please let me|Feel free|Is there anything|Thank you|Thanks)\b).*$",
-                       re.I | re.S)
+_MARK = re.compile(r"[\[<]\s*EXPLANATION\s*:?\s*\\?[\]>]\s*:?|(?m:^)[\s#>\-]*EXPLANATION\s*:|(?m:^)#+\s*EXPLANATION\s*(?m:$)", re.I)
+_BEGINNING = re.compile(r"(?:__\s|[-–—>•]\s+|EXPLANATION\s*:\s*)+", re.I)
+_COURTESY = re.compile(r"\s*[\[<]/EXPLANATION[\]>].*$|(?:^|(?<=[.!?…])\s+)"       # a sentence of its own, and not words of the explanation
+                       r"(?:I hope|Hope this|Let me know|Please let me|Feel free|Is there anything|Thank you|Thanks)\b.*$", re.I | re.S)
+_QUOTED = re.compile(r"""(["“«'\[<])([^"“”«»'\[\]<>]+)(["”»'\]>])\.?""")
 
 # %% ../../nbs/interpretation/replies.ipynb #166ecd35
 def parse_explanation(text: str) -> str | None:
@@ -135,8 +140,8 @@ def parse_explanation(text: str) -> str | None:
     objects = [v["explanation"] for v in json_objects(said) if isinstance(v, dict) and isinstance(v.get("explanation"), str)]
     after = objects[-1:] or _MARK.split(said)[1:][-1:]
     line = next((s.strip() for s in "".join(after).strip().splitlines() if s.strip()), "")
-    line = _COURTESY.sub("", line).strip()
-    if line.count('"') == 2 and line[0] == line[-1] == '"': line = line[1:-1].strip()
+    line = _COURTESY.sub("", line[m.end():] if (m := _BEGINNING.match(line)) else line).strip()
+    if m := _QUOTED.fullmatch(line): line = m[2].strip()
     return line if re.search("[A-Za-z]{2}", line) and line.lower().strip(" .") not in ("none", "n/a", "null") else None
 
 # %% ../../nbs/interpretation/replies.ipynb #4b781c36
@@ -149,7 +154,8 @@ def parse_fields(text: str, check: Callable[[Mapping[str, Any]], Any]) -> Any:
 def is_copied(value: Any, instructions: str, parse: Callable[[str], Any]) -> bool:
     """Whether an answer is what `parse` reads in the instructions themselves."""
     there = parse(instructions)
-    return there is not None and (value.lower() == there.lower() if isinstance(value, str) else value == there)
+    same = value.lower().strip(" .!") == there.lower().strip(" .!") if there and isinstance(value, str) else value == there
+    return there is not None and same
 
 # %% ../../nbs/interpretation/replies.ipynb #efaba933
 def is_habit(batches: Sequence[Sequence[bool]], chance: float = 1e-4) -> bool:

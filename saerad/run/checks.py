@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['check', 'check_hookpoints', 'check_studies', 'model_folder', 'model_settings', 'model_shape', 'check_disk',
-           'check_endpoint']
+           'check_features', 'check_endpoint']
 
 # %% ../../nbs/run/checks.ipynb #0e971297
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 from huggingface_hub import hf_hub_download
 
 from ..activations.extraction import hookpoints, single_layer, stored_studies
-from ..core import UserError, read_json
+from ..core import UserError, read_json, read_table
 from ..interpretation.endpoint import all_answered, can_replay, check_destination, check_endpoint_answers
-from ..interpretation.interpret import check_settings, replay_note
-from ..interpretation.local import find_model
+from ..interpretation.interpret import check_settings, choose_features, replay_note
+from ..interpretation.local import check_model
 from .config import Config
 from ..show.run_folder import Run
 from ..steering.judges import judges_of, steering_settings
@@ -25,8 +28,12 @@ from ..studies.record import SPLITS, Source
 from ..subjects.subject import find_checkpoint
 
 # %% ../../nbs/run/checks.ipynb #e6a2ec3c
-def check(run: Run, beside: bool = False) -> None:
-    """Raise `UserError` for whatever would stop the run later; writes nothing. `beside`: older activations stay until the new ones are there."""
+def check(run: Run, beside: bool = False, stages: Collection[str] | None = None, replaced: Collection[str] = ()) -> None:
+    """Raise `UserError` for whatever would stop the run later; writes nothing.
+
+    `beside`: older activations stay until the new ones are there. `stages` are to be done (None: all), and those `replaced` have been done before
+    from something else.
+    """
     check_studies(run.source)
     d, layers = model_shape(run.config)
     sae = run.config.sae
@@ -40,8 +47,9 @@ def check(run: Run, beside: bool = False) -> None:
     if run.config.training.online and sae.token_table != "none":
         raise UserError(f"training.online is true and sae.token_table is {sae.token_table}, which needs a store's token ids; change one.")
     check_hookpoints(run.config)
+    check_features(run, sae.expansion * d)
     check_disk(run, d, beside)
-    check_endpoint(run)
+    check_endpoint(run, stages, replaced)
 
 # %% ../../nbs/run/checks.ipynb #c8e0b2a2
 def check_hookpoints(config: Config) -> None:
@@ -104,16 +112,32 @@ def check_disk(run: Run, d: int, beside: bool = False) -> None:
     raise UserError(f"the store needs about {needed / 1e9:.1f} GB, but {place} has {free / 1e9:.1f} GB free"
                     f"{', and the older one stays until then' if beside else ''}; {mend} or choose another folder with --out.")
 
+# %% ../../nbs/run/checks.ipynb #a1605feb
+def check_features(run: Run, width: int) -> None:
+    """Raise `UserError` where `interpretation.features` names a feature, level or column that there is not; of a column only exemplars can tell."""
+    path, cfg, choice = run / "exemplars/features.parquet", run.config, run.config.interpretation.features
+    if choice == "all": return
+    table = read_table(path).to_pandas() if path.exists() else None
+    if table is None or len(table) != width:
+        if " by " in choice: return
+        levels = np.repeat(range(len(cfg.sae.group_fractions)), cfg.sae.group_sizes(width // cfg.sae.expansion))
+        table = pd.DataFrame({"feature": range(width), "status": "ok", "level": levels, "density": 0.0})
+    choose_features(table, choice, cfg.seed)
+
 # %% ../../nbs/run/checks.ipynb #4db868a0
-def check_endpoint(run: Run) -> None:
-    """Raise `UserError` when the interpreter's files or key are missing, or an endpoint does not answer or may not see the text."""
+def check_endpoint(run: Run, stages: Collection[str] | None = None, replaced: Collection[str] = ()) -> None:
+    """Raise `UserError` when the interpreter's files or key are missing, or an endpoint does not answer or may not see the text.
+
+    No endpoint is needed where its stage is not among `stages`, or its ledger has all answers and what is asked about is not `replaced`.
+    """
     cfg, steering = run.config.interpretation, run.config.steering
     check_settings(cfg)
-    if cfg.interpreter == "local": find_model(cfg.model)
+    if cfg.interpreter == "local": check_model(cfg.model)
     if cfg.interpreter == "openai":
         check_destination(cfg, run.source.may_leave)
         notes = [replay_note(cfg), *([replay_note(cfg, "groups")] if cfg.groups == "auto" else [])]
-        if not all(can_replay(run / "interpretations/ledger.sqlite", note) for note in notes): check_endpoint_answers(cfg)
-    if "openai" in judges_of(run.source, steering):
-        if can_replay(run / "steering/ledger.sqlite", all_answered(steering.endpoint, "verdicts")): return
+        known = "exemplars" not in replaced and all(can_replay(run / "interpretations/ledger.sqlite", note) for note in notes)
+        if not known and (stages is None or "interpret" in stages): check_endpoint_answers(cfg)
+    if "openai" in judges_of(run.source, steering) and (stages is None or "steer" in stages):
+        if "steer" not in replaced and can_replay(run / "steering/ledger.sqlite", all_answered(steering.endpoint, "verdicts")): return
         with steering_settings(): check_endpoint_answers(steering.endpoint)

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from huggingface_hub.utils import logging as hub_logging
 from pydantic import ValidationError
@@ -33,7 +34,7 @@ from ..interpretation.interpret import checked_estimate, estimate_cost, format_e
 from .checks import check, model_shape
 from .code import PACKAGE
 from .config import Config, changed, explain_validation, load_config, validated, with_settings
-from .stages import STAGES, locked, news, peak_memory, run_config, wanted_inputs
+from .stages import STAGES, locked, news, peak_memory, replaced, run_config, wanted_inputs
 from ..sae.model import MatryoshkaSAE
 from ..sae.sweep import combinations
 from ..show.run_folder import Run
@@ -62,8 +63,9 @@ def run_until(config: Path, settings: list[str] | None, out: Path | None, first:
     out = folder_for(out or Path(cfg.out))
     if check_only:
         run = Run(out, cfg)
-        check(run)
-        for line in news(run, wanted_inputs(run, keep or [])): print(line)
+        wanted = wanted_inputs(run, keep or [])
+        check(run, replaced=replaced(run, wanted))
+        for line in news(run, wanted): print(line)
         print(f"{config}: nothing stands in the way; the run would be in {out}")
         return
     summary = run_config(cfg, out, first, last, keep=keep or [])
@@ -144,8 +146,12 @@ def estimate_of(run: Run) -> str:
     """What interpreting would need and cost: from the run's exemplars, or, before there are any, as if every feature had all its contexts."""
     cfg, made = run.config.interpretation, run / "exemplars/features.parquet"
     if made.exists(): return format_estimate(checked_estimate(Exemplars(run / "exemplars"), cfg), cfg)
-    table, some = planned_exemplars(run.config.sae.expansion * stream_width(run.config), run.config.exemplars)
-    return format_estimate(estimate_cost(table, cfg, some), cfg) + "; all features counted, for there are no exemplars yet"
+    sae, d = run.config.sae, stream_width(run.config)
+    table, some = planned_exemplars(sae.expansion * d, run.config.exemplars)
+    table["level"] = np.repeat(range(len(sae.group_fractions)), sae.group_sizes(d))
+    if isinstance(cfg.features, str): cfg = cfg.model_copy(update={"features": cfg.features.partition(" by ")[0]})     # N of them, whichever
+    which = "all features" if cfg.features == "all" else "all of them"
+    return f"{format_estimate(estimate_cost(table, cfg, some), cfg)}; {which} counted, for there are no exemplars yet"
 
 def stream_width(config: Config) -> int:
     "Width of the residual stream; MAIRA-2's is known without its gated files."

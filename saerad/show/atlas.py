@@ -427,7 +427,8 @@ def _page(row: Mapping[str, Any], groups: list[dict], portrait: Mapping[str, Any
         return [[_json_cell(x), round(float(y), 3)] for x, y in zip(portrait.get(a, ()), portrait.get(b, ()), strict=True)]
     return {"groups": groups, "places": {c[3:]: _json_cell(v) for c, v in row.items() if c.startswith("in_") and v and v == v},
             "about": _examined_in_words(row), "reason": _json_cell(row.get("reason")) or "", "always_yes_f1": _json_cell(row.get("always_yes_f1")),
-            "near_f1": _json_cell(row.get("near_f1")), "interval": _f1_interval(row), "tags": _tags(row, concepts), "histogram": _histogram(row),
+            **{name: _json_cell(row.get(name)) for name in ("near_f1", "auroc", "calibrated_f1")},
+            "interval": _f1_interval(row), "tags": _tags(row, concepts), "histogram": _histogram(row),
             "promoted": pairs("promoted", "promoted_by"), "suppressed": pairs("suppressed", "suppressed_by"),
             "neighbours": pairs("neighbours", "cosine"),
             "at": None if portrait.get("fires_at") is None else [int(place) for place in portrait["fires_at"]]}

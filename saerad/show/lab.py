@@ -60,7 +60,7 @@ class RunFeature:
 # %% ../../nbs/show/lab.ipynb #83f46b44
 @patch
 def _repr_html_(self: RunFeature) -> str:
-    known = {name: self.row.get(name) for name in ("f1", "shuffled_f1", "precision", "recall", "steerability")}
+    known = {name: self.row.get(name) for name in ("f1", "shuffled_f1", "precision", "recall", "auroc", "calibrated_f1", "steerability")}
     scores = "; ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in known.items() if value is not None and value == value)
     head = _tag("p", _tag("b", f"feature {self.feature}"), f", level {self.row.get('level', '?')}: ",
                 self.row.get("explanation") or "no explanation", style="margin:0")

@@ -411,14 +411,14 @@ class LanguageJudge:
 
     def _asked(self, pairs: Sequence[tuple[str, str, Target]]) -> list[Verdict]:
         "The verdicts on pairs that differ."
-        self.endpoint.expected = len(pairs) - len(self.ledger)
+        self.endpoint.expected = len(pairs)
         with steering_settings(), stoppable(self.endpoint):
             verdicts = list(progress(self.endpoint.pool.map(self._verdict, pairs), "steering: judging", len(pairs)))
             failed = [v.why.removeprefix(ENDPOINT_FAILED) for v in verdicts if v.why.startswith(ENDPOINT_FAILED)]
             if len(failed) > self.cfg.max_failed * len(pairs):
                 raise UserError(f"{self.cfg.base_url} failed ({failed[0]}), so {len(failed)} pairs have no verdict; run again and it asks for "
                                 "those only, or set interpretation.max_failed to the share of pairs that may do without.")
-        self.ledger.note(all_answered(self.cfg, "verdicts"), "every pair of a run was asked about")
+        if not self.endpoint.missing: self.ledger.note(all_answered(self.cfg, "verdicts"), "every pair of a run was asked about")
         return verdicts
 
     def _verdict(self, pair: tuple[str, str, Target]) -> Verdict:

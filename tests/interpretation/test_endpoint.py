@@ -154,6 +154,12 @@ def test_an_endpoint_is_looked_at_before_work_starts(monkeypatch):
     with pytest.raises(UserError, match="does not answer"): check_endpoint_answers(EndpointConfig(base_url="http://127.0.0.1:9/v1"))
 
 
+@pytest.mark.parametrize("address", ["http://127.0.0.1:99999/v1", "http://127.0.0.1:port/v1", "http://[::1/v1", "http:///v1", "127.0.0.1:8000/v1"])
+def test_an_address_that_is_none_is_named(address, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with pytest.raises(UserError, match="give an address such as"): check_endpoint_answers(EndpointConfig(base_url=address))
+
+
 # one slot
 
 def test_one_slot_is_kept_busy_and_nothing_times_out(tmp_path):
@@ -241,6 +247,23 @@ def test_a_long_prompt_is_asked_with_fewer_examples(tmp_path):
     assert protocol_of(InterpretationConfig()).active == 25
 
 
+@pytest.mark.parametrize(("status", "body"), [
+    (400, {"error": {"message": "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens."}}),
+    (400, {"error": {"message": "Please lower it.", "code": "context_length_exceeded"}}),
+    (400, {"error": {"message": "Please reduce the length of the messages or completion."}}),
+    (400, {"error": {"message": "The input token count (40000) exceeds the maximum number of tokens allowed (32768)."}}),
+    (400, {"error": "Requested tokens (5000) exceed context window of 4096"}),
+    (413, {"error": {"message": "Request too large for model"}}),
+    (422, {"error": "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096. Given: 5000 `inputs` tokens"}),
+    (500, {"error": {"message": "prompt is too long: 5000 tokens > 4096"}})])
+def test_servers_have_many_words_for_too_long(tmp_path, status, body):
+    """Those of OpenAI, Azure, Groq, Gemini, llama-cpp-python, a proxy, text-generation-inference and Anthropic."""
+    with WordServer(lambda number, _: (status, {}, json.dumps(body))) as server:
+        one = endpoint(server, tmp_path / "l")
+        with pytest.raises(TooLong): one.ask(question(), 60)
+        assert len(server.bodies) == 1 and not one.without
+
+
 def test_a_prompt_that_never_fits_is_that_features_problem(tmp_path):
     one, troubles = feature(), Counter()
     with WordServer(short(10)) as server:
@@ -293,6 +316,18 @@ def test_a_model_that_writes_on_after_its_answer_is_stopped_once_and_then_believ
         assert [ask_list(one, i).value for i in range(3)] == [[True, False]] * 3
         assert [b["max_tokens"] for b in server.bodies] == [60, 480, 60, 60] and not rows(tmp_path / "l")
         assert ask_list(endpoint(server, tmp_path / "l"), 2).value == [True, False] and len(server.bodies) == 4
+
+
+def test_a_draft_in_the_thoughts_is_no_answer(tmp_path):
+    """The server keeps thoughts apart, and the model's first guess is wrong."""
+    def drafts(number, body):
+        thought = "First I would say [1, 1]. But then"
+        if body["max_tokens"] < 1000: return 200, {}, completion(None, reasoning_content=thought, finish_reason="length")
+        return 200, {}, completion(answer(body), reasoning_content=thought)
+    with WordServer(drafts) as server:
+        one = endpoint(server, tmp_path / "l")
+        assert [ask_list(one, i).value for i in range(3)] == [[True, False]] * 3 and not one.goes_on
+        assert [b["max_tokens"] for b in server.bodies] == [60, 480, 4096, 4096, 4096]
 
 
 @pytest.mark.parametrize("message", [{"text": [{"type": "text", "text": "[1, 0]"}]}, {"text": None, "reasoning_content": "<think>So [1, 0]"},
@@ -381,6 +416,28 @@ def test_an_endpoint_that_breaks_down_is_asked_for_the_rest_by_the_next_run(worl
     assert read_table(tmp_path / "interpretations.parquet").num_rows == len(table)
 
 
+def test_a_ledger_that_lacks_an_answer_is_no_replay(world, tmp_path):
+    """Every other question about one feature fails, which costs it the score, then a single one, which does not, then none."""
+    def fails(which):
+        seen = []
+        def trouble(number, body):
+            if "Description: effusion" not in body["messages"][1]["content"]: return None
+            seen.append(number)
+            return (500, {}, "oops") if which(len(seen)) else None
+        return trouble
+    with WordServer(fails(lambda n: n % 2)) as server:
+        cfg = InterpretationConfig(interpreter="openai", base_url=server.url, model="words", attempts=1, requests_per_second=1000.0, bootstrap=20,
+                                   shuffled=False, concurrency=1, min_answered=0.6)
+        with pytest.raises(UserError, match="1 features have no score"): interpret(world, cfg, 0, OPEN, tmp_path)
+        assert not can_replay(tmp_path / "ledger.sqlite", replay_note(cfg))
+        server.trouble = fails(lambda n: n == 1)
+        table = interpret(world, cfg, 0, OPEN, tmp_path)
+        assert (table.status == "scored").sum() == 3 and not can_replay(tmp_path / "ledger.sqlite", replay_note(cfg))
+        server.trouble = lambda number, body: None
+        interpret(world, cfg, 0, OPEN, tmp_path)
+        assert can_replay(tmp_path / "ledger.sqlite", replay_note(cfg))
+
+
 def test_a_server_that_has_gone_stops_the_run_soon(tmp_path):
     with WordServer(lambda number, body: "drop" if number >= 3 else None) as server:
         one = endpoint(server, tmp_path / "l", attempts=2)
@@ -402,9 +459,10 @@ def test_an_empty_ledger_is_no_replay(tmp_path):
 def test_it_is_said_how_long_the_rest_takes(tmp_path):
     said = []
     with WordServer(latency=0.01) as server:
+        for i in range(25): endpoint(server, tmp_path / "l").ask(question(100 + i), 60)      # another run's answers, of which this one needs five
         one = endpoint(server, tmp_path / "l", said=said)
-        one.expected = 1_000_000
-        for i in range(21): one.ask(question(i), 60)
+        one.expected = 1_000_005
+        for i in (*range(100, 105), *range(21)): one.ask(question(i), 60)
     assert len(said) == 1 and re.search(r"at the pace of the first 20 answers the other 999,980 take about \d+\.\d hours", said[0])
 
 

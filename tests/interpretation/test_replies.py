@@ -46,7 +46,7 @@ def test_no_wrong_answer_is_read(shape): assert PARSE[shape["kind"]](shape["repl
 
 
 def test_there_are_as_many_shapes_as_were_promised():
-    assert sum(s["right"] for s in SHAPES) >= 40 and sum(not s["right"] for s in SHAPES) >= 20
+    assert sum(s["right"] for s in SHAPES) >= 55 and sum(not s["right"] for s in SHAPES) >= 20
     assert len({(s["kind"], s["reply"]) for s in SHAPES}) == len(SHAPES)
 
 
@@ -54,7 +54,8 @@ def test_there_are_as_many_shapes_as_were_promised():
     ("[1]", 1, [True]), ("[1] no", 1, None), ("Excerpt [1] is silent: [0]", 1, None), ("1. no", 1, [False]), ("yes", 1, [True]), ("1 0", 1, None),
     ("1. 1\n2. 0", 2, [True, False]), ("2. yes\n1. no", 2, [False, True]), ("[[1, 0]]", 2, [True, False]), ("[1, 0]\n[1, 0]", 2, [True, False]),
     ("[1.0, 0.0]", 2, [True, False]), ("1.0\n0.0", 2, [True, False]), ("{'1': 'yes', '2': 'no'}", 2, [True, False]), ('{"1": 1, "3": 0}', 2, None),
-    ("[null, 1]", 2, None), ("10", 2, None), ("[10]", 2, None), ("[" * 5000, 2, None), ("[" * 5000 + "]" * 5000, 2, None)])
+    ("[null, 1]", 2, None), ("10", 2, None), ("[10]", 2, None), ("[" * 5000, 2, None), ("[" * 5000 + "]" * 5000, 2, None),
+    ("{[1]}", 1, [True]), ('{"²": 1}', 1, None), ("1" * 5000 + ": yes", 1, None)])
 def test_lists_at_the_edge(text, count, read): assert parse_list(text, count) == read
 
 
@@ -106,10 +107,17 @@ def test_no_prompt_holds_an_answer(prompt, count):
     assert parse_list(told, count) is None and parse_list(answer_form(count), count) is None
 
 
+@pytest.mark.parametrize(("line", "read"), [
+    ("sign-offs such as thank you for the referral", "sign-offs such as thank you for the referral"), ("fluid. Thank you!", "fluid."),
+    ("the blank ___ of a name", "the blank ___ of a name"), ("'normal' and 'clear'", "'normal' and 'clear'"), ("Thanks!", None)])
+def test_words_of_an_explanation_are_not_taken_for_its_dress(line, read): assert parse_explanation(f"[EXPLANATION]: {line}") == read
+
+
 def test_a_verdict_and_an_explanation_cannot_be_copied():
     assert parse_verdict(ASK) is None and parse_verdict(ASK.splitlines()[-1]) is None
     told = fill_prompt("explain-paper-1", ASSETS, scale=10)
-    assert is_copied(parse_explanation("[EXPLANATION]: Your sentence"), told, parse_explanation)
+    for dress in ("Your sentence", "<your sentence>", "your sentence.", "[your sentence]"):
+        assert is_copied(parse_explanation(f"[EXPLANATION]: {dress}"), told, parse_explanation)
     assert not is_copied("fluid", told, parse_explanation)
     assert is_copied([True, False], "Answer like this: [1, 0].", lambda t: parse_list(t, 2))
 

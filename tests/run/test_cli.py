@@ -66,6 +66,8 @@ def test_check_does_nothing(saerad, tmp_path):
     (["interpretation.interpreter=openai", "interpretation.base_url=https://api.example.org/v1", "interpretation.api_key_env=NOT_SET_HERE"],
      ["NOT_SET_HERE", "api.example.org"]),
     (["interpretation.descriptions=nowhere/theirs.csv"], ["nowhere/theirs.csv", "interpretation.descriptions"]),
+    (["interpretation.features=[3, 99999]"], ["interpretation.features", "feature 99999", "0 to 1023"]),
+    (["interpretation.features=level:9"], ["interpretation.features", "level:9", "levels 0 to 4"]),
     (["interpretation.budget=1"], ["interpretation.budget", "price_in"]),
     (["--from", "nothing"], ["nothing", "extract"]),
     (["--keep", "nothing"], ["--keep nothing", "extract"]),
@@ -296,6 +298,14 @@ def test_an_estimate_needs_neither_data_nor_hub(saerad, tmp_path, monkeypatch):
     code, ours, _ = saerad("interpret", CONFIGS / "paper.yaml", "interpretation.protocol=saerad", "--estimate")
     def number(text): return float(text.split("cost about ")[1].split()[0].replace(",", ""))
     assert code == 0 and number(ours) < number(out) / 2
+
+
+def test_the_estimate_counts_what_was_chosen_before_there_is_anything(saerad, tmp_path):
+    for choice, count in (("all", 1024), ("sample:20", 20), ("top:30 by max", 30), ("level:0", 64), ("level:4", 512), ("[3, 5]", 2)):
+        code, out, _ = saerad("interpret", CONFIGS / "phantom.yaml", *ASKED, f"interpretation.features={choice}", "--estimate", "--out", tmp_path)
+        assert code == 0 and f" {count:,} features" in out and ("all features counted" in out) == (choice == "all"), out
+    code, _, err = saerad("interpret", CONFIGS / "phantom.yaml", *ASKED, "interpretation.features=level:9", "--estimate", "--out", tmp_path)
+    assert code == 2 and "levels 0 to 4" in err
 
 
 def test_an_unknown_protocol_is_named_before_anything_starts(saerad, tmp_path):

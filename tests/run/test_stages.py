@@ -17,6 +17,8 @@ import torch
 import yaml
 
 from saerad.core import UserError, read_table
+from saerad.interpretation.endpoint import Ledger, all_answered
+from saerad.interpretation.interpret import replay_note
 from saerad.run import stages as running
 from saerad.run.checks import check, check_hookpoints
 from saerad.run.cli import main
@@ -351,6 +353,33 @@ def test_what_has_a_successor_goes(copied, config):
     assert len(said) == 1 and said[0].startswith("portray") and "settings" in said[0]
     assert done_again(config, copied, last="portray")[0] == ["portray"]
     assert done_again(config, copied) == ([], []) and not (copied / ".before").exists()
+
+
+ASKING = ["interpretation.interpreter=openai", "interpretation.base_url=http://127.0.0.1:9/v1"]
+
+
+def test_answers_to_other_questions_need_the_server(copied, config):
+    """The ledger has all answers of this interpreter, but with another SAE, or in other settings of steering, other questions would be asked."""
+    asking = changed(config, [*ASKING, "steering.judges=[parser, openai]", "steering.endpoint.base_url=http://127.0.0.1:9/v1"])
+    def look(config): check(run := Run(copied, config), replaced=running.replaced(run, running.wanted_inputs(run)))
+    for name, note in (("interpretations", replay_note(asking.interpretation)), ("steering", all_answered(asking.steering.endpoint, "verdicts"))):
+        ledger = Ledger(copied / name / "ledger.sqlite")
+        ledger.note(note, "all")
+        ledger.settle()
+    before, entries = bytes_of(copied), (copied / "manifest.json").read_bytes()
+    for another, words in ((["sae.k=5"], "interpretation.base_url"), (["steering.alphas=[5]"], "steering.endpoint.base_url")):
+        with pytest.raises(UserError, match=f"{words} .* does not answer"): run_config(changed(asking, another), copied)
+    check(Run(copied, changed(asking, ["interpretation.protocol=saerad"])), stages=["figures", "atlas"])       # those ask nobody
+    assert bytes_of(copied) == before and (copied / "manifest.json").read_bytes() == entries
+    with pytest.raises(UserError, match="does not answer"): look(changed(asking, ["interpretation.protocol=saerad"]))
+    look(changed(config, ASKING))
+
+
+def test_a_column_that_no_table_has_is_named_before_anything_is_moved(copied, config):
+    before = bytes_of(copied)
+    wrong = changed(config, ["interpretation.features=top:5 by f1"])
+    with pytest.raises(UserError, match="features.parquet has no numbers f1"): run_config(wrong, copied)
+    assert bytes_of(copied) == before
 
 
 def test_what_was_forced_is_not_put_back(copied, config):

@@ -1,6 +1,7 @@
 """Hits, misses and false alarms of a feature are shown where its score is, with their words; a published edition holds none of them."""
 import json
 import re
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
@@ -102,6 +103,21 @@ def test_a_page_shows_its_examination(run, browser):
     section = page.locator("section", has=page.get_by_role("heading", name="Its examination"))
     assert "The answer was yes for" in section.inner_text() and section.locator("summary", has_text="False alarms").count() == 1
     assert section.locator(".token.named").count() > 0
+
+
+def test_what_probabilities_are_worth_stands_beside_the_f1(run, tmp_path, browser):
+    shutil.copytree(run.folder, tmp_path / "sure")
+    path = tmp_path / "sure/interpretations/interpretations.parquet"
+    table = read_table(path).to_pandas()
+    for name, value in (("auroc", 0.713), ("calibrated_f1", 0.641)): table[name] = value
+    write_table(path, pa.Table.from_pandas(table, preserve_index=False))
+    f, sure = int(table.feature[table.f1.notna()].iloc[0]), open_run(tmp_path / "sure")
+    assert "auroc 0.71; calibrated f1 0.64" in sure[f]._repr_html_() and "auroc" not in run[f]._repr_html_()
+    page = browser.page()
+    for folder, told in ((sure, True), (run, False)):
+        page.goto(f"{build_atlas(folder, AtlasConfig(views=False)).as_uri()}#feature={f}")
+        shown = page.get_by_role("list", name="Scores").inner_text()
+        assert ("AUROC of its probabilities" in shown and "0.71" in shown and "0.64" in shown) == told
 
 
 def test_who_was_asked_stands_first(run, tmp_path):

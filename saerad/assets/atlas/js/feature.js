@@ -39,6 +39,8 @@ function scores(row, data) {
   return el("ul", { class: "scores", "aria-label": "Scores" },
     score("F1", row.f1, data.interval), score("precision", row.precision), score("recall", row.recall),
     data.near_f1 == null ? null : score("F1 against near misses", data.near_f1),
+    data.auroc == null ? null : score("AUROC of its probabilities", data.auroc),
+    data.calibrated_f1 == null ? null : score("F1 with a threshold from other contexts", data.calibrated_f1),
     score("F1 with another feature's explanation", row.shuffled_f1, "control", true), score("F1 of always saying yes", data.always_yes_f1, "control", true));
 }
 
