@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['T', 'Message', 'ENDPOINT_FAILED', 'CUT_OFF', 'TOO_LONG', 'COPIED', 'OPTIONAL', 'MOST_IN_A_BATCH', 'EndpointConfig',
            'host_of', 'is_loopback', 'check_destination', 'Reply', 'Ledger', 'Pace', 'Lanes', 'object_schema',
-           'schema_of', 'key_of', 'CallFailed', 'TooLong', 'words_of', 'dressed', 'refused_field', 'Connection',
-           'models_at', 'check_endpoint_answers', 'all_answered', 'can_replay', 'cost_of', 'tokens_in',
-           'without_images', 'Answer', 'Endpoint', 'rooms', 'stoppable', 'waiting_for']
+           'schema_of', 'key_of', 'CallFailed', 'TooLong', 'error_text', 'dressed', 'refused_field', 'Connection',
+           'models_at', 'check_endpoint_answers', 'all_answered', 'can_replay', 'cost_of', 'tokens_in', 'with_hashes',
+           'Parsed', 'Endpoint', 'rooms', 'stoppable', 'waiting_for']
 
 # %% ../../nbs/interpretation/endpoint.ipynb #a22ad08d
 import ipaddress
@@ -386,7 +386,7 @@ class TooLong(CallFailed):
     """The endpoint's model has no room for the question."""
 
 # %% ../../nbs/interpretation/endpoint.ipynb #2ea2fde9
-def words_of(error: openai.APIStatusError) -> str:
+def error_text(error: openai.APIStatusError) -> str:
     """What a server says about an error, wherever in the body it says it."""
     try: body = error.response.json()
     except ValueError: return " ".join(error.response.text.split())[:200]
@@ -530,7 +530,7 @@ class Connection:
 
     def _handle_status(self, error: openai.APIStatusError, attempt: int, backoff: float, sent: Mapping[str, Any]) -> tuple[str, Any]:
         "What to do about an HTTP status; raises `UserError` for a request that will never be accepted."
-        where, status, words = self.cfg.base_url, error.status_code, words_of(error)
+        where, status, words = self.cfg.base_url, error.status_code, error_text(error)
         if status in (401, 403): raise UserError(f"{where} refuses the key in {self.cfg.api_key_env} (HTTP {status}); set a valid one.") from error
         if status == 413 or (status in (400, 422, 500) and _TOO_LONG.search(f"{words} {error.code}")): raise TooLong(TOO_LONG) from error
         if status == 400 and "content" in str(error.code or ""): return "refusal", Reply(refusal="content filter")
@@ -608,7 +608,7 @@ def tokens_in(messages: Sequence[Message], cfg: EndpointConfig) -> int:
     return round(sum(len(p.get("text", "")) for p in parts) / cfg.token_characters) + images * cfg.picture_tokens
 
 # %% ../../nbs/interpretation/endpoint.ipynb #7ec3be23
-def without_images(request: dict[str, Any]) -> dict[str, Any]:
+def with_hashes(request: dict[str, Any]) -> dict[str, Any]:
     """A request with each image replaced by its hash, for the ledger."""
     def part(p: dict[str, Any]) -> dict[str, Any]:
         return {"type": "image", "sha256": sha256(p["image_url"]["url"].encode()).hexdigest()} if p.get("type") == "image_url" else p
@@ -617,7 +617,7 @@ def without_images(request: dict[str, Any]) -> dict[str, Any]:
 
 # %% ../../nbs/interpretation/endpoint.ipynb #25f3a5d4
 @dataclass(frozen=True)
-class Answer:
+class Parsed:
     """A parsed answer, or None and why."""
     value: Any
     why: str = ""     # "" | "refusal" | "parse failure" | "cut off" | "copied from the prompt" | the reason a call was given up
@@ -669,24 +669,24 @@ class Endpoint(Connection):
     def _write_down(self, key: str, request: dict[str, Any], reply: Reply) -> None:
         "Keep an answer, or the fact that it was cut off, before anybody uses it."
         if reply.cut: self.ledger.note(key, CUT_OFF, reply)
-        else: self.ledger.put(key, without_images(request), reply)
+        else: self.ledger.put(key, with_hashes(request), reply)
 
     def ask_for(self, messages: Sequence[Message], parse: Callable[[str], T | None], wanted: str, max_tokens: int,
-                schema: dict[str, Any] | None = None, sure: bool = False) -> Answer:
+                schema: dict[str, Any] | None = None, sure: bool = False) -> Parsed:
         """Ask, parse, and if need be ask once more; `wanted` says in a sentence what is wanted, and cannot itself be read as an answer."""
         talk, why, told = list(messages), "parse failure", messages[0]["content"] if messages[0]["role"] == "system" else ""
         for _ in range(2):
             try: reply = self._ask_with_room(talk, parse, max_tokens, schema, sure)
             except CallFailed as e:
                 with self.lock: self.missing += not isinstance(e, TooLong)
-                return Answer(None, str(e))
-            if reply.refusal: return Answer(None, "refusal")
-            if reply.cut: return Answer(None, CUT_OFF)
+                return Parsed(None, str(e))
+            if reply.refusal: return Parsed(None, "refusal")
+            if reply.cut: return Parsed(None, CUT_OFF)
             value = parse(reply.text)
-            if value is not None and not is_copied(value, told, parse): return Answer(value, chances=reply.chances)
+            if value is not None and not is_copied(value, told, parse): return Parsed(value, chances=reply.chances)
             why = "parse failure" if value is None else COPIED
             talk = _repair(messages, reply.text, f"That could not be read. {wanted}")
-        return Answer(None, why)
+        return Parsed(None, why)
 
     def _ask_with_room(self, talk: Sequence[Message], parse: Callable[[str], Any], max_tokens: int, schema: dict[str, Any] | None,
                        sure: bool) -> Reply:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['T', 'CHOICES', 'Marked', 'LINE', 'HABIT', 'AT_ONCE', 'SYSTEM', 'BEGINS', 'BY_SOURCE', 'RATES', 'INTERPRETATIONS',
            'STOP_WORDS', 'KNOWN_COLUMNS', 'InterpretationConfig', 'protocol_of', 'named_files', 'check_settings',
-           'choose_features', 'Explanation', 'Interpreter', 'Lexical', 'LanguageModel', 'detect_length', 'view_images',
-           'Local', 'Score', 'score', 'by_source', 'at_prevalence', 'groups_at_most', 'estimate_cost',
+           'features_to_explain', 'Explanation', 'Interpreter', 'Lexical', 'LanguageModel', 'detect_length',
+           'view_images', 'Local', 'Score', 'score', 'by_source', 'at_prevalence', 'groups_at_most', 'estimate_cost',
            'planned_exemplars', 'interpret', 'asked_rows', 'replay_note', 'check_answered', 'checked_estimate',
            'format_estimate', 'examination', 'content_words', 'repeated_explanations', 'read_explanations',
            'compare_explanations', 'interpretation_summary', 'names', 'description_names_truth']
@@ -36,11 +36,11 @@ from saerad.interpretation.endpoint import (
     CUT_OFF,
     ENDPOINT_FAILED,
     TOO_LONG,
-    Answer,
     Endpoint,
     EndpointConfig,
     Ledger,
     Message,
+    Parsed,
     Reply,
     all_answered,
     check_destination,
@@ -137,7 +137,7 @@ def check_settings(cfg: InterpretationConfig) -> None:
         raise UserError("interpretation.budget needs interpretation.price_in and price_out; give the prices of a million tokens.")
 
 # %% ../../nbs/interpretation/interpret.ipynb #a550b248
-def choose_features(features: pd.DataFrame, choice: tuple[int, ...] | str, seed: int) -> list[int]:
+def features_to_explain(features: pd.DataFrame, choice: tuple[int, ...] | str, seed: int) -> list[int]:
     """Of a table of exemplars the features with contexts that `interpretation.features` names, in order.
 
     Raises `UserError` for a number, a column or a level that the table does not have.
@@ -242,7 +242,7 @@ class LanguageModel:
             protocol = shorter(protocol) if answer.why == TOO_LONG else None
         return Explanation(contexts.feature, answer.value or "", answer.why)
 
-    def _ask_to_explain(self, contexts: FeatureContexts, protocol: Protocol) -> Answer:
+    def _ask_to_explain(self, contexts: FeatureContexts, protocol: Protocol) -> Parsed:
         messages = explain_prompt(contexts, protocol)
         if self.cfg.images:
             first = select_active(contexts.active, protocol)[:self.cfg.explain_pictures]
@@ -274,7 +274,7 @@ class LanguageModel:
         return Answers([v for n, a in parts for v in (a.value or [None] * n)],
                        [p for (n, _), some in zip(parts, sure, strict=True) for p in (some or [None] * n)])
 
-    def _ask(self, batch: Sequence[T], prompt: Callable[[Sequence[T]], list[Message]]) -> list[tuple[int, Answer]]:
+    def _ask(self, batch: Sequence[T], prompt: Callable[[Sequence[T]], list[Message]]) -> list[tuple[int, Parsed]]:
         "How many items were asked about at once and the answer; in halves where a prompt is too long for the endpoint's model."
         n = len(batch)
         wanted = f"Answer with a list of {n} numbers, each 0 or 1, in square brackets."
@@ -494,7 +494,7 @@ def estimate_cost(features: pd.DataFrame, cfg: InterpretationConfig, samples: It
     Keys: features, groups, explain, detect, calls, tokens_in, tokens_out, cost. Tokens are counted on the prompts of the features in `samples` and
     None without; cost is None without prices. Of groups as many are counted as there can be, each like a feature.
     """
-    ok, protocol = features[features.feature.isin(choose_features(features, cfg.features, 0))], protocol_of(cfg)
+    ok, protocol = features[features.feature.isin(features_to_explain(features, cfg.features, 0))], protocol_of(cfg)
     groups = groups_at_most(ok, cfg)
     nothing = dict.fromkeys(("explain", "detect", "calls", "tokens_in", "tokens_out"), 0)
     if cfg.interpreter == "lexical": return {"features": len(ok), "groups": len(groups), **nothing, "cost": None}
@@ -569,7 +569,7 @@ def asked_rows(table: Exemplars, cfg: InterpretationConfig, seed: int, source: S
     """
     asked = cfg if what == "features" else cfg.model_copy(update={"features": "all", "descriptions": None, "groups": "none"})
     needed = checked_estimate(table, asked)
-    chosen = table.only(choose_features(table.features, asked.features, seed))
+    chosen = table.only(features_to_explain(table.features, asked.features, seed))
     if asked.interpreter == "openai": check_destination(asked, source.may_leave)
     if asked.interpreter != "lexical": print(f"interpretation: {format_estimate(needed, asked).replace('features', what, 1)}")
     kept = Ledger(ledger)
@@ -611,7 +611,7 @@ def check_answered(rows: Sequence[Mapping[str, Any]], cfg: InterpretationConfig)
 def checked_estimate(table: Exemplars, cfg: InterpretationConfig) -> dict[str, Any]:
     """The estimate for a table of exemplars; raises `UserError` when the config does not allow that many calls or cannot pay for one feature."""
     check_settings(cfg)
-    table = table.only(choose_features(table.features, cfg.features, 0))
+    table = table.only(features_to_explain(table.features, cfg.features, 0))
     samples = [f for f, _ in zip(table.contexts(), range(5), strict=False)] if cfg.interpreter != "lexical" else []
     needed = estimate_cost(table.features, cfg, samples)
     if cfg.max_calls is not None and needed["calls"] > cfg.max_calls:

@@ -19,7 +19,7 @@ from huggingface_hub import hf_hub_download
 from ..activations.extraction import hookpoints, single_layer, stored_studies
 from ..core import UserError, read_json, read_table
 from ..interpretation.endpoint import all_answered, can_replay, check_destination, check_endpoint_answers
-from ..interpretation.interpret import check_settings, choose_features, replay_note
+from ..interpretation.interpret import check_settings, features_to_explain, replay_note
 from ..interpretation.local import check_model
 from .config import Config
 from ..show.run_folder import Run
@@ -122,7 +122,7 @@ def check_features(run: Run, width: int) -> None:
         if " by " in choice: return
         levels = np.repeat(range(len(cfg.sae.group_fractions)), cfg.sae.group_sizes(width // cfg.sae.expansion))
         table = pd.DataFrame({"feature": range(width), "status": "ok", "level": levels, "density": 0.0})
-    choose_features(table, choice, cfg.seed)
+    features_to_explain(table, choice, cfg.seed)
 
 # %% ../../nbs/run/checks.ipynb #4db868a0
 def check_endpoint(run: Run, stages: Collection[str] | None = None, replaced: Collection[str] = ()) -> None:

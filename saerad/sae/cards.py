@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TILE', 'interprets', 'has_triton', 'tile', 'read', 'gather_kernel', 'tiles', 'digits_kernel', 'pick_kernel', 'Cut',
            'select_kernel', 'select', 'errors_kernel', 'errors', 'slopes_kernel', 'mask_slopes', 'lengths_kernel',
-           'adam_rule', 'rows_kernel', 'bias_kernel', 'dead_places', 'DeadBound', 'in_rows', 'FusedEngine',
+           'adam_rule', 'rows_kernel', 'bias_kernel', 'dead_places', 'DeadBound', 'as_rows', 'FusedEngine',
            'count_kernel', 'list_kernel', 'Entries', 'entries', 'decode_kernel', 'features_kernel', 'FusedSparseEngine']
 
 # %% ../../nbs/sae/cards.ipynb #ed69a49f
@@ -293,7 +293,7 @@ class DeadBound:
         return self.most
 
 # %% ../../nbs/sae/cards.ipynb #fe3b6c33
-def in_rows(t: Tensor) -> Tensor:
+def as_rows(t: Tensor) -> Tensor:
     """A matrix of features as it lies in memory, a row for each."""
     return t.detach() if t.is_contiguous() else t.detach().T
 
@@ -447,12 +447,12 @@ class FusedEngine:
         along, square = torch.empty(sae.width, device=now.device), torch.empty(2, sae.width, device=now.device)
         weights = [(sae.W_enc, grads["W_enc"], self.rounded[0], False), (sae.W_dec, grads["W_dec"], self.rounded[1], True)]
         for (p, grad, _, on_sphere), out in zip(weights, square, strict=True):
-            lengths_kernel[(sae.width,)](grad, in_rows(p), along, out, sae.d, ON_SPHERE=on_sphere, **of_row)
+            lengths_kernel[(sae.width,)](grad, as_rows(p), along, out, sae.d, ON_SPHERE=on_sphere, **of_row)
         length = (square.sum() + grads["b_enc"].square().sum() + grads["b_dec"].square().sum()).sqrt()
         clip = torch.where(length > self.cfg.clip, self.cfg.clip / length, 1.0)
         for p, grad, copy, on_sphere in weights:
-            m, v = (in_rows(state[p][key]) for key in ("exp_avg", "exp_avg_sq"))
-            rows_kernel[(sae.width,)](grad, in_rows(p), m, v, copy, along, clip, now, sae.d, ON_SPHERE=on_sphere, ROUND=rounds, **of_row, **adam)
+            m, v = (as_rows(state[p][key]) for key in ("exp_avg", "exp_avg_sq"))
+            rows_kernel[(sae.width,)](grad, as_rows(p), m, v, copy, along, clip, now, sae.d, ON_SPHERE=on_sphere, ROUND=rounds, **of_row, **adam)
         for p, grad in ((sae.b_enc, grads["b_enc"]), (sae.b_dec, grads["b_dec"])):
             bias_kernel[(-(-len(p) // 1024),)](grad, p.detach(), state[p]["exp_avg"], state[p]["exp_avg_sq"], clip, now, len(p), B=1024, **adam)
         for p in sae.parameters(): state[p]["step"] += 1

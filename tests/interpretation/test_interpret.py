@@ -42,13 +42,13 @@ from saerad.interpretation.interpret import (
     by_source,
     check_settings,
     checked_estimate,
-    choose_features,
     compare_explanations,
     description_names_truth,
     detect_prompt,
     estimate_cost,
     examination,
     explain_prompt,
+    features_to_explain,
     interpret,
     interpretation_summary,
     named_files,
@@ -1046,21 +1046,21 @@ def test_the_strongest_are_said_apart_and_predict_nothing():
 def test_features_are_chosen_in_every_way(folder):
     features = Exemplars(folder).features
     ok = features[features.status == "ok"]
-    assert choose_features(features, "all", 0) == ok.feature.tolist()
-    few, more = (set(choose_features(features, f"sample:{n}", 0)) for n in (3, 6))
-    assert len(few) == 3 and len(more) == 6 and few < more <= set(ok.feature) and few != set(choose_features(features, "sample:3", 1))
-    assert len(choose_features(features, "sample:9999", 0)) == len(ok)
-    top = choose_features(features, "top:4 by density", 0)
-    assert top == choose_features(features, "top:4", 0) and set(top) == set(ok.nlargest(4, "density", keep="first").feature)
-    assert choose_features(features, "level:0", 0) == ok[ok.level == 0].feature.tolist()
-    assert choose_features(features, (NEVER, int(ok.feature.iloc[0])), 0) == [ok.feature.iloc[0]]      # a dead one keeps its own reason
+    assert features_to_explain(features, "all", 0) == ok.feature.tolist()
+    few, more = (set(features_to_explain(features, f"sample:{n}", 0)) for n in (3, 6))
+    assert len(few) == 3 and len(more) == 6 and few < more <= set(ok.feature) and few != set(features_to_explain(features, "sample:3", 1))
+    assert len(features_to_explain(features, "sample:9999", 0)) == len(ok)
+    top = features_to_explain(features, "top:4 by density", 0)
+    assert top == features_to_explain(features, "top:4", 0) and set(top) == set(ok.nlargest(4, "density", keep="first").feature)
+    assert features_to_explain(features, "level:0", 0) == ok[ok.level == 0].feature.tolist()
+    assert features_to_explain(features, (NEVER, int(ok.feature.iloc[0])), 0) == [ok.feature.iloc[0]]      # a dead one keeps its own reason
 
 
 @pytest.mark.parametrize("choice, sentence", [
     ((4, 9999), "names feature 9999; the SAE has features 0 to"), ((-1,), "names feature -1"),
     ("top:3 by wisdom", "has no numbers wisdom; it has .*density"), ("level:7", "the SAE has levels 0 to 1")])
 def test_a_feature_that_does_not_exist_is_named(folder, choice, sentence):
-    with pytest.raises(UserError, match=sentence): choose_features(Exemplars(folder).features, choice, 0)
+    with pytest.raises(UserError, match=sentence): features_to_explain(Exemplars(folder).features, choice, 0)
 
 
 def test_the_form_of_a_choice_is_checked_with_the_config():
@@ -1072,7 +1072,7 @@ def test_the_form_of_a_choice_is_checked_with_the_config():
 def test_only_chosen_features_are_asked_about(folder, tmp_path):
     made = Exemplars(folder)
     cfg = InterpretationConfig(features="sample:4", bootstrap=10)
-    table, chosen = interpret(folder, cfg, 0, CLOSED, tmp_path), choose_features(made.features, "sample:4", 0)
+    table, chosen = interpret(folder, cfg, 0, CLOSED, tmp_path), features_to_explain(made.features, "sample:4", 0)
     assert set(table[table.reason != "not chosen"].query("reason not in ['dead', 'too few contexts']").feature) == set(chosen)
     assert len(table) == len(made.features) and set(read_table(tmp_path / "examinations.parquet")["feature"].to_pylist()) <= set(chosen)
     whole = interpret(folder, cfg.model_copy(update={"features": "all"}), 0, CLOSED, tmp_path / "all").set_index("feature")

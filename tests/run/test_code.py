@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from saerad.run import code
-from saerad.run.code import assets_of, beginnings, changed_parts, code_of, imported, module_file, plain, working
+from saerad.run.code import assets_of, beginnings, changed_parts, code_of, imported, module_file, plain_syntax, working
 from saerad.run.stages import STAGES
 
 MUST = {"extract": ["subjects.maira2", "subjects.subject", "studies.phantom", "studies.sources", "activations.store", "core"],
@@ -43,7 +43,7 @@ def test_no_stage_depends_on_the_code_that_runs_it():
     ("f'{x!r}'", "f'{x!s}'", False), ("def f(): return", "def f(): return 0", False), ("def f(x, /): 0", "def f(x): 0", False),
     ("x: int = 1", "x: float = 1", False), ("async def f(): 1", "def f(): 1", False), ("if a: b\nelse: c", "if a: b", False)])
 def test_what_is_the_same_program(one, other, same):
-    assert (plain(ast.parse(one)) == plain(ast.parse(other))) == same
+    assert (plain_syntax(ast.parse(one)) == plain_syntax(ast.parse(other))) == same
 
 
 def test_assets_are_those_that_are_named():

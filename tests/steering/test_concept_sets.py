@@ -23,7 +23,7 @@ from saerad.steering.concept_sets import (
     erased_values,
     feature_reader,
     patch_rows,
-    places_of,
+    places_in,
     planned,
     position_contrasts,
     random_set,
@@ -70,7 +70,7 @@ def sae(store): return drawn_sae(store, (32, 32))
 def test_what_a_report_affirms():
     reading = Reading((Finding("effusion", "bilateral"), Finding("nodule", "left", change="resolved"), Finding("oedema", certainty="absent"),
                        Finding("atelectasis", "right", certainty="uncertain")))
-    assert places_of(reading) == {("effusion", "left"), ("effusion", "right"), ("atelectasis", "right")}
+    assert places_in(reading) == {("effusion", "left"), ("effusion", "right"), ("atelectasis", "right")}
 
 
 def test_places_need_enough_reports(world):
@@ -79,7 +79,7 @@ def test_places_need_enough_reports(world):
     everything, every = stated_places(train, read)
     assert set(places) == {p for p, n in zip(everything, every.sum(0), strict=True) if n >= 5} and (stated.sum(0) >= 5).all()
     for study, row in zip(train, stated, strict=True):
-        assert {p for p, there in zip(places, row, strict=True) if there} == places_of(read(study.sections["findings"])) & set(places)
+        assert {p for p, there in zip(places, row, strict=True) if there} == places_in(read(study.sections["findings"])) & set(places)
 
 
 @given(st.integers(0, 1000))
@@ -181,7 +181,7 @@ def test_only_the_frontal_view_is_moved(world, subject, sae):
 def test_a_plan_adds_what_is_absent_and_erases_what_is_there(world, sae):
     read, sets = reader_of(world), made_sets(sae)
     for study in world.split("test"):
-        there = places_of(read(study.sections["findings"]))
+        there = places_in(read(study.sections["findings"]))
         plan = planned(study, sets, read, ConceptSetsConfig(size=3, absent=1), 0)
         assert plan == planned(study, sets, read, ConceptSetsConfig(size=3, absent=1), 0) and sum(sign > 0 for _, sign in plan) <= 1
         for place, sign in plan: assert (place in there) == (sign < 0) and (sign < 0 or place[0] not in {k for k, _ in there})

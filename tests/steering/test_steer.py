@@ -23,8 +23,8 @@ from saerad.steering.judges import OUTCOMES, Target, direction, finding_differen
 from saerad.steering.steer import (
     SteeringConfig,
     baselines_table,
-    choose_features,
     choose_studies,
+    features_to_steer,
     judgements_table,
     mean_differences,
     notes_of,
@@ -169,25 +169,25 @@ SAID = pa.table({"feature": [0, 1, 2, 3, 4, 5], "f1": [0.99, 0.9, 0.9, None, 0.6
 
 
 def test_top_takes_the_best_that_name_a_target_one_each():
-    assert list(choose_features(SteeringConfig(features="top:8"), SAID, 8)) == [1, 4]
-    assert list(choose_features(SteeringConfig(features="top:2", one_per_target=False), SAID, 8)) == [1, 2]
+    assert list(features_to_steer(SteeringConfig(features="top:8"), SAID, 8)) == [1, 4]
+    assert list(features_to_steer(SteeringConfig(features="top:2", one_per_target=False), SAID, 8)) == [1, 2]
 
 
 def test_named_features_and_concepts():
-    assert choose_features(SteeringConfig(features=[4, 7]), SAID, 8) == {4: target_of("nodule"), 7: Target()}
+    assert features_to_steer(SteeringConfig(features=[4, 7]), SAID, 8) == {4: target_of("nodule"), 7: Target()}
     concepts = pa.table({"concept": ["left effusion in view"], "feature": [6]})
-    chosen = choose_features(SteeringConfig(features="concept:left effusion in view"), SAID, 8, concepts)
+    chosen = features_to_steer(SteeringConfig(features="concept:left effusion in view"), SAID, 8, concepts)
     assert chosen == {6: target_of("left effusion")}
     with pytest.raises(UserError, match="feature 8; the SAE has features 0 to 7"):
-        choose_features(SteeringConfig(features=[8]), SAID, 8)
+        features_to_steer(SteeringConfig(features=[8]), SAID, 8)
     with pytest.raises(UserError, match="did you mean 'left effusion in view'"):
-        choose_features(SteeringConfig(features="concept:left effusion"), SAID, 8, concepts)
-    with pytest.raises(UserError, match="not measured"): choose_features(SteeringConfig(features="concept:x"), SAID, 8)
+        features_to_steer(SteeringConfig(features="concept:left effusion"), SAID, 8, concepts)
+    with pytest.raises(UserError, match="not measured"): features_to_steer(SteeringConfig(features="concept:x"), SAID, 8)
 
 
 def test_a_dead_feature_is_refused_by_name():
     said = SAID.append_column("density", pa.array([0.1, 0.1, 0.1, 0.1, 0.0, 0.1]))
-    with pytest.raises(UserError, match="feature 4, which is dead"): choose_features(SteeringConfig(features=[1, 4]), said, 8)
+    with pytest.raises(UserError, match="feature 4, which is dead"): features_to_steer(SteeringConfig(features=[1, 4]), said, 8)
 
 
 @pytest.mark.parametrize("wrong", [{"features": "best:3"}, {"features": "top:0"}, {"features": []}, {"alphas": []}, {"alphas": [0, 1]},
