@@ -34,7 +34,7 @@ from PIL import Image, ImageOps
 from pydantic import Field
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-from ..core import Section, UserError, progress, write_beside
+from ..core import Section, UserError, content_hash, file_hash, progress, write_beside
 from ..interpretation.examinations import read_examination
 from ..interpretation.exemplars import Exemplars
 from ..sae.model import MatryoshkaSAE
@@ -688,8 +688,8 @@ def write_atlas(run: Run | Path | str, cfg: AtlasConfig | None = None) -> Path:
     if folder.exists(): shutil.rmtree(folder)   # texts of an unpublished edition must not stay behind
     studies = _write_data(folder, run, table, cfg)
     missing = [what for name, what in STAGES_SHOWN.items() if not run.has(name)]
-    page = page_template("index.html").render(title=_title(run), notice=NOTICES[cfg.publish], intro=_intro(table), missing=missing, scripts=SCRIPTS,
-                                              studies=bool(studies), report=run.has("summary.json"))
+    page = page_template("index.html").render(title=_title(run), identity=_identity(run, table), notice=NOTICES[cfg.publish], intro=_intro(table),
+                                              missing=missing, scripts=SCRIPTS, studies=bool(studies), report=run.has("summary.json"))
     for name, text in [*((name, asset_text(name)) for name in COPIED), ("index.html", page)]:
         with write_beside(folder / name) as part: part.write_text(text, encoding="utf-8")
     return folder / "index.html"
@@ -700,6 +700,12 @@ def _intro(table: pd.DataFrame) -> str:
     return (f"{len(table):,} features of a sparse autoencoder (SAE) of the model's residual stream; {scored:,} of them have an explanation "
             "that was examined. "
             "F1 is an explanation's own score, control F1 that of another feature's explanation: only the difference speaks for it.")
+
+# %% ../../nbs/show/atlas.ipynb #5b2c9d11
+def _identity(run: Run, table: pd.DataFrame) -> str:
+    "What tells this run's features from another's: a hash of the SAE, or of the features where no SAE was kept."
+    kept = run / "sae/sae.safetensors"
+    return (file_hash(kept) if kept.is_file() else content_hash(table[["feature", "density"]].to_numpy(float)))[:16]
 
 # %% ../../nbs/show/atlas.ipynb #9db702a7
 def claims(summary: Mapping[str, Any], interpreter: str = "") -> list[tuple[str, str, str]]:
@@ -823,7 +829,7 @@ def inline_image(image: Path) -> str:
 # %% ../../nbs/show/atlas.ipynb #a1f4150b
 def _features_inline(run: Run, cfg: AtlasConfig, atlas: bool) -> list[dict[str, Any]]:
     "The three features with their views in the page itself."
-    best = best_features(run, cfg, ViewFiles(run, run / "atlas/views" if atlas and cfg.views and not cfg.publish else None))
+    best = best_features(run, cfg, ViewFiles(run, run / "atlas/views" if atlas and cfg.views and not cfg.publish else None, cfg.view_pixels))
     for shown in (f for feature in best for f in feature["views"]): shown["image"] = inline_image(run / "atlas" / shown["image"])
     return best
 

@@ -683,6 +683,26 @@ def test_pinned_features_stay_travel_as_a_file_and_as_a_link(built, browser, tmp
     page.evaluate("localStorage.clear()")
 
 
+def test_runs_of_one_title_keep_lists_of_their_own(built, copy, browser, tmp_path):
+    """Numbers of features mean something in one SAE alone; all pages from disk share what a browser keeps."""
+    table = read_table(copy / "exemplars/features.parquet").to_pandas()
+    write_table(copy / "exemplars/features.parquet", pa.Table.from_pandas(table.assign(density=table.density * 0.9)))
+    mine, other = (built[0] / "atlas/index.html").as_uri(), write_atlas(copy).as_uri()
+    page = browser.page()
+    page.goto(f"{mine}#feature=1")
+    page.click("#feature .pin")
+    title = page.evaluate("saerad.title")
+    page.goto(f"{mine}#page=pins")
+    with page.expect_download() as download: page.click("#page button >> text=Export")
+    download.value.save_as(tmp_path / "pins.json")
+    page.goto(f"{other}#page=pins")
+    page.wait_for_selector("#page .notice >> text=Nothing is pinned")
+    assert page.evaluate("saerad.title") == title and "(0)" in page.inner_text("#pinned")
+    page.set_input_files("#page input[type=file]", tmp_path / "pins.json")
+    page.wait_for_selector("#page [role=alert] >> text=another atlas")
+    page.evaluate("localStorage.clear()")
+
+
 def test_a_film_can_be_enlarged_windowed_and_closed_by_key(built, browser):
     run, best = built
     page = browser.page()
@@ -708,6 +728,11 @@ def test_a_view_keeps_its_own_pixels(built):
     run, best = built
     [view] = data(run / f"atlas/data/features-{best // 32:04d}.js")[1][str(best)]["views"]
     assert Image.open(run / "atlas" / view["image"]).size == (112, 112) and all(box["name"] for box in view["boxes"])
+
+
+def test_views_are_as_large_as_was_asked_for_also_those_of_the_report(copy):
+    build_atlas(copy, AtlasConfig(view_pixels=64))
+    assert {Image.open(path).size for path in (copy / "atlas/views").glob("*.webp")} == {(64, 64)}
 
 
 def test_a_painted_finding_is_shown_beside_the_same_view_without_it(built, browser):
