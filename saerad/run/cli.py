@@ -258,11 +258,12 @@ def review_pack_command(run: Annotated[Path, typer.Argument(help="folder of a ru
 @review_app.command("score")
 def review_score_command(answers: Annotated[list[Path], typer.Argument(help="the files that readers exported")],
                  key: Annotated[Path | None, typer.Option(help="the pack's key.json (default: beside the first file)")] = None,
-                 out: Annotated[Path | None, typer.Option("--out", help="folder for disagreements.csv and agreement.svg")] = None) -> None:
-    """Say how far readers agree with each other and with the automatic scores; with --out, on what they do not."""
+                 out: Annotated[Path | None, typer.Option("--out", help="folder to write into (default: agreement/ beside them)")] = None) -> None:
+    """Say how far readers agree with each other and with the automatic scores, and write what they disagree on, with a figure."""
     from saerad.show.review import review_score, write_review
     print(json.dumps(review_score(answers, key), indent=1))
-    if out: print(f"\nwritten: {', '.join(str(path) for path in write_review(answers, out, key))}")
+    written = write_review(answers, out or answers[0].parent / "agreement", key)
+    print(f"written: {', '.join(str(path) for path in written)}", file=sys.stderr)
 
 # %% ../../nbs/run/cli.ipynb #5bdc645e
 mini_app = typer.Typer(no_args_is_help=True, help="Small subject models.")
