@@ -236,9 +236,9 @@ def release_command(run: Annotated[Path, typer.Argument(help="folder of a run")]
 
 # %% ../../nbs/run/cli.ipynb #acb1d8fa
 @app.command("compare")
-def compare_command(runs: Annotated[list[Path], typer.Argument(help="folders of two runs or more")],
+def compare_command(runs: Annotated[list[Path], typer.Argument(help="folders of two runs or more, or of one that has a sweep")],
                     out: Annotated[Path, typer.Option("--out", help="the page to write")] = Path("comparison.html")) -> None:
-    """Write a page that shows runs side by side."""
+    """Write a page that shows runs, or the SAEs of a sweep, side by side."""
     from saerad.show.lab import compare
     print(compare(*runs).write(out))
 
