@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import Browser
+from conftest import Browser, violations
 from PIL import Image
 
 from saerad.activations.extraction import residuals
@@ -338,6 +338,18 @@ def test_two_radiographs_any_study_and_a_pair_are_asked_in_the_browser(served, s
     page.goto(server.url + "#page=ask&q=A.&q-study=nobody")
     page.wait_for_selector("#page >> text=has no study nobody")
     served.errors[:] = [e for e in served.errors if "400" not in e]
+
+
+@pytest.mark.parametrize("where", ["", "#page=ask&q=An+effusion.", "#page=ask&q=An+effusion.&q-view=p000059-s2&q2-paint=left+effusion",
+                                   "#page=study&id=p000013-s1", "#page=compare&a=3&b=40"])
+def test_answers_are_for_everybody(served, server, axe, where):
+    """Pages that a server fills: no violation of WCAG, and nothing wider than a phone."""
+    page = served.page(width=1280)
+    page.goto(server.url + where)
+    page.wait_for_selector("#page table, #page >> text=encoder columns" if where else "#sentence")
+    for width in (1280, 390):
+        page.set_viewport_size({"width": width, "height": 844})
+        assert violations(page, axe) == [] and page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_an_asker_refuses_a_run_without_an_sae(tmp_path):
