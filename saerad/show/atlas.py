@@ -843,10 +843,10 @@ def _no_steered(cfg: AtlasConfig) -> str:
     return "Left out of a published report." if cfg.publish else "No steered report changed and stayed whole, or nothing was steered."
 
 # %% ../../nbs/show/atlas.ipynb #595b384f
-QUESTIONS = {"faithful": ("Is it faithful?", ("fidelity", "training"), "The SAE has not been measured yet."),
-             "inside": ("What is in it?", ("concepts", "sections", "density"), "Nothing is known of the truth behind this run's studies."),
-             "true": ("Is it true, what is said of its features?", ("f1", "precision_recall"), "No explanation has been examined yet."),
-             "done": ("What can be done with it?", ("steering", "on_target", "doses"), "Nothing was steered.")}
+QUESTIONS = {"faithful": ("Is it faithful?", (("fidelity", "training"),), "The SAE has not been measured yet."),
+             "inside": ("What is in it?", (("concepts", "sections", "density"),), "Nothing is known of the truth behind this run's studies."),
+             "true": ("Is it true, what is said of its features?", (("f1", "precision_recall"),), "No explanation has been examined yet."),
+             "done": ("What can be done with it?", (("steering",), ("on_target", "doses")), "Nothing was steered.")}
 WHAT_TO_SEE = {
     "overview": "Look at the sizes: every later number rests on them.",
     "training": "Look for curves that have levelled off before training ended.",
@@ -876,13 +876,13 @@ def _figure(run: Run, name: str) -> dict[str, str]:
             "csv": numbers and f"data:text/csv;base64,{numbers}"}
 
 def _questions(run: Run, drawn: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
-    "The questions with claims and a figure each, and the names of the figures that are left for the appendix."
+    "The questions with their claims and figures, and the names of the figures that are left for the appendix."
     said, left, asked = claims(run.json("summary.json") or {}, _interpreter_names(run)), list(drawn), []
-    for key, (title, names, nothing) in QUESTIONS.items():
-        name = next((n for n in names if n in left), None)
-        if name: left.remove(name)
+    for key, (title, places, nothing) in QUESTIONS.items():
+        shown = [name for names in places if (name := next((n for n in names if n in left), None))]
+        left = [name for name in left if name not in shown]
         asked.append({"title": title, "nothing": nothing, "claims": [(claim, caveat) for question, claim, caveat in said if question == key],
-                      "figure": _figure(run, name) if name else None})
+                      "figures": [_figure(run, name) for name in shown]})
     return asked, left
 
 # %% ../../nbs/show/atlas.ipynb #2a7a773b

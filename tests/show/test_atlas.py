@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from saerad.core import UserError, read_table, write_table
+from saerad.core import UserError, read_json, read_table, write_json, write_table
 from saerad.sae.model import MatryoshkaSAE
 from saerad.show.atlas import (
     FEATURE_COLUMNS,
@@ -330,12 +330,20 @@ def test_the_report_is_one_file_with_its_figures(built):
 
 
 def test_the_report_answers_in_a_readers_order_within_three_screens(copy, browser):
-    draw_figures(copy, FiguresConfig(dpi=60), ["fidelity", "concepts", "f1", "steering", "density", "signs"])
+    """With every claim that a run can make, and the figures that stand beside them."""
+    summary = read_json(copy / "summary.json")
+    summary["interpretation"] |= {"interpreter": "endpoint", "model": "a/model-with-a-name-of-some-length", "protocol": "paper", "asked": 160,
+                                  "unscored": {"dead": 3, "the reply could not be read": 12}}
+    summary["steering"] |= {"unreadable_baselines": 2, "concept_sets": dict.fromkeys(("on_target_only", "random_on_target_only"), 0.25)
+                            | {"on_target_only_reports": 240}}
+    write_json(copy / "summary.json", summary)
+    draw_figures(copy, FiguresConfig(dpi=60), ["fidelity", "concepts", "f1", "steering", "on_target", "density", "signs"])
     page = browser.page(width=1280)
     page.goto(write_report(copy).as_uri())
     asked = page.locator(".asks h2").all_inner_texts()
-    assert asked == [title for title, *_ in QUESTIONS.values()] and page.locator(".asks figure").count() == 4
-    assert page.locator(".asks li").count() == 11 and page.locator(".asks li .caveat:not(:empty)").count() == 11
+    assert asked == [title for title, *_ in QUESTIONS.values()]
+    assert [part.locator("figure").count() for part in page.locator(".asks").all()] == [1, 1, 1, 2], "what pushing does has a figure for each claim"
+    assert page.locator(".asks li").count() == page.locator(".asks li .caveat:not(:empty)").count() == 14
     assert page.locator("#appendix").evaluate("e => e.getBoundingClientRect().top + scrollY") <= 3 * 900
     drawn = len(list(copy.glob("figures/*.svg")))
     assert page.locator("figure:not(.view)").count() == page.locator("figure:not(.view) figcaption b").count() == drawn
