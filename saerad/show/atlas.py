@@ -568,7 +568,7 @@ def _named_findings(table: pd.DataFrame, count: int) -> pd.DataFrame:
     named = table[table.finding.notna() & table.f1.notna()]
     named = named.assign(gap=named.f1 - named.shuffled_f1.fillna(0), concept=named.finding, visual=named.visual.astype(float) >= 0.1)
     best = named.sort_values(["gap", "feature"], ascending=[False, True]).drop_duplicates("finding").head(count)
-    best["measure"] = [f"F1 {r.f1:.2f}, control {r.shuffled_f1:.2f}" for r in best.itertuples()]
+    best["measure"] = [f"F1 {r.f1:.2f}" + (f", control {r.shuffled_f1:.2f}" if r.shuffled_f1 == r.shuffled_f1 else "") for r in best.itertuples()]
     return best[["concept", "feature", "measure", "visual"]]
 
 # %% ../../nbs/show/atlas.ipynb #5f3f009e

@@ -23,6 +23,7 @@ from saerad.show.atlas import (
     AtlasConfig,
     build_atlas,
     changes,
+    concept_features,
     example_steered,
     feature_table,
     finding_boxes,
@@ -649,6 +650,29 @@ def test_a_study_has_a_page_with_its_features_and_back(built, browser):
     page.click("#page .says a >> nth=0")
     page.wait_for_selector("#feature h1")
     assert page.inner_text("#feature h1") == f"Feature {best}" and page.title() == f"Feature {best}"
+
+
+def test_a_patients_studies_lead_to_one_another(built, copy, browser):
+    page, read = browser.page(), read_table(copy / "portraits/studies.parquet").to_pandas()
+    [first, second] = read.study
+    page.goto((built[0] / "atlas/index.html").as_uri() + f"#page=study&id={first}")
+    page.wait_for_selector("#page .reading")
+    assert "The same patient" not in page.inner_text("#page")
+    write_table(copy / "portraits/studies.parquet", pa.Table.from_pandas(read.assign(patient="p7")))
+    page.goto(write_atlas(copy).as_uri() + f"#page=study&id={first}")
+    page.wait_for_selector("#page .reading")
+    page.click(f"#page .where a:text-is('{second}')")
+    page.wait_for_function(f"document.querySelector('#page h1').textContent === 'Study {second}'")
+
+
+def test_a_finding_that_explanations_name_has_a_control_only_where_one_was_examined(copy):
+    (copy / "sae/concepts.parquet").unlink()
+    path = copy / "interpretations/interpretations.parquet"
+    table = read_table(path).to_pandas()
+    table.loc[table.explanation.str.contains("effusion"), "shuffled_f1"] = np.nan
+    write_table(path, pa.Table.from_pandas(table))
+    found = concept_features(Run(copy), feature_table(Run(copy)), 9).set_index("concept").measure
+    assert "control" not in found["effusion"] and "control" in found["pneumothorax"] and not found.str.contains("nan").any()
 
 
 def test_two_features_stand_side_by_side(built, browser):

@@ -100,8 +100,13 @@ function study_page(study) {
   put_page(`Study ${study.study}`,
     el("nav", { "aria-label": "Studies" }, step("‹ previous", at > 0 ? all[at - 1] : null), step("next ›", at >= 0 ? all[at + 1] : null),
       step("all studies", ""), again),
-    where(`Patient ${study.patient}, ${study.split} split. The model has read it with the radiologist's own report.`),
+    where(`Patient ${study.patient}, ${study.split} split. The model has read it with the radiologist's own report.`, same_patient(study)),
     films_view(study), section("In the text", reading_view(study, true)));
+}
+
+function same_patient(study) {                  // the others of those that were read
+  const others = [...(saerad.studies?.values() ?? [])].filter(other => other.patient === study.patient && other.study !== study.study);
+  return others.length ? [" The same patient: ", others.map((other, i) => [i ? ", " : "", study_link(other.study)]), "."] : null;
 }
 
 const findings_of = study => study.tokens.filter((_, i) => study.sections[i] === "findings").join("").trim();
