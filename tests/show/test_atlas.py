@@ -434,6 +434,19 @@ def test_a_feature_page_shows_it_all_and_runs_no_markup(built, browser):
     assert "broken" not in page.title()
 
 
+def test_activations_are_read_without_a_mouse(built, browser):
+    run, best = built
+    page = browser.page(width=390)
+    page.goto((run / "atlas/index.html").as_uri() + f"#feature={best}")
+    page.wait_for_selector("#feature .context")
+    beside = "e => getComputedStyle(e, '::after').content"
+    peak = page.locator("#feature .decile .token.peak").first
+    assert peak.evaluate(beside) == "none"
+    page.get_by_label("write the activations").focus()
+    page.keyboard.press("Space")
+    assert peak.evaluate(beside) == f'"{peak.get_attribute("title")}"' and page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 def shown(page): return int(page.inner_text("#count").split()[0].replace(",", ""))
 
 
