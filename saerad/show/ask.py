@@ -319,21 +319,21 @@ def _inline(view: View, edge: int = 512) -> str:
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 @patch
-def films(self: Answer, count: int = 12) -> list[dict[str, Any]]:
-    """The views that were shown, each with its boxes and the `count` most telling features on its patches."""
+def films(self: Answer, count: int = 12, wanted: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """The views that were shown, each with its boxes, and on its patches the features that are `wanted` and the `count` most telling ones."""
     shown, all_views = [], self.laid_out.all_views
     for study, view, grid, z in self.reading.views():
         telling = z.max(axis=0).toarray().ravel() * self.asker.worth
         best = [int(f) for f in np.argsort(-telling, kind="stable")[:count] if telling[f] > 0]
-        rows = [view_row(f, (study, view, grid, z)) for f in best]
+        rows = [view_row(f, (study, view, grid, z)) for f in dict.fromkeys((*wanted, *best))]
         shown.append({"view": view, "title": f"{view}, {self.shown}", "image": _inline(all_views[view]), "rows": grid[0], "columns": grid[1],
                       "boxes": finding_boxes(self.laid_out, view), "features": [strongest_patches(row) for row in rows]})
     return shown
 
 # %% ../../nbs/show/ask.ipynb #2798288b
 @patch
-def as_json(self: Answer, count: int = 40) -> dict[str, Any]:
-    """The answer as plain values: for the browser, and for other programs."""
+def as_json(self: Answer, count: int = 40, on_films: Sequence[int] = ()) -> dict[str, Any]:
+    """The answer as plain values: for the browser, and for other programs; the features `on_films` are on every radiograph."""
     at, rows = self.places("all"), []
     words = [i for i in at if self.reading.prompt.section[i] != "image"]
     z = self.reading.z[words].tocsc()
@@ -344,7 +344,7 @@ def as_json(self: Answer, count: int = 40) -> dict[str, Any]:
                      "on": [[int(i), round(float(a), 2)] for i, a in zip(z.indices[span], z.data[span], strict=True)]})
     return {"text": self.text, "study": self.study, "shown": self.shown, "seconds": round(self.seconds, 3),
             "tokens": [self.reading.tokens[i] for i in words], "sections": [str(self.reading.prompt.section[i]) for i in words],
-            "by_token": [[[f, round(a, 2)] for f, a in self.on_token(i)] for i in words], "features": rows, "films": self.films()}
+            "by_token": [[[f, round(a, 2)] for f, a in self.on_token(i)] for i in words], "features": rows, "films": self.films(wanted=on_films)}
 
 # %% ../../nbs/show/ask.ipynb #86406b9e
 LONGEST = 20_000     # characters of a text that is asked about
@@ -370,8 +370,10 @@ def reply(self: Asker, request: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(request, Mapping) or request.get("against") is None: return answer.as_json()
     other = self.ask(**question_of(request["against"]))
     changed = differences(answer, other)[["feature", "first", "second", "change"]].astype({"first": float, "second": float, "change": float})
-    told = {"part": part_that_differs(answer, other), "differences": changed.round(3).to_dict("records")}
-    return answer.as_json() | {"against": other.as_json(), **told}
+    part = part_that_differs(answer, other)
+    shown = [int(f) for f in changed.feature] if part == "image" else []
+    told = {"part": part, "differences": changed.round(3).to_dict("records")}
+    return answer.as_json(on_films=shown) | {"against": other.as_json(on_films=shown), **told}
 
 # %% ../../nbs/show/ask.ipynb #8152467e
 class AtlasServer(ThreadingHTTPServer):

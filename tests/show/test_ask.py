@@ -330,6 +330,9 @@ def test_two_radiographs_any_study_and_a_pair_are_asked_in_the_browser(served, s
     page.goto(server.url + "#page=ask&q=An+effusion.&q-view=p000059-s2&q2-paint=left+effusion")
     page.wait_for_selector("#page table")
     assert "patches of the radiographs" in page.inner_text("#page") and page.locator("#page .film").count() == 2
+    changed = page.inner_text("#page tbody tr >> nth=0").split()[0]
+    assert [select.input_value() for select in page.locator("#page .many select").all()] == [changed] * 2, "what differs is on both films"
+    assert len(set(page.locator("#page .scale").all_inner_texts())) == 1, "and on one scale"
     page.goto(server.url + "#page=study&id=p000013-s1")
     page.wait_for_selector("#page .reading")
     assert page.inner_text("#page h1") == "Study p000013-s1" and "Patient p000013" in page.inner_text("#page")

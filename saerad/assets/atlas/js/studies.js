@@ -69,9 +69,9 @@ function reading_view(reading, sections_first = false) {
       el("thead", {}, el("tr", {}, heads)), rows), ...present([more])));
 }
 
-function films_view(reading, chosen) {
+function films_view(reading, chosen, scales) {
   if (!reading.films?.length) return null;
-  return section("On the radiographs", el("div", { class: "views" }, reading.films.map(shown => film_of_many(shown, chosen))));
+  return section("On the radiographs", el("div", { class: "views" }, reading.films.map(shown => film_of_many(shown, chosen, scales))));
 }
 
 // ---- the page of a study
