@@ -53,6 +53,7 @@ STYLE = """
 .md-typeset .source { float: right; font-size: .6rem; margin-top: -2.6em }
 .md-typeset td:first-child code { white-space: nowrap }
 .md-grid { max-width: 72rem }
+[data-md-color-scheme=default] .md-nav__link--active { color: #3344b8 !important }
 .md-typeset :is(p, ul, ol, blockquote, h1) { max-width: 40rem }
 .md-typeset p:has(img) { max-width: none }
 @media (min-width: 76.25em) { .md-sidebar { width: 10.4rem } }
@@ -63,7 +64,10 @@ STYLE = """
 """
 
 
-DISK = """if (location.protocol === "file:") {
+DISK = """new MutationObserver(() => {          // the theme wraps wide tables later; by keys they are scrolled only where they take the focus
+  for (const wrap of document.querySelectorAll(".md-typeset__scrollwrap:not([tabindex])")) wrap.tabIndex = 0;
+}).observe(document, { childList: true, subtree: true });
+if (location.protocol === "file:") {
   const source = SOURCE, Plain = Worker;
   const held = url => String(url).includes("/workers/search.") ? URL.createObjectURL(new Blob([source], { type: "text/javascript" })) : url;
   window.Worker = class extends Plain { constructor(url, options) { super(held(url), options); } };
@@ -337,6 +341,17 @@ def finish(site: Path, book: Book) -> None:
     from_disk(site)
 
 
+UNNAMED = re.compile(r'<a (?=[^>]*(?:id|href)="#?__codelineno)')
+
+
+def for_keys(text: str) -> str:
+    """A page's lines of code are no stops of the tab key, and what can be scrolled sideways is one."""
+    text = UNNAMED.sub('<a tabindex="-1" aria-hidden="true" ', text).replace('<pre class="output', '<pre tabindex="0" class="output')
+    for kind, name in (("shown", "output"), ("math", "formula")):
+        text = text.replace(f'<div class="{kind}">', f'<div class="{kind}" tabindex="0" role="group" aria-label="{name}">')
+    return text
+
+
 def from_disk(site: Path) -> None:
     """Let the search work in a folder opened from disk, where a page may neither fetch its index nor start a worker from a file."""
     worker = json.dumps(next((site / "assets/javascripts/workers").glob("search.*.js")).read_text(encoding="utf-8")).replace("</", "<\\/")
@@ -345,7 +360,8 @@ def from_disk(site: Path) -> None:
     for page in site.rglob("*.html"):
         up = "../" * (len(page.relative_to(site).parts) - 1)
         if page.relative_to(site).parts[0] not in ("files", "atlas"):
-            text = page.read_text(encoding="utf-8").replace("<head>", f'<head><script src="{up}assets/disk.js"></script>', 1)
+            text = for_keys(page.read_text(encoding="utf-8"))
+            text = text.replace("<head>", f'<head><script src="{up}assets/disk.js"></script>', 1)
             page.write_text(text, encoding="utf-8")
 
 

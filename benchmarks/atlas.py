@@ -2,8 +2,8 @@
 
 Numbers of `ratios` are times: seconds until the first table is on the screen (median of fresh browsers),
 milliseconds from a keystroke to the filtered
-table, and milliseconds from a link to a feature's page in a chunk that was not read before (medians; the worst are among `ours`). Without Chromium or
-Playwright they are null.
+table, and milliseconds from a link to a feature's page, and to two features side by side, in chunks that were not read before (medians; the worst are
+among `ours`). Without Chromium or Playwright they are null.
 """
 import random
 import shutil
@@ -33,6 +33,7 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
 CHROMIUM = next((p for p in ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome") if Path(p).exists()), None)
 WORDS = ("effusion pneumothorax cardiomegaly sternotomy unchanged left right catheter clear small tube lung opacity stable interval prior mild "
          "moderate basal apical line wires heart size normal silhouette mediastinum vascular congestion pacemaker").split()
+READ, LENGTH = 48, 120        # studies that the portraits read, words of each
 ACTIVE, STUDIES = 125, {"source": "phantom:0", "train_patients": 2, "validation_patients": 2, "test_patients": 40}
 
 
@@ -61,8 +62,10 @@ def make_up(folder: Path, n: int) -> None:
     write_table(folder / "portraits/portraits.parquet", pa.table({
         "feature": features.feature, "promoted": words, "promoted_by": list(draw.random((n, 10))), "suppressed": words[::-1],
         "suppressed_by": list(-draw.random((n, 10))),
-        "neighbours": list(draw.integers(0, n, (n, 8))), "cosine": list(draw.random((n, 8)))}))
+        "neighbours": list(draw.integers(0, n, (n, 8))), "cosine": list(draw.random((n, 8))),
+        "fires_at": [np.sort(draw.choice(READ * LENGTH, 40, replace=False)) for _ in range(n)]}))
     make_up_views(folder, n, draw)
+    make_up_studies(folder, n, draw)
     make_up_exemplars(folder, n, draw)
     make_up_steering(folder, n, draw)
 
@@ -74,6 +77,19 @@ def make_up_views(folder: Path, n: int, draw: np.random.Generator) -> None:
              "patches": np.sort(draw.choice(1369, 150, replace=False)), "activations": draw.gamma(2, 1, 150)} for f in range(0, n, 5)
              for _ in range(3)]
     write_table(folder / "portraits/views.parquet", pa.Table.from_pylist(rows))
+
+
+def make_up_studies(folder: Path, n: int, draw: np.random.Generator) -> None:
+    """As many studies as the portraits read, five features on each word and twelve on each view."""
+    studies = [s for s in open_source(StudiesConfig(**STUDIES)) if s.split != "train"][:READ]
+    rows = [{"study": s.study, "patient": s.patient, "split": s.split, "tokens": [f" {w}" for w in draw.choice(WORDS, LENGTH)],
+             "sections": ["findings"] * LENGTH, "features": draw.integers(0, n, (LENGTH, 5)).tolist(),
+             "activations": draw.gamma(2, 1, (LENGTH, 5)).tolist()} for s in studies]
+    write_table(folder / "portraits/studies.parquet", pa.Table.from_pylist(rows))
+    seen = [{"feature": int(f), "study": s.study, "view": "frontal", "rows": 37, "columns": 37, "peak": 3.0,
+             "patches": np.sort(draw.choice(1369, 150, replace=False)), "activations": draw.gamma(2, 1, 150)}
+            for s in studies for f in draw.choice(n, 12, replace=False)]
+    write_table(folder / "portraits/study_views.parquet", pa.Table.from_pylist(seen))
 
 
 def make_up_exemplars(folder: Path, n: int, draw: np.random.Generator, group: int = 32, each: int = 2 * ACTIVE, width: int = 17) -> None:
@@ -120,12 +136,15 @@ SEARCH = f"""async text => {{ {PAINTED} const field = document.getElementById('s
 OPEN = f"""async feature => {{ {PAINTED} const begin = performance.now(); location.hash = `#feature=${{feature}}`;
   while (document.querySelector('#feature h1')?.textContent !== `Feature ${{feature}}`) await painted();
   await painted(); return performance.now() - begin; }}"""
+COMPARE = f"""async ([a, b]) => {{ {PAINTED} const begin = performance.now(); location.hash = `#page=compare&a=${{a}}&b=${{b}}`;
+  while (document.querySelector('#page h1')?.textContent !== `Features ${{a}} and ${{b}}`) await painted();
+  await painted(); return performance.now() - begin; }}"""
 
 
 def browse(index: Path, n: int, trials: int) -> tuple[dict[str, float], dict[str, float]]:
     """Medians and worst times in fresh browsers."""
     from playwright.sync_api import sync_playwright
-    first, search, opened = [], [], []
+    first, search, opened, compared = [], [], [], []
     pick = random.Random(0)
     with sync_playwright() as p:
         for _ in range(trials):
@@ -138,10 +157,13 @@ def browse(index: Path, n: int, trials: int) -> tuple[dict[str, float], dict[str
                 first.append(page.evaluate("window.first") / 1000)
                 for text in ("effusion", "tube left", "feature 12"): search += page.evaluate(SEARCH, text)
                 page.evaluate(SEARCH, "")
-                opened += [page.evaluate(OPEN, chunk * 32 + pick.randrange(32)) for chunk in pick.sample(range(n // 32), 10)]
+                chunks = pick.sample(range(n // 32), 22)
+                opened += [page.evaluate(OPEN, chunk * 32 + pick.randrange(32)) for chunk in chunks[:10]]
+                pairs = zip(chunks[10:16], chunks[16:], strict=True)
+                compared += [page.evaluate(COMPARE, [chunk * 32 + pick.randrange(32) for chunk in pair]) for pair in pairs]
                 context.close()
-    median = {"first_table_s": statistics.median(first), "search_ms": statistics.median(search), "feature_page_ms": statistics.median(opened)}
-    return median, {f"{k}_worst": max(v) for k, v in (("first_table_s", first), ("search_ms", search), ("feature_page_ms", opened))}
+    times = {"first_table_s": first, "search_ms": search, "feature_page_ms": opened, "compare_ms": compared}
+    return {k: statistics.median(v) for k, v in times.items()}, {f"{k}_worst": max(v) for k, v in times.items()}
 
 
 def measure(quick: bool):
@@ -156,7 +178,7 @@ def measure(quick: bool):
         try:
             if CHROMIUM is None: raise ImportError
             median, worst = browse(index, n, trials)
-        except ImportError: median, worst = dict.fromkeys(("first_table_s", "search_ms", "feature_page_ms")), {}
+        except ImportError: median, worst = dict.fromkeys(("first_table_s", "search_ms", "feature_page_ms", "compare_ms")), {}
         shape = f"{n} features, {2 * ACTIVE} contexts each; built in {ours['build_s']} s, {ours['disk_mb']} MB; headless Chromium, from disk"
         rounded = {k: None if v is None else round(v, 3) for k, v in (median | worst).items()}
         return shape, ours | rounded, {}, {k: rounded[k] for k in median}

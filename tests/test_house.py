@@ -50,6 +50,16 @@ def test_there_is_no_circle():
     assert not left
 
 
+def test_no_function_or_class_has_the_name_of_another():
+    """Methods that are written below their class (`@patch`) belong to it, and what begins with _ to its module."""
+    homes = {}
+    for name, path in MODULES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"): continue
+            if not any("patch" in ast.unparse(d) for d in node.decorator_list): homes.setdefault(node.name, set()).add(name)
+    assert {name: places for name, places in homes.items() if len(places) > 1} == {}
+
+
 @pytest.mark.parametrize("name", saerad.__all__)
 def test_what_a_user_needs_is_in_one_place(name):
     assert getattr(saerad, name).__name__ == name and name in dir(saerad)

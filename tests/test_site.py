@@ -10,9 +10,12 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
+from conftest import violations
 
 ROOT = Path(__file__).resolve().parent.parent
-CHAPTERS = ("index", "sae/model", "sae/training", "guides/start_student")     # a front page, pictures and formulas, two modules, a page in a folder
+# a front page, pictures and formulas, two modules, a page in a folder, and three chapters that are looked for by words of the field
+CHAPTERS = ("index", "sae/model", "sae/training", "guides/start_student", "show/portraits", "analysis/sparse_probing",
+            "interpretation/hard_negatives")
 
 
 def module(path):
@@ -124,8 +127,8 @@ def test_results_lead_to_the_atlas_in_one_click(site, monkeypatch, tmp_path):
 
 
 FIELD_WORDS = {"logit lens": "show.portraits:logit_lens", "hard negatives": "interpretation.hard_negatives:add_hard_negatives",
-               "activation patching": "analysis.patching", "sparse probing": "sae.evaluation", "dead features": "sae.training",
-               "JumpReLU": "sae.model"}
+               "activation patching": "analysis.patching", "sparse probing": "analysis.sparse_probing:sparse_probing",
+               "dead features": "sae.training", "JumpReLU": "sae.model"}
 
 
 @pytest.mark.parametrize("words", FIELD_WORDS)
@@ -155,6 +158,21 @@ def test_the_search_answers_in_a_folder_opened_from_disk(site, browser):
     assert "The sparse autoencoder" in page.inner_text("h1")
 
 
+SEARCHED = {"logit lens": "show/portraits.html#logit_lens", "sparse probing": "analysis/sparse_probing.html#sparse_probing",
+            "hard negatives": "interpretation/hard_negatives.html"}
+
+
+@pytest.mark.parametrize("words", SEARCHED)
+def test_the_search_finds_a_function_by_the_word_of_the_field(site, browser, words):
+    page, (chapter, _, name) = browser.page(), SEARCHED[words].partition("#")
+    page.goto((site.folder / "index.html").as_uri())
+    page.click(".md-search__button")
+    page.keyboard.type(words)
+    page.get_by_text(re.compile(r"^\d+ results?$")).first.wait_for()
+    page.keyboard.press("Enter")                    # the first of them
+    page.wait_for_url(re.compile(rf"{re.escape(chapter)}\b.*{name}$"))
+
+
 def test_formulas_are_drawn_and_pictures_are_there(site, browser):
     page = browser.page()
     page.goto((site.folder / "sae/training.html").as_uri())
@@ -179,6 +197,14 @@ def test_links_lead_from_page_to_page_and_into_the_reference(site, browser):
     page.locator(".source a").first.click()
     page.wait_for_url(re.compile(r"source/sae/model\.html#"))
     assert "saerad/sae/model.py" in page.inner_text("h1")
+
+
+@pytest.mark.parametrize("name", ["index", "sae/training", "show/portraits", "names", "source/sae/model"])
+def test_a_page_of_the_site_is_for_everybody(site, browser, axe, name):
+    for width in (1280, 390):
+        page = browser.page(width=width)
+        page.goto((site.folder / f"{name}.html").as_uri())
+        assert violations(page, axe) == [], width
 
 
 def test_a_page_of_the_site_fits_a_phone(site, browser):

@@ -100,11 +100,13 @@ for _name in STAGES:
 def atlas_command(config: ConfigPath, settings: Settings = None, out: Out = None, first: From = None, keep: Keep = None, check: Check = False,
                   publish: Annotated[bool, typer.Option("--publish", help="leave out every report text, image and study id")] = False,
                   serve: Annotated[bool, typer.Option("--serve", help="then answer questions in the browser, on this machine alone")] = False,
-                  port: Annotated[int, typer.Option(min=0, max=65535, help="of the server; 0 takes a free one")] = 0,
+                  port: Annotated[int, typer.Option(min=0, max=65535, help="of the server; 0 takes one of the run's own")] = 0,
                   show: Annotated[bool, typer.Option(help="open a browser")] = True) -> None:
     """Do a run up to the stage 'atlas'; what is finished is skipped. With --serve CONFIG may be a run's folder, whose atlas is served as it is."""
-    if not (serve and config.is_dir()):
-        run_until(config, [*(settings or []), *(("atlas.publish=true",) if publish else ())], out, first, keep, check, "atlas")
+    if serve and config.is_dir():
+        if settings or out or first or keep or publish:
+            raise UserError(f"{config} is a run's folder, whose atlas is served as it is; name its config to build another edition first.")
+    else: run_until(config, [*(settings or []), *(("atlas.publish=true",) if publish else ())], out, first, keep, check, "atlas")
     if not serve or check: return
     from saerad.show.ask import serve_atlas
     serve_atlas(config if config.is_dir() else out or Path(load_config(config, settings or []).out), port, show)
@@ -114,22 +116,24 @@ def atlas_command(config: ConfigPath, settings: Settings = None, out: Out = None
 def ask_command(run: Annotated[Path, typer.Argument(help="folder of a run")],
                 text: Annotated[str | None, typer.Argument(help="read as the findings of a report; without it the study's own are read")] = None,
                 study: Annotated[str | None, typer.Option("--study", help="whose sections and radiographs stand before it")] = None,
-                view: Annotated[str | None, typer.Option("--view", help="whose radiograph instead: a study, an image file, or none")] = None,
+                view: Annotated[str | None, typer.Option("--view", help="whose radiograph instead: a study, ID/prior, a file, or none")] = None,
                 paint: Annotated[str | None, typer.Option("--paint", help="a finding to paint into it (phantom), e.g. 'left effusion'")] = None,
                 against: Annotated[str | None, typer.Option("--against", help="another text: which features differ")] = None,
                 against_view: Annotated[str | None, typer.Option("--against-view", help="another radiograph: which features differ")] = None,
                 against_paint: Annotated[str | None, typer.Option("--against-paint", help="another painted finding: which features differ")] = None,
                 count: Annotated[int, typer.Option("--count", min=1, help="features shown")] = 12,
+                words: Annotated[bool, typer.Option("--words", help="what fires on each word, too")] = False,
                 as_json: Annotated[bool, typer.Option("--json", help="all of it as one JSON object")] = False) -> None:
     """Say which features fire on a sentence or a study, and which differ between two."""
-    from saerad.show.ask import differences, differing_in_lines, in_lines
+    from saerad.show.ask import compare_answers, differing_in_lines, in_lines, word_by_word
     from saerad.show.lab import open_run
     opened = open_run(run)
     answer = opened.ask(text, study, view, paint)
     other = opened.ask(against or text, study, against_view or view, against_paint or paint) if against or against_view or against_paint else None
     if as_json: print(json.dumps(answer.as_json(count) | ({"against": other.as_json(count)} if other else {}), ensure_ascii=False))
     elif other is None: print(in_lines(answer, count))
-    else: print(differing_in_lines(answer, other, differences(answer, other, "report" if answer.text != other.text else "image", count)))
+    else: print(differing_in_lines(answer, other, compare_answers(answer, other, count=count)))
+    if words and not as_json: print("", word_by_word(answer), sep="\n")
     if not as_json and (run / "atlas/index.html").is_file(): print(f"\nin the atlas: {run / 'atlas/index.html'}#feature=NUMBER")
 
 # %% ../../nbs/run/cli.ipynb #b50b38d9
@@ -239,9 +243,9 @@ def release_command(run: Annotated[Path, typer.Argument(help="folder of a run")]
 
 # %% ../../nbs/run/cli.ipynb #acb1d8fa
 @app.command("compare")
-def compare_command(runs: Annotated[list[Path], typer.Argument(help="folders of two runs or more")],
+def compare_command(runs: Annotated[list[Path], typer.Argument(help="folders of two runs or more, or of one that has a sweep")],
                     out: Annotated[Path, typer.Option("--out", help="the page to write")] = Path("comparison.html")) -> None:
-    """Write a page that shows runs side by side."""
+    """Write a page that shows runs, or the SAEs of a sweep, side by side."""
     from saerad.show.lab import compare
     print(compare(*runs).write(out))
 
@@ -261,11 +265,12 @@ def review_pack_command(run: Annotated[Path, typer.Argument(help="folder of a ru
 @review_app.command("score")
 def review_score_command(answers: Annotated[list[Path], typer.Argument(help="the files that readers exported")],
                  key: Annotated[Path | None, typer.Option(help="the pack's key.json (default: beside the first file)")] = None,
-                 out: Annotated[Path | None, typer.Option("--out", help="folder for disagreements.csv and agreement.svg")] = None) -> None:
-    """Say how far readers agree with each other and with the automatic scores; with --out, on what they do not."""
+                 out: Annotated[Path | None, typer.Option("--out", help="folder to write into (default: agreement/ beside them)")] = None) -> None:
+    """Say how far readers agree with each other and with the automatic scores, and write what they disagree on, with a figure."""
     from saerad.show.review import review_score, write_review
     print(json.dumps(review_score(answers, key), indent=1))
-    if out: print(f"\nwritten: {', '.join(str(path) for path in write_review(answers, out, key))}")
+    written = write_review(answers, out or answers[0].parent / "agreement", key)
+    print(f"written: {', '.join(str(path) for path in written)}", file=sys.stderr)
 
 # %% ../../nbs/run/cli.ipynb #5bdc645e
 mini_app = typer.Typer(no_args_is_help=True, help="Small subject models.")

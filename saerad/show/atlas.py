@@ -34,7 +34,7 @@ from PIL import Image, ImageOps
 from pydantic import Field
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-from ..core import Section, UserError, progress, write_beside
+from ..core import Section, UserError, content_hash, file_hash, progress, write_beside
 from ..interpretation.examinations import read_examination
 from ..interpretation.exemplars import Exemplars
 from ..sae.model import MatryoshkaSAE
@@ -569,7 +569,7 @@ def _named_findings(table: pd.DataFrame, count: int) -> pd.DataFrame:
     named = table[table.finding.notna() & table.f1.notna()]
     named = named.assign(gap=named.f1 - named.shuffled_f1.fillna(0), concept=named.finding, visual=named.visual.astype(float) >= 0.1)
     best = named.sort_values(["gap", "feature"], ascending=[False, True]).drop_duplicates("finding").head(count)
-    best["measure"] = [f"F1 {r.f1:.2f}, control {r.shuffled_f1:.2f}" for r in best.itertuples()]
+    best["measure"] = [f"F1 {r.f1:.2f}" + (f", control {r.shuffled_f1:.2f}" if r.shuffled_f1 == r.shuffled_f1 else "") for r in best.itertuples()]
     return best[["concept", "feature", "measure", "visual"]]
 
 # %% ../../nbs/show/atlas.ipynb #5f3f009e
@@ -689,8 +689,8 @@ def write_atlas(run: Run | Path | str, cfg: AtlasConfig | None = None) -> Path:
     if folder.exists(): shutil.rmtree(folder)   # texts of an unpublished edition must not stay behind
     studies = _write_data(folder, run, table, cfg)
     missing = [what for name, what in STAGES_SHOWN.items() if not run.has(name)]
-    page = page_template("index.html").render(title=_title(run), notice=NOTICES[cfg.publish], intro=_intro(table), missing=missing, scripts=SCRIPTS,
-                                              studies=bool(studies), report=run.has("summary.json"))
+    page = page_template("index.html").render(title=_title(run), identity=_identity(run, table), notice=NOTICES[cfg.publish], intro=_intro(table),
+                                              missing=missing, scripts=SCRIPTS, studies=bool(studies), report=run.has("summary.json"))
     for name, text in [*((name, asset_text(name)) for name in COPIED), ("index.html", page)]:
         with write_beside(folder / name) as part: part.write_text(text, encoding="utf-8")
     return folder / "index.html"
@@ -701,6 +701,12 @@ def _intro(table: pd.DataFrame) -> str:
     return (f"{len(table):,} features of a sparse autoencoder (SAE) of the model's residual stream; {scored:,} of them have an explanation "
             "that was examined. "
             "F1 is an explanation's own score, control F1 that of another feature's explanation: only the difference speaks for it.")
+
+# %% ../../nbs/show/atlas.ipynb #5b2c9d11
+def _identity(run: Run, table: pd.DataFrame) -> str:
+    "What tells this run's features from another's: a hash of the SAE, or of the features where no SAE was kept."
+    kept = run / "sae/sae.safetensors"
+    return (file_hash(kept) if kept.is_file() else content_hash(table[["feature", "density"]].to_numpy(float)))[:16]
 
 # %% ../../nbs/show/atlas.ipynb #9db702a7
 def claims(summary: Mapping[str, Any], interpreter: str = "") -> list[tuple[str, str, str]]:
@@ -824,7 +830,7 @@ def inline_image(image: Path) -> str:
 # %% ../../nbs/show/atlas.ipynb #a1f4150b
 def _features_inline(run: Run, cfg: AtlasConfig, atlas: bool) -> list[dict[str, Any]]:
     "The three features with their views in the page itself."
-    best = best_features(run, cfg, ViewFiles(run, run / "atlas/views" if atlas and cfg.views and not cfg.publish else None))
+    best = best_features(run, cfg, ViewFiles(run, run / "atlas/views" if atlas and cfg.views and not cfg.publish else None, cfg.view_pixels))
     for shown in (f for feature in best for f in feature["views"]): shown["image"] = inline_image(run / "atlas" / shown["image"])
     return best
 
@@ -838,10 +844,10 @@ def _no_steered(cfg: AtlasConfig) -> str:
     return "Left out of a published report." if cfg.publish else "No steered report changed and stayed whole, or nothing was steered."
 
 # %% ../../nbs/show/atlas.ipynb #595b384f
-QUESTIONS = {"faithful": ("Is it faithful?", ("fidelity", "training"), "The SAE has not been measured yet."),
-             "inside": ("What is in it?", ("concepts", "sections", "density"), "Nothing is known of the truth behind this run's studies."),
-             "true": ("Is it true, what is said of its features?", ("f1", "precision_recall"), "No explanation has been examined yet."),
-             "done": ("What can be done with it?", ("steering", "on_target", "doses"), "Nothing was steered.")}
+QUESTIONS = {"faithful": ("Is it faithful?", (("fidelity", "training"),), "The SAE has not been measured yet."),
+             "inside": ("What is in it?", (("concepts", "sections", "density"),), "Nothing is known of the truth behind this run's studies."),
+             "true": ("Is it true, what is said of its features?", (("f1", "precision_recall"),), "No explanation has been examined yet."),
+             "done": ("What can be done with it?", (("steering",), ("on_target", "doses")), "Nothing was steered.")}
 WHAT_TO_SEE = {
     "overview": "Look at the sizes: every later number rests on them.",
     "training": "Look for curves that have levelled off before training ended.",
@@ -871,13 +877,13 @@ def _figure(run: Run, name: str) -> dict[str, str]:
             "csv": numbers and f"data:text/csv;base64,{numbers}"}
 
 def _questions(run: Run, drawn: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
-    "The questions with claims and a figure each, and the names of the figures that are left for the appendix."
+    "The questions with their claims and figures, and the names of the figures that are left for the appendix."
     said, left, asked = claims(run.json("summary.json") or {}, _interpreter_names(run)), list(drawn), []
-    for key, (title, names, nothing) in QUESTIONS.items():
-        name = next((n for n in names if n in left), None)
-        if name: left.remove(name)
+    for key, (title, places, nothing) in QUESTIONS.items():
+        shown = [name for names in places if (name := next((n for n in names if n in left), None))]
+        left = [name for name in left if name not in shown]
         asked.append({"title": title, "nothing": nothing, "claims": [(claim, caveat) for question, claim, caveat in said if question == key],
-                      "figure": _figure(run, name) if name else None})
+                      "figures": [_figure(run, name) for name in shown]})
     return asked, left
 
 # %% ../../nbs/show/atlas.ipynb #2a7a773b

@@ -8,11 +8,13 @@ __all__ = ['LOOKS', 'Html', 'RunFeature', 'open_run', 'RunGroup', 'RunGroups', '
 
 # %% ../../nbs/show/lab.ipynb #932bccf1
 import html
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 import torch
@@ -234,21 +236,46 @@ class Comparison:
     settings: pd.DataFrame
     numbers: pd.DataFrame
     concepts: pd.DataFrame
+    atlases: Mapping[str, Path] = field(default_factory=dict)    # first pages, by name of the run
 
 # %% ../../nbs/show/lab.ipynb #4a5cc87f
 @patch
 def _repr_html_(self: Comparison) -> str:  # noqa: F811
-    settings = Html(self.settings.to_html(border=0)) if len(self.settings) else _tag("p", "The settings are the same.")
-    concepts = Html(self.concepts.head(20).to_html(border=0, na_rep="–", float_format=_digits)) if len(self.concepts) else _tag("p", "None is known.")
-    return str(_tag("div", _tag("b", "settings that differ"), settings, _tag("b", "numbers of the summaries"),
-                    Html(self.numbers.to_html(border=0, na_rep="–", float_format=_digits)), _tag("b", "the same concept, which features"), concepts))
+    shown = self.concepts.head(20)
+    heading = "the same concept, which features" + (f" (the first {len(shown)} of {len(self.concepts)})" if len(self.concepts) > 20 else "")
+    parts = ("settings that differ", _settings_table(self)), ("numbers of the summaries", _numbers_table(self)), (heading, _concepts_table(shown))
+    return str(_tag("div", *(piece for title, table in parts for piece in (_tag("b", title), table))))
 
+def _settings_table(comparison: Comparison) -> Html:
+    return Html(comparison.settings.to_html(border=0)) if len(comparison.settings) else _tag("p", "The settings are the same.")
+
+def _numbers_table(comparison: Comparison) -> Html: return Html(comparison.numbers.to_html(border=0, na_rep="–", float_format=_digits))
+
+def _concepts_table(concepts: pd.DataFrame) -> Html:
+    return Html(concepts.to_html(border=0, na_rep="–", float_format=_digits)) if len(concepts) else _tag("p", "None is known.")
+
+# %% ../../nbs/show/lab.ipynb #6c3d0e11
 @patch
 def write(self: Comparison, path: Path | str) -> Path:
     """Write the comparison as a page of its own."""
-    page = page_template("comparison.html").render(title=" and ".join(self.names), body=self._repr_html_(), css=asset_text("atlas.css"))
+    page = page_template("comparison.html").render(title=" and ".join(self.names), css=asset_text("atlas.css"), settings=_settings_table(self),
+                                                   numbers=_numbers_table(self), concepts=self._linked(Path(path).resolve().parent))
     with write_beside(Path(path)) as part: part.write_text(page, encoding="utf-8")
     return Path(path)
+
+@patch
+def _linked(self: Comparison, beside: Path) -> Html:
+    "The concepts with their features as links; what is text stays text."
+    cells = self.concepts.astype(object).map(lambda value: html.escape(value) if isinstance(value, str) else value)
+    for name in dict.fromkeys(name for name, column in cells if column == "feature"):
+        at = self.atlases.get(name) and quote(Path(os.path.relpath(self.atlases[name], beside)).as_posix())
+        cells[name, "feature"] = [_feature_cell(value, at) for value in cells[name, "feature"]]
+    return _concepts_table(cells) if not len(cells) else Html(
+        cells.rename(index=html.escape, columns=html.escape).to_html(border=0, escape=False, na_rep="–", float_format=_digits))
+
+def _feature_cell(value: float, at: str | None) -> str:
+    if value != value: return "–"
+    return f'<a href="{at}#feature={int(value)}">{int(value)}</a>' if at else str(int(value))
 
 # %% ../../nbs/show/lab.ipynb #2af61791
 def _digits(value: float) -> str: return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
@@ -287,14 +314,20 @@ def _concepts_of(runs: Sequence[Run], names: Sequence[str]) -> pd.DataFrame:
 
 # %% ../../nbs/show/lab.ipynb #90962d40
 def compare(*folders: Path | str) -> Comparison:
-    """Compare runs by settings and summary; with two, the change from the first to the second as well. Raises `UserError` for fewer than two."""
-    if len(folders) < 2: raise UserError("compare needs at least two runs; name their folders.")
+    """Compare runs by settings and summary; with two, the change from the first to the second as well. One run stands beside the SAEs of its sweep.
+
+    Raises `UserError` for no run, and for one without a sweep.
+    """
     runs = [open_run(f) for f in folders]
+    if len(runs) < 2: return _within_sweep(*runs)
     names = [r.folder.name for r in runs]
     if len(set(names)) < len(names): names = [f"{name} ({i})" for i, name in enumerate(names, 1)]
     settings = pd.DataFrame({n: _flat(r.settings) for n, r in zip(names, runs, strict=True)}, columns=names)
     differ = settings[settings.astype(str).nunique(axis=1) > 1].drop(index="out", errors="ignore")
-    return Comparison(names, differ, _numbers(runs, names), _concepts_of(runs, names))
+    return Comparison(names, differ, _numbers(runs, names), _concepts_of(runs, names), _atlases(runs, names))
+
+def _atlases(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Path]:
+    return {n: (r / "atlas/index.html").resolve() for r, n in zip(runs, names, strict=True) if r.has("atlas/index.html")}
 
 # %% ../../nbs/show/lab.ipynb #514d9f3c
 def feature_twins(first: MatryoshkaSAE, second: MatryoshkaSAE, features: Sequence[int] | None = None, block: int = 2048) -> pd.DataFrame:
@@ -323,3 +356,14 @@ def compare_sweep(run: Run | Path | str) -> pd.DataFrame:
     found = {name: feature_twins(run.sae, MatryoshkaSAE.load(folder), rows.feature).set_index(rows.index)[["twin", "cosine"]]
              for name, folder in saes.items()}
     return pd.concat([rows[["feature"]], *found.values()], axis=1, keys=["run", *found])
+
+# %% ../../nbs/show/lab.ipynb #6c3d0e13
+def _within_sweep(run: Run | None = None) -> Comparison:
+    "A run beside the SAEs of its sweep."
+    table = run.table("sweep/table.parquet") if run and any((run / "sweep").glob("*/sae.safetensors")) else None
+    if table is None: raise UserError("compare needs at least two runs, or one that has a sweep (`saerad sweep`); name their folders.")
+    by_name = table.set_index("name").T
+    said = by_name.index.isin(["kind", "group_order", "store", "token_table"])
+    differ = by_name[said & (by_name.astype(str).nunique(axis=1) > 1)]
+    return Comparison([run.folder.name, "the SAEs of its sweep"], differ, by_name[~said].apply(pd.to_numeric, errors="coerce").dropna(how="all"),
+                      compare_sweep(run), _atlases([run], ["run"]))

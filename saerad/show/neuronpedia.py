@@ -78,10 +78,11 @@ def activation_line(context: Mapping[str, Any], at: Mapping[str, Any]) -> dict[s
             "dfaValues": [], "lossValues": []}
 
 def explanation_line(row: Mapping[str, Any], at: Mapping[str, Any]) -> dict[str, Any]:
-    """One explanation as Neuronpedia's table `Explanation` has it."""
+    """One explanation as Neuronpedia's table `Explanation` has it, with no name that an instance would have to know beforehand."""
     told = {"modelId": at["modelId"], "layer": at["layer"], "index": str(int(row["feature"]))}
     return {"id": "c" + content_hash(told, row["explanation"])[:24], **told, "description": row["explanation"], "authorId": CREATOR,
-            "typeName": f"saerad-{row['protocol']}", "explanationModelName": row["interpreter"], "embedding": None}
+            "notes": f"by saerad's interpreter {row['interpreter']}, protocol {row['protocol']}", "typeName": None, "explanationModelName": None,
+            "embedding": None}
 
 # %% ../../nbs/show/neuronpedia.ipynb #3fb1ccc6
 def export_neuronpedia(run: Run | Path | str, out: Path | str, model: str = "", source_set: str = "res-saerad", contexts: int = 20,

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VIEW_SCHEMA', 'STUDY_SCHEMA', 'PAINTED', 'PAINTED_SCHEMA', 'PORTRAIT_SCHEMA', 'PortraitsConfig', 'logit_lens',
-           'top_tokens', 'Reading', 'read_prompts', 'view_activations', 'strongest_views', 'view_row', 'read_studies',
-           'look_at_views', 'rarity', 'words_of', 'telling', 'word_firings', 'study_table', 'study_views',
-           'firing_columns', 'healthy_study', 'paint_findings', 'portray']
+           'top_tokens', 'PromptReading', 'read_prompts', 'view_activations', 'strongest_views', 'view_row',
+           'read_studies', 'look_at_views', 'rarity', 'words_of', 'telling', 'word_firings', 'study_table',
+           'study_views', 'firing_columns', 'healthy_study', 'paint_findings', 'portray']
 
 # %% ../../nbs/show/portraits.ipynb #5c89b382
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -69,17 +69,18 @@ def top_tokens(sae: MatryoshkaSAE, lens: Float[Tensor, "d vocabulary"], count: i
 
 # %% ../../nbs/show/portraits.ipynb #92cade6d
 @dataclass(frozen=True, eq=False)
-class Reading:
+class PromptReading:
     """What the SAE makes of one prompt: every feature on every token."""
     prompt: Prompt
     tokens: list[str]               # each token's own text, with the space before it
     z: sparse.csr_matrix            # [tokens, features], normalised units
 
 # %% ../../nbs/show/portraits.ipynb #72b74d60
-def read_prompts(subject: Subject, encode: Encoder, layer: int, prompts: Sequence[Prompt]) -> list[Reading]:
+def read_prompts(subject: Subject, encode: Encoder, layer: int, prompts: Sequence[Prompt]) -> list[PromptReading]:
     """Some prompts in one pass through the subject model, and every token of them through the SAE."""
     streams = residuals(subject, prompts, layer)
-    return [Reading(p, subject.texts(p), sparse.csr_matrix(encode(x.float().cpu(), p.ids).numpy())) for p, x in zip(prompts, streams, strict=True)]
+    return [PromptReading(p, subject.texts(p), sparse.csr_matrix(encode(x.float().cpu(), p.ids).numpy()))
+            for p, x in zip(prompts, streams, strict=True)]
 
 # %% ../../nbs/show/portraits.ipynb #0f6383e5
 def _on_grid(prompt: Prompt, here: np.ndarray, z: sparse.csr_matrix) -> tuple[tuple[int, int], sparse.csc_matrix]:
@@ -102,7 +103,7 @@ def view_activations(subject: Subject, sae: MatryoshkaSAE, layer: int, prompts: 
 
 # %% ../../nbs/show/portraits.ipynb #26a8e54d
 @patch
-def views(self: Reading) -> Iterator[tuple[str, str, tuple[int, int], sparse.csc_matrix]]:
+def views(self: PromptReading) -> Iterator[tuple[str, str, tuple[int, int], sparse.csc_matrix]]:
     """(study, view, (rows, columns), activations [patches, features]) of every view in the prompt, as `view_activations` gives them."""
     for view in self.prompt.views:
         if len(here := _patches_of(self.prompt, view)): yield self.prompt.study, view, *_on_grid(self.prompt, here, self.z[here])
@@ -150,7 +151,7 @@ def _readable(subject: Subject, studies: Sequence[Study], most: int) -> dict[str
     return prompts
 
 # %% ../../nbs/show/portraits.ipynb #2b416914
-def read_studies(source: Source, subject: Subject, sae: MatryoshkaSAE, layer: int, cfg: PortraitsConfig) -> list[Reading]:
+def read_studies(source: Source, subject: Subject, sae: MatryoshkaSAE, layer: int, cfg: PortraitsConfig) -> list[PromptReading]:
     """Readings of held-out studies with their own reports; empty where the model can read none."""
     held_out = sorted((s for split in ("test", "validation") for s in source.split(split)), key=lambda s: not s.views)
     prompts, encode = list(_readable(subject, held_out, cfg.view_studies).values()), Encoder(sae)
@@ -158,7 +159,7 @@ def read_studies(source: Source, subject: Subject, sae: MatryoshkaSAE, layer: in
     return [reading for i in begins for reading in read_prompts(subject, encode, layer, prompts[i:i + cfg.batch_size])]
 
 # %% ../../nbs/show/portraits.ipynb #9599c001
-def look_at_views(source: Source, readings: Sequence[Reading], cfg: PortraitsConfig) -> pa.Table:
+def look_at_views(source: Source, readings: Sequence[PromptReading], cfg: PortraitsConfig) -> pa.Table:
     """Of the views in some readings, those on which each feature is strongest; empty where the model sees no images."""
     views = [view for reading in readings for view in reading.views()]
     return strongest_views(views, cfg.views, {study: source[study].patient for study, *_ in views})
@@ -175,7 +176,7 @@ STUDY_SCHEMA = pa.schema([
     ("features", pa.list_(pa.list_(pa.int32()))),                                # of each token, most telling first
     ("activations", pa.list_(pa.list_(pa.float32())))])                          # normalised units, in the same order
 
-def words_of(reading: Reading) -> np.ndarray:
+def words_of(reading: PromptReading) -> np.ndarray:
     """Places of the tokens that come from the study's own text."""
     return np.flatnonzero(~np.isin(reading.prompt.section, ("image", "boilerplate")))
 
@@ -191,11 +192,11 @@ def telling(z: sparse.csr_matrix, worth: np.ndarray, count: int) -> tuple[list[l
     return features, activations
 
 # %% ../../nbs/show/portraits.ipynb #47804ec0
-def word_firings(readings: Sequence[Reading], width: int) -> sparse.csc_matrix:
+def word_firings(readings: Sequence[PromptReading], width: int) -> sparse.csc_matrix:
     """[words, features] of the study texts of all readings, one after the other."""
     return sparse.vstack([sparse.csr_matrix((0, width), dtype=np.float32), *(r.z[words_of(r)] for r in readings)], format="csc")
 
-def study_table(source: Source, readings: Sequence[Reading], words: sparse.csc_matrix, count: int) -> pa.Table:
+def study_table(source: Source, readings: Sequence[PromptReading], words: sparse.csc_matrix, count: int) -> pa.Table:
     """The words of every reading with the `count` most telling features of each, as `STUDY_SCHEMA`; `words` as from `word_firings`."""
     worth, rows = rarity(np.diff(words.indptr), words.shape[0]), []
     for r in readings:
@@ -206,7 +207,7 @@ def study_table(source: Source, readings: Sequence[Reading], words: sparse.csc_m
     return pa.Table.from_pylist(rows, schema=STUDY_SCHEMA)
 
 # %% ../../nbs/show/portraits.ipynb #c94b29da
-def study_views(readings: Sequence[Reading], count: int) -> pa.Table:
+def study_views(readings: Sequence[PromptReading], count: int) -> pa.Table:
     """For every view of every reading its `count` most telling features with their patches, as `VIEW_SCHEMA`."""
     views, rows = [view for r in readings for view in r.views()], []
     if not views or not count: return VIEW_SCHEMA.empty_table()
@@ -217,7 +218,7 @@ def study_views(readings: Sequence[Reading], count: int) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=VIEW_SCHEMA)
 
 # %% ../../nbs/show/portraits.ipynb #a1cd4d3e
-def firing_columns(readings: Sequence[Reading], words: sparse.csc_matrix) -> dict[str, list]:
+def firing_columns(readings: Sequence[PromptReading], words: sparse.csc_matrix) -> dict[str, list]:
     """`fires_at` and `on_images` of every feature; None in place of a share for one that fires on neither."""
     n_patches = sum(int((r.prompt.section == "image").sum()) for r in readings)
     on_patches = sum((np.diff(r.z[r.prompt.section == "image"].tocsc().indptr) for r in readings), np.zeros(words.shape[1]))

@@ -279,6 +279,13 @@ def test_export_refuses_what_is_no_run_or_no_format(saerad, tmp_path, arguments,
     assert code == 2 and is_one_sentence(err) and word in err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("arguments", [["--publish"], ["atlas.exemplars=2"], ["--from", "figures"]])
+def test_a_run_that_is_served_as_it_is_takes_no_other_edition(saerad, tmp_path, arguments):
+    """A folder has no config to build from; whoever asks for a published edition must not be served the private one."""
+    code, _, err = saerad("atlas", tmp_path, *arguments, "--serve", "--no-show")
+    assert code == 2 and is_one_sentence(err) and "served as it is" in err
+
+
 def test_bench_names_its_benchmarks(saerad):
     code, out, _ = saerad("bench", "--list")
     assert code == 0 and {"extraction", "store", "sae", "exemplars", "interpretation", "steering", "atlas"} <= set(out.split())

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from saerad.core import UserError, read_table, write_table
+from saerad.core import UserError, read_json, read_table, write_json, write_table
 from saerad.sae.model import MatryoshkaSAE
 from saerad.show.atlas import (
     FEATURE_COLUMNS,
@@ -23,6 +23,7 @@ from saerad.show.atlas import (
     AtlasConfig,
     build_atlas,
     changes,
+    concept_features,
     example_steered,
     feature_table,
     finding_boxes,
@@ -330,12 +331,20 @@ def test_the_report_is_one_file_with_its_figures(built):
 
 
 def test_the_report_answers_in_a_readers_order_within_three_screens(copy, browser):
-    draw_figures(copy, FiguresConfig(dpi=60), ["fidelity", "concepts", "f1", "steering", "density", "signs"])
+    """With every claim that a run can make, and the figures that stand beside them."""
+    summary = read_json(copy / "summary.json")
+    summary["interpretation"] |= {"interpreter": "endpoint", "model": "a/model-with-a-name-of-some-length", "protocol": "paper", "asked": 160,
+                                  "unscored": {"dead": 3, "the reply could not be read": 12}}
+    summary["steering"] |= {"unreadable_baselines": 2, "concept_sets": dict.fromkeys(("on_target_only", "random_on_target_only"), 0.25)
+                            | {"on_target_only_reports": 240}}
+    write_json(copy / "summary.json", summary)
+    draw_figures(copy, FiguresConfig(dpi=60), ["fidelity", "concepts", "f1", "steering", "on_target", "density", "signs"])
     page = browser.page(width=1280)
     page.goto(write_report(copy).as_uri())
     asked = page.locator(".asks h2").all_inner_texts()
-    assert asked == [title for title, *_ in QUESTIONS.values()] and page.locator(".asks figure").count() == 4
-    assert page.locator(".asks li").count() == 11 and page.locator(".asks li .caveat:not(:empty)").count() == 11
+    assert asked == [title for title, *_ in QUESTIONS.values()]
+    assert [part.locator("figure").count() for part in page.locator(".asks").all()] == [1, 1, 1, 2], "what pushing does has a figure for each claim"
+    assert page.locator(".asks li").count() == page.locator(".asks li .caveat:not(:empty)").count() == 14
     assert page.locator("#appendix").evaluate("e => e.getBoundingClientRect().top + scrollY") <= 3 * 900
     drawn = len(list(copy.glob("figures/*.svg")))
     assert page.locator("figure:not(.view)").count() == page.locator("figure:not(.view) figcaption b").count() == drawn
@@ -423,6 +432,19 @@ def test_a_feature_page_shows_it_all_and_runs_no_markup(built, browser):
     assert page.title() not in (f"Feature {best}", f"Feature {turned}")
     page.goto((run / "report.html").as_uri())
     assert "broken" not in page.title()
+
+
+def test_activations_are_read_without_a_mouse(built, browser):
+    run, best = built
+    page = browser.page(width=390)
+    page.goto((run / "atlas/index.html").as_uri() + f"#feature={best}")
+    page.wait_for_selector("#feature .context")
+    beside = "e => getComputedStyle(e, '::after').content"
+    peak = page.locator("#feature .decile .token.peak").first
+    assert peak.evaluate(beside) == "none"
+    page.get_by_label("write the activations").focus()
+    page.keyboard.press("Space")
+    assert peak.evaluate(beside) == f'"{peak.get_attribute("title")}"' and page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def shown(page): return int(page.inner_text("#count").split()[0].replace(",", ""))
@@ -643,6 +665,29 @@ def test_a_study_has_a_page_with_its_features_and_back(built, browser):
     assert page.inner_text("#feature h1") == f"Feature {best}" and page.title() == f"Feature {best}"
 
 
+def test_a_patients_studies_lead_to_one_another(built, copy, browser):
+    page, read = browser.page(), read_table(copy / "portraits/studies.parquet").to_pandas()
+    [first, second] = read.study
+    page.goto((built[0] / "atlas/index.html").as_uri() + f"#page=study&id={first}")
+    page.wait_for_selector("#page .reading")
+    assert "The same patient" not in page.inner_text("#page")
+    write_table(copy / "portraits/studies.parquet", pa.Table.from_pandas(read.assign(patient="p7")))
+    page.goto(write_atlas(copy).as_uri() + f"#page=study&id={first}")
+    page.wait_for_selector("#page .reading")
+    page.click(f"#page .where a:text-is('{second}')")
+    page.wait_for_function(f"document.querySelector('#page h1').textContent === 'Study {second}'")
+
+
+def test_a_finding_that_explanations_name_has_a_control_only_where_one_was_examined(copy):
+    (copy / "sae/concepts.parquet").unlink()
+    path = copy / "interpretations/interpretations.parquet"
+    table = read_table(path).to_pandas()
+    table.loc[table.explanation.str.contains("effusion"), "shuffled_f1"] = np.nan
+    write_table(path, pa.Table.from_pandas(table))
+    found = concept_features(Run(copy), feature_table(Run(copy)), 9).set_index("concept").measure
+    assert "control" not in found["effusion"] and "control" in found["pneumothorax"] and not found.str.contains("nan").any()
+
+
 def test_two_features_stand_side_by_side(built, browser):
     run, best = built
     page = browser.page()
@@ -683,6 +728,26 @@ def test_pinned_features_stay_travel_as_a_file_and_as_a_link(built, browser, tmp
     page.evaluate("localStorage.clear()")
 
 
+def test_runs_of_one_title_keep_lists_of_their_own(built, copy, browser, tmp_path):
+    """Numbers of features mean something in one SAE alone; all pages from disk share what a browser keeps."""
+    table = read_table(copy / "exemplars/features.parquet").to_pandas()
+    write_table(copy / "exemplars/features.parquet", pa.Table.from_pandas(table.assign(density=table.density * 0.9)))
+    mine, other = (built[0] / "atlas/index.html").as_uri(), write_atlas(copy).as_uri()
+    page = browser.page()
+    page.goto(f"{mine}#feature=1")
+    page.click("#feature .pin")
+    title = page.evaluate("saerad.title")
+    page.goto(f"{mine}#page=pins")
+    with page.expect_download() as download: page.click("#page button >> text=Export")
+    download.value.save_as(tmp_path / "pins.json")
+    page.goto(f"{other}#page=pins")
+    page.wait_for_selector("#page .notice >> text=Nothing is pinned")
+    assert page.evaluate("saerad.title") == title and "(0)" in page.inner_text("#pinned")
+    page.set_input_files("#page input[type=file]", tmp_path / "pins.json")
+    page.wait_for_selector("#page [role=alert] >> text=another atlas")
+    page.evaluate("localStorage.clear()")
+
+
 def test_a_film_can_be_enlarged_windowed_and_closed_by_key(built, browser):
     run, best = built
     page = browser.page()
@@ -708,6 +773,11 @@ def test_a_view_keeps_its_own_pixels(built):
     run, best = built
     [view] = data(run / f"atlas/data/features-{best // 32:04d}.js")[1][str(best)]["views"]
     assert Image.open(run / "atlas" / view["image"]).size == (112, 112) and all(box["name"] for box in view["boxes"])
+
+
+def test_views_are_as_large_as_was_asked_for_also_those_of_the_report(copy):
+    build_atlas(copy, AtlasConfig(view_pixels=64))
+    assert {Image.open(path).size for path in (copy / "atlas/views").glob("*.webp")} == {(64, 64)}
 
 
 def test_a_painted_finding_is_shown_beside_the_same_view_without_it(built, browser):

@@ -1,10 +1,15 @@
 """What features, runs, comparisons and studies show when they end a cell."""
+import re
+from urllib.parse import unquote
+
+import pyarrow as pa
 import pytest
 import torch
 from test_atlas import NASTY, with_views
 
-from saerad.core import UserError, write_json
+from saerad.core import UserError, write_json, write_table
 from saerad.sae.model import MatryoshkaSAE
+from saerad.show.atlas import write_atlas
 from saerad.show.invented import invent_run
 from saerad.show.lab import compare, compare_sweep, feature_twins, open_run
 from saerad.show.run_folder import Run
@@ -66,8 +71,14 @@ def test_runs_meet_at_the_same_concept(run, tmp_path):
     for name in found.names:
         mine = found.concepts[name]
         assert set(mine.index) == set(table[name].index) and (mine.feature == table[name].feature.reindex(mine.index)).all()
-    page = found.write(tmp_path / "comparison.html").read_text(encoding="utf-8")
-    assert "the same concept, which features" in page and found.concepts.index[0] in page
+    write_atlas(other)
+    named, page = compare(run.folder, other), tmp_path / "pages/comparison.html"
+    named.concepts.iloc[0, 2] = NASTY
+    text = named.write(page).read_text(encoding="utf-8")
+    assert all(f">{concept}</th>" in text for concept in found.concepts.index) and NASTY not in text and "&lt;script&gt;" in text
+    links = re.findall(r'<a href="([^#]*)#feature=(\d+)">(\d+)</a>', text)
+    assert [int(f) for _, f, _ in links] == found.concepts[found.names[1]].feature.dropna().astype(int).tolist()
+    assert all(shown == f and (page.parent / unquote(at)).resolve() == other / "atlas/index.html" for at, f, shown in links)
     with pytest.raises(UserError, match="no sweep"): compare_sweep(run.folder)
 
 
@@ -84,6 +95,13 @@ def test_a_feature_finds_its_twin_in_another_sae_of_a_sweep(tmp_path):
     assert twins.twin.tolist() == order.tolist() and (twins.cosine > 0.999).all()
     table = compare_sweep(run)
     assert (table["k=4"].twin == order[table["run"].feature.to_numpy()].numpy()).all()
+    same = {"group_order": "ascending", "store": "activations", "token_table": False, "split": "test"}
+    rows = [same | {"name": name, "k": k, "kind": kind, "fvu": k / 100}
+            for name, k, kind in (("k=4", 4, "topk"), ("k=8", 8, "batch_topk"))]
+    write_table(run / "sweep/table.parquet", pa.Table.from_pylist(rows))
+    beside = compare(run)
+    assert beside.settings.index.tolist() == ["kind"] and beside.numbers.loc["fvu"].tolist() == [0.04, 0.08] and beside.concepts.equals(table)
+    assert str(table["k=4"].twin.iloc[0]) in beside.write(tmp_path / "sweep.html").read_text(encoding="utf-8")
     with pytest.raises(UserError): feature_twins(ours, MatryoshkaSAE(8, [16], 2))
 
 

@@ -12,13 +12,13 @@ from saerad.show.atlas import FEATURE_COLUMNS
 from saerad.show.invented import invent_run
 from saerad.show.neuronpedia import export_csv, export_neuronpedia
 
-# the columns of Neuronpedia's export-data.py (commit 1a80fe9), by table
+# the columns of Neuronpedia's export-data.py (commit 1a80fe9), by table; `notes` of its schema.prisma (commit 008d504)
 NEURON = set("modelId layer index maxActApprox creatorId frac_nonzero freq_hist_data_bar_heights freq_hist_data_bar_values "
              "logits_hist_data_bar_heights logits_hist_data_bar_values neuron_alignment_indices neuron_alignment_l1 "
              "neuron_alignment_values correlated_neurons_indices "
              "correlated_neurons_l1 correlated_neurons_pearson decoder_weights_dist neg_str neg_values pos_str pos_values sourceSetName "
              "topkCosSimIndices topkCosSimValues vector vectorLabel hookName vectorDefaultSteerStrength hasVector".split())
-EXPLANATION = set("id modelId layer index authorId description embedding typeName explanationModelName umap_x umap_y umap_cluster "
+EXPLANATION = set("id modelId layer index authorId description embedding notes typeName explanationModelName umap_x umap_y umap_cluster "
                   "umap_log_feature_sparsity".split())
 # of SAEDashboard's converter to the same layout
 ACTIVATION = set("id tokens index layer modelId maxValue maxValueTokenIndex minValue values creatorId dataSource dataIndex dfaValues dfaTargetIndex "
@@ -55,6 +55,8 @@ def test_every_line_has_the_columns_of_its_table_and_says_what_the_run_says(run,
         heights, values = row["freq_hist_data_bar_heights"], row["freq_hist_data_bar_values"]
         assert sum(heights) == sum(histogram) and len(heights) == len(values) and values == sorted(values)
     explained = scores[scores.explanation != ""]
+    assert all(row["typeName"] is row["explanationModelName"] is None for row in explanations), "an instance refuses names it has not"
+    assert {row["notes"] for row in explanations} == {"by saerad's interpreter lexical, protocol paper"}
     assert {row["index"]: row["description"] for row in explanations} == dict(zip(explained.feature.astype(str), explained.explanation, strict=True))
     assert len({row["id"] for row in activations}) == len(activations)
     for row in activations:

@@ -9,6 +9,7 @@ import yaml
 from sklearn.metrics import cohen_kappa_score
 
 from saerad.core import UserError, read_json, read_table, write_json, write_table
+from saerad.run.cli import main
 from saerad.show.invented import invent_run
 from saerad.show.review import (
     bootstrap_interval,
@@ -208,6 +209,27 @@ def test_an_item_takes_two_keys_and_a_rating_can_be_taken_back(pack, browser):
     page.evaluate("localStorage.clear()")
 
 
+def test_arrows_choose_an_answer_where_one_is_chosen_and_an_item_elsewhere(pack, browser):
+    page = browser.page()
+    page.goto(pack.as_uri())
+    page.focus("#item-1 [name=coherence-1][value='0']")
+    page.keyboard.press("Space")
+    page.keyboard.press("ArrowRight")
+    assert page.is_visible("#item-1") and page.is_checked("#item-1 [name=coherence-1][value='1']")
+    page.focus("#item-1 .reveal")
+    page.keyboard.press("ArrowRight")
+    assert page.is_visible("#item-2") and page.is_hidden("#item-1")
+    page.evaluate("localStorage.clear()")
+
+
+def test_the_command_gives_kappas_disagreements_and_a_figure(pack, capsys):
+    files = [answers(pack, "UV", lambda k: 2), answers(pack, "WX", lambda k: 2 if k["own"] else 0)]
+    with pytest.raises(SystemExit) as end: main(["review", "score", *map(str, files)])
+    told = capsys.readouterr()
+    assert end.value.code == 0 and json.loads(told.out)["between_readers"]["pairs"]["UV and WX"]["cohen"].keys() >= {"value", "low", "high"}
+    assert len(pd.read_csv(pack.with_name("agreement") / "disagreements.csv")) == 2 and "agreement.svg" in told.err
+
+
 def test_two_readers_share_one_file_and_see_nothing_of_each_other(pack, browser, tmp_path):
     page = browser.page()
     page.goto(pack.as_uri())
@@ -237,8 +259,11 @@ def test_what_readers_differ_on_is_listed_with_its_contexts_and_drawn(pack, tmp_
     assert set(table["item"]) == {int(i) for i, k in key.items() if not k["own"]} and (table.gap == 2).all() and (table.QR > table.ST).all()
     assert all("[" in text and NASTY in text for text in table.contexts) and not table.own.any()
     written = write_review(files, tmp_path / "agreed")
-    assert [p.name for p in written] == ["disagreements.csv", "agreement.svg"] and written[1].read_text(encoding="utf-8").lstrip().startswith("<?xml")
+    assert [p.name for p in written] == ["disagreements.csv", "agreement.svg", "agreement.csv"]
+    assert written[1].read_text(encoding="utf-8").lstrip().startswith("<?xml")
     assert len(pd.read_csv(written[0])) == len(table)
+    drawn = pd.read_csv(written[2])
+    assert len(drawn) == len(key) and (drawn["mean rating"] == (drawn.QR + drawn.ST) / 2).all() and set(drawn.own) == {True, False}
     assert len(disagreements(files[0])) == 0 and draw_agreement(files[0]).axes
 
 

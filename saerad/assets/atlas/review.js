@@ -123,6 +123,7 @@ const typing = field => /^(TEXTAREA|SELECT)$/.test(field.tagName) || (field.tagN
 
 document.addEventListener("keydown", event => {
   if (event.ctrlKey || event.metaKey || event.altKey || typing(event.target)) return;
+  if (event.target.type === "radio" && event.key.startsWith("Arrow")) return;      // there the arrows choose an answer
   const section = items[at - 1], given = answer(section);
   if (["0", "1", "2"].includes(event.key)) {
     event.preventDefault();

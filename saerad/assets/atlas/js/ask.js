@@ -93,8 +93,9 @@ function heading_of(found) {
 function answer_view(found) {
   if (!found.against) return [heading_of(found), reading_view(found), films_view(found)];
   const chosen = found.differences[0]?.feature;
+  const scales = found.part === "image" ? new Map(found.differences.map(one => [one.feature, Math.max(one.first, one.second)])) : new Map();
   return [difference_view(found), ...[["First", found], ["Second", found.against]].map(([title, one]) =>
-    section(title, heading_of(one), reading_view(one), films_view(one, chosen)))];
+    section(title, heading_of(one), reading_view(one), films_view(one, chosen, scales)))];
 }
 
 function difference_view(found) {

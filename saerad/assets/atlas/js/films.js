@@ -72,11 +72,11 @@ function enlarge(shown, picture, top) {
   dialog.showModal();
 }
 
-// ---- one film with many features: the reader chooses whose patches are shown
-function film_of_many(shown, chosen) {
+// ---- one film with many features: the reader chooses whose patches are shown; `scales`: of features that are compared with another film
+function film_of_many(shown, chosen, scales = new Map()) {
   const one = feature => ({ ...shown, ...(shown.features.find(f => f.feature === feature) ?? { patches: [], activations: [] }) });
   const place = el("div"), first = shown.features.some(f => f.feature === chosen) ? chosen : shown.features[0]?.feature;
-  const put = feature => place.replaceChildren(film(one(feature), { caption: false }));
+  const put = feature => place.replaceChildren(film(one(feature), { caption: false, most: scales.get(feature) }));
   const said = f => `${f.feature}: ${explanation_of(f.feature)}`.slice(0, 70);
   const options = shown.features.map(f => el("option", { value: f.feature, selected: f.feature === first }, said(f)));
   const select = el("select", { oninput: event => put(Number(event.target.value)) }, options);

@@ -1,6 +1,6 @@
 // What every page of the atlas uses. Data arrive by <script>, because a page opened from disk may not fetch; text is only ever set as text.
 "use strict";
-const saerad = { title: document.title, rows: [], columns: [], chunks: {}, state: {}, pages: {}, served: document.body.dataset.ask === "yes" };
+const saerad = { title: document.title, run: document.body.dataset.run, rows: [], columns: [], chunks: {}, state: {}, pages: {}, served: document.body.dataset.ask === "yes" };
 const $ = id => document.getElementById(id);
 const INK = "#1d1d1b", BLUE = "#0072B2";
 

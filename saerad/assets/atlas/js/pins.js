@@ -1,7 +1,7 @@
-// A list of one's own: kept in this browser, taken along as a file or a link.
+// A list of one's own: kept in this browser by the run whose features it names, taken along as a file or a link.
 "use strict";
 
-const PINS = `saerad-pins:${document.title}`;
+const PINS = `saerad-pins:${saerad.run}`;
 
 function load_pins() {
   try { return new Set(JSON.parse(localStorage.getItem(PINS) ?? "[]").filter(Number.isInteger)); } catch { return new Set(); }
@@ -52,7 +52,7 @@ function pinned_row(feature, first, sent) {
 function pin_actions(list, sent, trouble) {
   const shared = `${location.href.split("#")[0]}#page=pins&pins=${list.join(",")}`, disabled = !list.length;
   const keep = () => { keep_pins([...new Set([...saerad.pins, ...sent])]); location.hash = link_to({ page: "pins" }); };
-  const save = () => save_as("pinned-features.json", JSON.stringify({ atlas: saerad.title, pins: list }, null, 1));
+  const save = () => save_as("pinned-features.json", JSON.stringify({ atlas: saerad.title, run: saerad.run, pins: list }, null, 1));
   const file = el("input", { type: "file", accept: "application/json,.json", onchange: () => import_pins(file, trouble) });
   return [sent ? el("button", { type: "button", onclick: keep }, "Keep them all") : null,
     el("button", { type: "button", disabled, onclick: save }, "Export as JSON"),
@@ -66,7 +66,7 @@ async function import_pins(file, trouble) {
     const known = sent.pins.filter(feature => saerad.byFeature.has(feature));
     keep_pins([...new Set([...saerad.pins, ...known])]);
     saerad.pages.pins({});
-    if (sent.atlas === saerad.title) return;
+    if (sent.run === undefined ? sent.atlas === saerad.title : sent.run === saerad.run) return;
     alert_in($("page"), `The list is of another atlas (${String(sent.atlas).slice(0, 80)}): the numbers may mean other features here.`);
   } catch { trouble.textContent = "That file holds no list of features; nothing was changed."; trouble.hidden = false; }
 }

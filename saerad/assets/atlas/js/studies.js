@@ -69,9 +69,9 @@ function reading_view(reading, sections_first = false) {
       el("thead", {}, el("tr", {}, heads)), rows), ...present([more])));
 }
 
-function films_view(reading, chosen) {
+function films_view(reading, chosen, scales) {
   if (!reading.films?.length) return null;
-  return section("On the radiographs", el("div", { class: "views" }, reading.films.map(shown => film_of_many(shown, chosen))));
+  return section("On the radiographs", el("div", { class: "views" }, reading.films.map(shown => film_of_many(shown, chosen, scales))));
 }
 
 // ---- the page of a study
@@ -100,8 +100,13 @@ function study_page(study) {
   put_page(`Study ${study.study}`,
     el("nav", { "aria-label": "Studies" }, step("‹ previous", at > 0 ? all[at - 1] : null), step("next ›", at >= 0 ? all[at + 1] : null),
       step("all studies", ""), again),
-    where(`Patient ${study.patient}, ${study.split} split. The model has read it with the radiologist's own report.`),
+    where(`Patient ${study.patient}, ${study.split} split. The model has read it with the radiologist's own report.`, same_patient(study)),
     films_view(study), section("In the text", reading_view(study, true)));
+}
+
+function same_patient(study) {                  // the others of those that were read
+  const others = [...(saerad.studies?.values() ?? [])].filter(other => other.patient === study.patient && other.study !== study.study);
+  return others.length ? [" The same patient: ", others.map((other, i) => [i ? ", " : "", study_link(other.study)]), "."] : null;
 }
 
 const findings_of = study => study.tokens.filter((_, i) => study.sections[i] === "findings").join("").trim();

@@ -19,13 +19,15 @@ const context_line = (context, top) => el("div", { class: "context" },
   el("span", { class: "window" }, tokens(context, top)));
 
 function contexts(data) {
-  const top = top_of(data.groups);
+  const top = top_of(data.groups), groups = el("div", {}, data.groups.map((group, i) => el("details", { class: "decile", open: i < 2 },
+    el("summary", {}, group.title), group.contexts.map(context => context_line(context, top)))));
+  const numbers = el("input", { type: "checkbox", oninput: () => groups.classList.toggle("numbers", numbers.checked) });
   return [
     data.places.image > 0.5 ? note(`${percent(data.places.image)} of its firings are on patches of radiographs; these are the others.`) : null,
     where("The darker a word, the stronger the feature; the strongest is underlined, and pointing at a word shows its activation. ",
       "Tenths are of the feature's own firings, by strength."),
-    data.groups.map((group, i) => el("details", { class: "decile", open: i < 2 }, el("summary", {}, group.title),
-      group.contexts.map(context => context_line(context, top)))),
+    el("label", { class: "tick" }, numbers, "write the activations beside the words"),      // for those who cannot point
+    groups,
   ];
 }
 
