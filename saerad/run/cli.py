@@ -34,7 +34,7 @@ from ..interpretation.interpret import checked_estimate, estimate_cost, format_e
 from .checks import check, model_shape
 from .code import PACKAGE
 from .config import Config, changed, explain_validation, load_config, validated, with_settings
-from .stages import STAGES, locked, news, peak_memory, replaced, run_config, wanted_inputs
+from .stages import STAGES, locked, news, peak_memory, run_config, stages_replaced, wanted_inputs
 from ..sae.model import MatryoshkaSAE
 from ..sae.sweep import combinations
 from ..show.run_folder import Run
@@ -64,7 +64,7 @@ def run_until(config: Path, settings: list[str] | None, out: Path | None, first:
     if check_only:
         run = Run(out, cfg)
         wanted = wanted_inputs(run, keep or [])
-        check(run, replaced=replaced(run, wanted))
+        check(run, replaced=stages_replaced(run, wanted))
         for line in news(run, wanted): print(line)
         print(f"{config}: nothing stands in the way; the run would be in {out}")
         return

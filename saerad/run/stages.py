@@ -6,8 +6,9 @@
 __all__ = ['STAGES', 'ASIDE', 'SHARED', 'do_subject', 'do_extract', 'do_train', 'training_rows', 'do_evaluate', 'do_exemplars',
            'do_interpret', 'do_steer', 'do_portray', 'do_figures', 'do_atlas', 'Stage', 'Inputs', 'inputs_of', 'plan',
            'files_of', 'is_finished', 'dependents', 'remove_outputs', 'set_aside', 'put_back', 'forget', 'keeping',
-           'kept_despite', 'news', 'locked', 'run_config', 'stages_until', 'wanted_inputs', 'makes_room', 'replaced',
-           'pass_over', 'assist', 'do_stage', 'versions', 'peak_memory', 'write_config', 'model_hash']
+           'kept_despite', 'news', 'locked', 'run_config', 'stages_until', 'wanted_inputs', 'makes_room',
+           'stages_replaced', 'pass_over', 'assist', 'do_stage', 'versions', 'peak_memory', 'write_config',
+           'model_hash']
 
 # %% ../../nbs/run/stages.ipynb #37843a81
 import fcntl
@@ -329,7 +330,7 @@ def run_config(config: Config, out: Path | str | None = None, first: str | None 
     if rank_and_size()[0]: return assist(run, names)
     wanted = wanted_inputs(run, keep)
     todo = [name for name in names if name in forced or not is_finished(run, STAGES[name], wanted[name].key)]
-    if todo: check(run, "extract" in todo and makes_room(run, wanted["extract"], "extract" in forced), todo, replaced(run, wanted))
+    if todo: check(run, "extract" in todo and makes_room(run, wanted["extract"], "extract" in forced), todo, stages_replaced(run, wanted))
     with locked(run.folder):
         write_config(run)
         for line in news(run, {name: wanted[name] for name in names if name not in forced}): say(line)
@@ -357,7 +358,7 @@ def makes_room(run: Run, inputs: Inputs, forced: bool = False) -> bool:
     entry = run.manifest["stages"].get(inputs.stage, {})
     return bool(entry) and (forced or entry["key"] != inputs.key) and not _aside(run, STAGES[inputs.stage], inputs.key).exists()
 
-def replaced(run: Run, wanted: Mapping[str, Inputs]) -> list[str]:
+def stages_replaced(run: Run, wanted: Mapping[str, Inputs]) -> list[str]:
     """Stages that were done before from something else than they are to be made from today."""
     return [name for name, inputs in wanted.items() if makes_room(run, inputs)]
 

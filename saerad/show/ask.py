@@ -35,7 +35,7 @@ from ..core import UserError, content_hash
 from ..sae.encoder import BatchEncoder, Encoder, FeatureEncoder, tokens_for
 from ..sae.model import check_width
 from .atlas import feature_table, finding_boxes, page_template, shade, square_view, strongest_patches
-from .portraits import read_prompts, view_row
+from .portraits import PromptReading, read_prompts, view_row
 from .run_folder import Run, as_run
 from ..studies.findings import PHANTOM_KINDS, SIDES, Finding
 from ..studies.phantom import painted

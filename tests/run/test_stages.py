@@ -361,7 +361,7 @@ ASKING = ["interpretation.interpreter=openai", "interpretation.base_url=http://1
 def test_answers_to_other_questions_need_the_server(copied, config):
     """The ledger has all answers of this interpreter, but with another SAE, or in other settings of steering, other questions would be asked."""
     asking = changed(config, [*ASKING, "steering.judges=[parser, openai]", "steering.endpoint.base_url=http://127.0.0.1:9/v1"])
-    def look(config): check(run := Run(copied, config), replaced=running.replaced(run, running.wanted_inputs(run)))
+    def look(config): check(run := Run(copied, config), replaced=running.stages_replaced(run, running.wanted_inputs(run)))
     for name, note in (("interpretations", replay_note(asking.interpretation)), ("steering", all_answered(asking.steering.endpoint, "verdicts"))):
         ledger = Ledger(copied / name / "ledger.sqlite")
         ledger.note(note, "all")
