@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['TILE', 'interprets', 'has_triton', 'tile', 'read', 'gather_kernel', 'tiles', 'digits_kernel', 'pick_kernel', 'Cut',
            'select_kernel', 'select', 'errors_kernel', 'errors', 'slopes_kernel', 'mask_slopes', 'lengths_kernel',
-           'adam_rule', 'rows_kernel', 'bias_kernel', 'dead_places', 'DeadBound', 'as_rows', 'FusedEngine',
-           'count_kernel', 'list_kernel', 'Entries', 'entries', 'decode_kernel', 'features_kernel', 'FusedSparseEngine']
+           'adam_rule', 'rows_kernel', 'bias_kernel', 'dead_places', 'DeadBound', 'as_rows', 'RecordedEngine',
+           'FusedEngine', 'count_kernel', 'list_kernel', 'Entries', 'entries', 'decode_kernel', 'features_kernel',
+           'FusedSparseEngine']
 
 # %% ../../nbs/sae/cards.ipynb #ed69a49f
 import os
@@ -298,12 +299,12 @@ def as_rows(t: Tensor) -> Tensor:
     return t.detach() if t.is_contiguous() else t.detach().T
 
 # %% ../../nbs/sae/cards.ipynb #2dd64653
-class FusedEngine:
-    """Steps of a `Trainer` on a card: dense products, everything between them in a few passes, and nothing that comes back to the host.
+class RecordedEngine:
+    """What an engine on a card is without the step itself: it keeps what a step reads on the device, and records the step as a CUDA graph.
 
     For float32 weights and the kinds named here, in one process. From the second step on a step is one CUDA graph (`SAERAD_GRAPHS=0`: never).
     """
-    name, kinds, counts = "fused", ("batch_topk", "topk"), True      # counts: it does what `Trainer.update_counters` does itself
+    name, kinds, counts = "", ("batch_topk", "topk"), True      # counts: it does what `Trainer.update_counters` does itself
 
     def __init__(self, trainer: Any):
         self.trainer, self.sae, self.cfg = trainer, trainer.sae, trainer.cfg
@@ -332,7 +333,6 @@ class FusedEngine:
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0): return "needs a card of compute capability 8.0"
         return "" if ranks.size == 1 and sae.W_dec.dtype == torch.float32 else "works in one process on float32 weights"
 
-    # what a trainer asks of every engine
     def normalise(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """Raw vectors in the SAE's units, valid until the next batch comes; always at the same place, as a graph needs."""
         if len(x) not in self.batches: self.batches[len(x)] = torch.empty_like(x)
@@ -382,6 +382,37 @@ class FusedEngine:
         """Places for dead features in AuxK: a power of two, so that there are few different steps; 0 where none can be dead."""
         if not most or not self.cfg.aux_alpha: return 0
         return min(max(64, 1 << (most - 1).bit_length()), self.sae.width)
+
+    def run(self, x: Float[Tensor, "n d"], capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`compute`, from the second time with these sizes as a CUDA graph: then a step costs the host one call."""
+        key = len(x), capacity
+        self.runs[key] += 1
+        if not x.is_cuda or self.runs[key] <= 1 or os.environ.get("SAERAD_GRAPHS") == "0": return self.compute(x, capacity)
+        if key not in self.graphs: self.graphs[key] = self.capture(x, capacity)
+        if self.graphs[key] is None: return self.compute(x, capacity)
+        graph, result, self.residual = self.graphs[key]
+        graph.replay()
+        return result
+
+    def capture(self, x: Float[Tensor, "n d"], capacity: int) -> Any:
+        """A step as a graph, and where its results will stand; None, with a warning, where this card or this torch cannot record it."""
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.graph_pool, capture_error_mode="thread_local"): result = self.compute(x, capacity)
+        except RuntimeError as e:
+            warnings.warn(f"a training step could not be recorded as a CUDA graph ({e}); it is started kernel by kernel.", stacklevel=2)
+            return None
+        return graph, result, self.residual
+
+    def compute(self, x: Float[Tensor, "n d"], capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a step is; see `whole_step`."""
+        raise NotImplementedError
+
+# %% ../../nbs/sae/cards.ipynb #4f31740d
+class FusedEngine(RecordedEngine):
+    """Steps of a `Trainer` on a card: dense products, everything between them in a few passes, and nothing that comes back to the host."""
+    name = "fused"
 
     def compute(self, x: Float[Tensor, "n d"], capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What a step is, kernel after kernel; see `whole_step`."""
@@ -464,28 +495,6 @@ class FusedEngine:
         averaged = torch.where(old < 0, cut, beta * old + (1 - beta) * cut)
         old.copy_(torch.where(now[2] > 0, averaged, old))
         self.at += 1
-
-    def run(self, x: Float[Tensor, "n d"], capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`compute`, from the second time with these sizes as a CUDA graph: then a step costs the host one call."""
-        key = len(x), capacity
-        self.runs[key] += 1
-        if not x.is_cuda or self.runs[key] <= 1 or os.environ.get("SAERAD_GRAPHS") == "0": return self.compute(x, capacity)
-        if key not in self.graphs: self.graphs[key] = self.capture(x, capacity)
-        if self.graphs[key] is None: return self.compute(x, capacity)
-        graph, result, self.residual = self.graphs[key]
-        graph.replay()
-        return result
-
-    def capture(self, x: Float[Tensor, "n d"], capacity: int) -> Any:
-        """A step as a graph, and where its results will stand; None, with a warning, where this card or this torch cannot record it."""
-        torch.cuda.empty_cache()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self.graph_pool, capture_error_mode="thread_local"): result = self.compute(x, capacity)
-        except RuntimeError as e:
-            warnings.warn(f"a training step could not be recorded as a CUDA graph ({e}); it is started kernel by kernel.", stacklevel=2)
-            return None
-        return graph, result, self.residual
 
 # %% ../../nbs/sae/cards.ipynb #831e80a0
 @jit
