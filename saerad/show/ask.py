@@ -372,7 +372,7 @@ def reply(self: Asker, request: Mapping[str, Any]) -> dict[str, Any]:
     changed = compare_answers(answer, other)[["feature", "first", "second", "change"]].astype({"first": float, "second": float, "change": float})
     part = part_that_differs(answer, other)
     shown = [int(f) for f in changed.feature] if part == "image" else []
-    told = {"part": part, "compare_answers": changed.round(3).to_dict("records")}
+    told = {"part": part, "differences": changed.round(3).to_dict("records")}
     return answer.as_json(on_films=shown) | {"against": other.as_json(on_films=shown), **told}
 
 # %% ../../nbs/show/ask.ipynb #8152467e

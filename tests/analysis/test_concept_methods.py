@@ -113,7 +113,7 @@ def test_probes_find_what_was_put_in():
     stated = np.stack([z[:, 4] > 0.6, z[:, 7] + z[:, 2] > 1.2], 1)
     scores = probe_scores(z, stated)
     assert scores[0].argmax() == 4 and set(np.argsort(-scores[1])[:2]) == {7, 2}
-    assert np.abs(probe_vectors(z, stated))[0].argmax() == 4 and np.allclose(np.linalg.norm(probe_directions(z, stated), axis=1), 1, atol=1e-5)
+    assert np.abs(probe_vectors(z, stated))[0].argmax() == 4 and np.allclose(np.linalg.norm(probe_vectors(z, stated), axis=1), 1, atol=1e-5)
 
 
 def rows(method, texts, sign=1, dose=1.0):

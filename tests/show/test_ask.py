@@ -106,7 +106,7 @@ def test_a_radiograph_and_none_are_compared_on_what_the_words_have_seen(asker):
     assert part_that_differs(film, none) == "report" and len(found) and set(found.feature) <= fired
     assert not len(compare_answers(none, asker.ask(SENTENCE, view="none"))) and not len(compare_answers(none, none, "image"))
     both = asker.reply({"text": SENTENCE, "against": {"text": SENTENCE, "view": "none"}})
-    assert both["part"] == "report" and [d["feature"] for d in both["compare_answers"]] == found.feature.tolist()
+    assert both["part"] == "report" and [d["feature"] for d in both["differences"]] == found.feature.tolist()
 
 
 def test_each_word_has_a_line_with_its_features(answer):
@@ -228,7 +228,7 @@ def test_the_server_answers_as_the_run_does(server, answer):
     assert "default-src 'self'" in headers["Content-Security-Policy"] and headers["X-Content-Type-Options"] == "nosniff"
     assert "".join(t for t, s in zip(found["tokens"], found["sections"], strict=True) if s == "findings").strip() == SENTENCE
     both = json.loads(ask(server, {"text": SENTENCE, "against": {"text": "No effusion."}})[1])
-    assert both["part"] == "report" and both["compare_answers"] and both["against"]["text"] == "No effusion."
+    assert both["part"] == "report" and both["differences"] and both["against"]["text"] == "No effusion."
 
 
 @pytest.mark.parametrize("headers", [{"Origin": "https://elsewhere.example"}, {"Host": "elsewhere.example"}, {"Host": "elsewhere.example:80"},
