@@ -11,6 +11,9 @@
 #include <cstring>
 #include <thread>
 #include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -294,8 +297,8 @@ extern "C" {
 
 long saerad_block() { return BLOCK; }
 
-// Rows of float32 as 8-bit numbers, each row in a unit of its own, the 127th part of its largest entry; and the rows' squared lengths.
-void saerad_quantise(const float* from, long rows, long d, int8_t* to, float* unit, float* square, long threads) {
+// Rows of float32 as whole numbers up to `most`, each row in a unit of its own, that part of its largest entry; and the rows' squared lengths.
+void saerad_quantise(const float* from, long rows, long d, long most, int8_t* to, float* unit, float* square, long threads) {
     typedef float F __attribute__((vector_size(64)));
     typedef int32_t I __attribute__((vector_size(64)));
     typedef int8_t B __attribute__((vector_size(16)));
@@ -307,17 +310,17 @@ void saerad_quantise(const float* from, long rows, long d, int8_t* to, float* un
             else std::memcpy(&v, row + k, (d - k) * 4);
             return v;
         };
-        F most{}, squares{};
+        F longest{}, squares{};
         for (long k = 0; k < d; k += 16) {
             const F v = sixteen(k), size = v < 0 ? -v : v;
-            most = most > size ? most : size;
+            longest = longest > size ? longest : size;
             squares += v * v;
         }
         float largest = 0;
         square[i] = 0;
-        for (int k = 0; k < 16; ++k) largest = std::max(largest, most[k]), square[i] += squares[k];
-        unit[i] = largest / 127;
-        const float by = largest > 0 ? 127 / largest : 0;
+        for (int k = 0; k < 16; ++k) largest = std::max(largest, longest[k]), square[i] += squares[k];
+        unit[i] = largest / most;
+        const float by = largest > 0 ? most / largest : 0;
         const F shift = F{} + 12582912.0f;                         // 1.5 * 2^23: what is added to it is rounded to a whole number
         for (long k = 0; k < d; k += 16) {
             const F moved = sixteen(k) * by + shift;
@@ -328,6 +331,64 @@ void saerad_quantise(const float* from, long rows, long d, int8_t* to, float* un
             std::memcpy(to + i * d + k, &small, std::min(16L, d - k));
         }
     });
+}
+
+// Sums of products of such rows, `x` [rows, d] and `w` [some, d], into [rows, some]; false where this processor has no instruction for it.
+//
+// One instruction multiplies 32 pairs of bytes and adds neighbours up in 16 bits, but takes one side without a sign: x is moved by 64 and the
+// sums moved back. Two numbers of up to 127 times 63, twice, are what 16 bits hold; so neither side may go beyond 63. Four rows and sixteen
+// columns of sums at a time stay in registers, and the weights of sixteen columns in a core's cache.
+bool saerad_products(const int8_t* x, const int8_t* w, long rows, long some, long d, int* sums, long threads) {
+#if defined(__AVX2__)
+    constexpr long ROWS = 4, COLUMNS = 16, DEEP = 8, MOVED = 64;
+    const long padded = (d + DEEP - 1) / DEEP * DEEP;
+    std::vector<uint8_t> moved((rows + ROWS - 1) / ROWS * ROWS * padded, MOVED);
+    parallel(threads, rows, 16, [&](long i) {
+        for (long k = 0; k < d; ++k) moved[i * padded + k] = uint8_t(x[i * d + k] + MOVED);
+    });
+    parallel(threads, (some + COLUMNS - 1) / COLUMNS, 1, [&](long panel) {
+        const long first = panel * COLUMNS, count = std::min(COLUMNS, some - first);
+        std::vector<int8_t> packed(COLUMNS * padded);              // [d / 4, COLUMNS, 4]
+        int back[COLUMNS] = {};
+        for (long f = 0; f < count; ++f) {
+            const int8_t* row = w + (first + f) * d;
+            for (long k = 0; k < d; ++k) back[f] -= MOVED * row[k];
+            for (long k = 0; k < d; k += 4) std::memcpy(&packed[k * COLUMNS + f * 4], row + k, std::min(4L, d - k));
+        }
+        const auto load = [](const void* at) { return _mm256_loadu_si256((const __m256i*)at); };
+        const auto four = [](const uint8_t* at) { int bytes; std::memcpy(&bytes, at, 4); return _mm256_set1_epi32(bytes); };
+        const __m256i ones = _mm256_set1_epi16(1);
+        for (long i = 0; i < rows; i += ROWS) {
+            __m256i sum[ROWS][2];                                  // every loop over it is unrolled, or it would lie in memory
+#pragma GCC unroll 4
+            for (long r = 0; r < ROWS; ++r) sum[r][0] = load(back), sum[r][1] = load(back + 8);
+            for (long k = 0; k < padded; k += DEEP) {
+                const int8_t* at = &packed[k * COLUMNS];
+                const __m256i near[2] = {load(at), load(at + 32)}, far[2] = {load(at + 64), load(at + 96)};
+#pragma GCC unroll 4
+                for (long r = 0; r < ROWS; ++r) {
+                    const uint8_t* row = &moved[(i + r) * padded + k];
+                    const __m256i a = four(row), b = four(row + 4);
+#pragma GCC unroll 2
+                    for (long h = 0; h < 2; ++h) {
+                        const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(a, near[h]), _mm256_maddubs_epi16(b, far[h]));
+                        sum[r][h] = _mm256_add_epi32(sum[r][h], _mm256_madd_epi16(pairs, ones));
+                    }
+                }
+            }
+            int out[ROWS][COLUMNS];
+#pragma GCC unroll 4
+            for (long r = 0; r < ROWS; ++r) {
+                _mm256_storeu_si256((__m256i*)out[r], sum[r][0]);
+                _mm256_storeu_si256((__m256i*)(out[r] + 8), sum[r][1]);
+            }
+            for (long r = 0; r < std::min(ROWS, rows - i); ++r) std::memcpy(sums + (i + r) * some + first, out[r], count * sizeof(int));
+        }
+    });
+    return true;
+#else
+    return false;
+#endif
 }
 
 // Sums of products of such rows [rows, some] in their units, plus a bias, as bfloat16 into `to` [rows, width] from its column `at` on.
