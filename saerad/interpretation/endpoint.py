@@ -27,6 +27,7 @@ from contextlib import closing, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote, urlsplit
@@ -769,8 +770,9 @@ def stoppable(endpoint: Endpoint | None) -> Iterator[None]:
     if endpoint is None or threading.current_thread() is not threading.main_thread():
         yield
         return
+    times = count()
     def interrupted(number: int, frame: Any) -> None:
-        if endpoint.stopping.is_set() and "ipykernel" not in sys.modules: os._exit(130)     # every answer that came is on the disk
+        if (next(times) or endpoint.stopping.is_set()) and "ipykernel" not in sys.modules: os._exit(130)     # every answer that came is on the disk
         os.write(2, f"\n{waiting_for(endpoint)}\n".encode())      # no print: it may be interrupted in the middle of one
         endpoint.stop()
         raise KeyboardInterrupt
