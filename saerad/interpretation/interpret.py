@@ -443,12 +443,10 @@ def score(truth: Sequence[bool], predicted: Sequence[bool | None], draw: np.rand
 def by_source(truth: Sequence[bool], predicted: Sequence[bool | None], source: Sequence[str], draw: np.random.Generator,
               resamples: int = 1000) -> list[dict[str, Any]]:
     """For each source of silent contexts: their number, the false positive rate, and F1 on a balanced set with its 95 % interval."""
-    table = pd.DataFrame({"truth": truth, "predicted": predicted, "source": source}).dropna()
-    positive = table.predicted.astype(bool)
-    hits = positive[table.truth]
-    rows = []
-    for name in sorted(set(table.source[~table.truth])):
-        false = positive[~table.truth & (table.source == name)]
+    read = [(t, p, s) for t, p, s in zip(truth, predicted, source, strict=True) if p is not None]
+    hits, rows = np.array([p for t, p, _ in read if t], bool), []
+    for name in sorted({s for t, _, s in read if not t}):
+        false = np.array([p for t, p, s in read if not t and s == name])
         recall, fpr = (draw.binomial(len(x), x.mean(), resamples) / len(x) if len(x) else np.zeros(resamples) for x in (hits, false))
         low, high = np.quantile(2 * recall / (recall + fpr + 1), [0.025, 0.975])
         share, rate = hits.mean() if len(hits) else 0.0, float(false.mean())
