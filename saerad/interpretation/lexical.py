@@ -158,6 +158,13 @@ class Bits:
             self.opens |= bit if w.opens else 0
             self.count += 1
 
+    @cached_property
+    def before(self) -> dict[str, set[str]]:
+        """For each word those that stand before it in some window."""
+        earlier: dict[str, set[str]] = {}
+        for a, b in self.pairs: earlier.setdefault(b, set()).add(a)
+        return earlier
+
     def of(self, c: Clause) -> int:
         """The windows that fulfil a clause."""
         bits = (1 << self.count) - 1
@@ -255,7 +262,7 @@ def _complexity(c: Clause) -> float:
 def _with_exception(evidence: Evidence, clause: Clause, sets: Sets, held: Sets) -> tuple[Clause, Sets]:
     "The clause, with a word that must not stand before it if that helps enough."
     if not clause.word: return clause, sets
-    denials = {a for a, b in evidence.silent.pairs.keys() | evidence.background.pairs.keys() if b == clause.word}
+    denials = set().union(*(bits.before.get(clause.word, ()) for bits in (evidence.silent, evidence.background)))
     tried = [(c, evidence.sets(c)) for c in (replace(clause, without=a) for a in sorted(denials))]
     best = max(tried, key=lambda t: evidence.f1(_either(held, t[1])), default=(clause, sets))
     better = evidence.f1(_either(held, best[1])) > evidence.f1(_either(held, sets)) + 0.02
