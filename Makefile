@@ -28,7 +28,7 @@ $(VENV)/.installed: setup.py settings.ini constraints.txt
 run: $(VENV)/.installed
 	$(BIN)/saerad run $(CONFIG)
 
-# The chapters and the tests side by side, each on one core: much of both is plain Python, which uses no more.
+# The chapters and the tests side by side, each on one thread: much of both is plain Python, which uses no more.
 test: $(VENV)/.installed
 	$(BIN)/python .ci/notebooks.py check
 	$(BIN)/ruff check .

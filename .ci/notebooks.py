@@ -214,49 +214,49 @@ def check() -> int:
     return bool(problems)
 
 
-FINDINGS, LATE = 23 * 60, 26 * 60      # seconds; `make test` has to end within thirty minutes on slow machines too, and installing takes a part
+EARLIER = 3 * 60        # seconds by which the findings, which are the longest chapters, must begin before what else has to begin in time
 
 
 def test_chapters(todo, done, late: float) -> None:
     """A worker: runs chapter after chapter as `nbdev_test` does, until the queue gives None; only what can begin before `late`, findings sooner."""
-    os.environ.update(QUIET)
+    os.environ.update(QUIET, TMPDIR=os.environ["SAERAD_SMALL"])
     from nbdev.config import get_config
     from nbdev.test import test_nb
     while (path := todo.get()) is not None:
         name = path.relative_to(NBS).as_posix()
-        if time.time() > late - (LATE - FINDINGS) * (NBS / "results" in path.parents): done.put((name, None, 0))
+        if time.time() > late - EARLIER * (NBS / "results" in path.parents): done.put((name, None, 0))
         else: done.put((name, *test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=ROOT)))
+    sys.stdout.flush()
+    os._exit(0)         # taking down what ninety chapters left in memory takes half a minute
 
 
 def test(with_tests: bool = False) -> int:
-    """Run every chapter, one on each core; if asked, with the tests beside them, whose core takes chapters when they are done.
+    """Run every chapter, one on each core; if asked, with the tests beside them, which wait for processes and browsers a third of their time.
 
-    The findings come last. With the tests, what cannot begin within `LATE` seconds (findings: `FINDINGS`) is left out and named; so are tests.
+    The findings come last. Where `SAERAD_LATE` says when it gets late (seconds since 1970), what cannot begin before is left out and named; so are tests.
     """
     context, cores = multiprocessing.get_context("spawn"), os.cpu_count() or 2
     todo, done = context.Queue(), context.SimpleQueue()
     for path in [*sorted(notebooks(), key=lambda p: NBS / "results" in p.parents), *[None] * cores]: todo.put(path)
-    late = time.time() + (LATE if with_tests else float("inf"))
     log, small = tempfile.TemporaryFile("w+", encoding="utf-8"), tempfile.TemporaryDirectory()
-    if with_tests: os.environ["SAERAD_LATE"] = str(late)      # read in tests/conftest.py
     os.environ["SAERAD_SMALL"] = small.name         # what many chapters begin with is made once, and never taken from an earlier day
     command = [sys.executable, "-m", "pytest", "-q", "--durations=10", "-rs", "tests"] if with_tests else [sys.executable, "-c", ""]
     tests = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    late = float(os.environ.get("SAERAD_LATE", "inf"))      # tests/conftest.py reads it too
     workers = [context.Process(target=test_chapters, args=(todo, done, late)) for _ in range(cores)]
-    for worker in workers[with_tests:]: worker.start()
-    tests.wait()
-    if with_tests: workers[0].start()
+    for worker in workers: worker.start()
     results = []
     while any(w.is_alive() for w in workers) or not done.empty():
         if done.empty(): time.sleep(0.2)
         else: results.append(done.get())
+    tests.wait()
     log.seek(0)
     print(log.read())
     for name, _, seconds in sorted(results, key=lambda r: -r[2]): print(f"{name}: {seconds:.0f} s")
     left = sorted(name for name, passed, _ in results if passed is None)
     failed = {p.relative_to(NBS).as_posix() for p in notebooks()} - {name for name, passed, _ in results if passed or passed is None}
     print(f"chapters: {len(notebooks()) - len(failed) - len(left)} passed" + "".join(f"\n  failed: {name}" for name in sorted(failed))
-          + "".join(f"\n  no time left for: {name} (`.ci/notebooks.py test` runs it)" for name in left))
+          + "".join(f"\n  no time left for: {name} (`make test` runs it)" for name in left))
     return bool(failed or tests.returncode)
 
 

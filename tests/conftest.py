@@ -25,8 +25,8 @@ CHROMIUM = next((p for p in ("/usr/bin/chromium", "/usr/bin/chromium-browser", "
 
 
 def pytest_runtest_setup(item):
-    """`make test` has to end within thirty minutes; on a slow machine what cannot begin in time is skipped and says so."""
-    if time.time() > float(os.environ.get("SAERAD_LATE", "inf")): pytest.skip("no time left in `make test`; pytest alone runs it")
+    """Where `SAERAD_LATE` says when it gets late (.ci/run), what cannot begin before is skipped and says so."""
+    if time.time() > float(os.environ.get("SAERAD_LATE", "inf")): pytest.skip("no time left; `make test` runs it")
 
 
 class Browser:
