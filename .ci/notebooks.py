@@ -233,7 +233,7 @@ def test_chapters(todo, done, late: float) -> None:
 def test(with_tests: bool = False) -> int:
     """Run every chapter, one on each core; if asked, with the tests beside them, which wait for processes and browsers a third of their time.
 
-    The findings come last. Where `SAERAD_LATE` says when it gets late (seconds since 1970), what cannot begin before is left out and named; so are tests.
+    The findings come last. Where `SAERAD_LATE` says when it gets late (seconds since 1970), what cannot begin before is left out and named.
     """
     context, cores = multiprocessing.get_context("spawn"), os.cpu_count() or 2
     todo, done = context.Queue(), context.SimpleQueue()

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from _bench import report
+from anyio.abc import SocketAttribute  # noqa: F401 (first: nnsight gives every object a `.save`, which this class would take for its own)
 
 from saerad.activations.store import TOKEN_SCHEMA, Store, StoreWriter
 from saerad.core import progress

@@ -12,7 +12,7 @@ from saerad.run.stages import run_config
 
 SMALL = {"studies": {"source": "phantom:3", "train_patients": 14, "validation_patients": 3, "test_patients": 4},
          "extraction": {"layer": 4, "more_layers": [2]},
-         "training": {"steps": 20, "batch_size": 128, "start_rows": 256, "lr": 0.003, "threshold_start": 0.0},
+         "sae": {"expansion": 1}, "training": {"steps": 20, "batch_size": 128, "start_rows": 256, "lr": 0.003, "threshold_start": 0.0},
          "evaluation": {"loss_studies": 2, "report_studies": 0, "rows": 300}}
 SETTINGS = {"a": ["sae.k=8"], "b": ["sae.k=16"], "c": ["sae.k=8", "seed=1", "extraction.layer=2"]}
 

@@ -35,9 +35,10 @@ subject: {model: mini}
 extraction: {layer: 2, rows_per_shard: 512, more_layers: [0], more_image_tokens: "sample:8"}
 sae: {expansion: 1, k: 8}
 training: {steps: 40, batch_size: 128, checkpoint_every: 10, lr: null}      # at a higher rate feature 0 dies
-evaluation: {loss_studies: 4, report_studies: 2, max_new_tokens: 24}
-steering: {features: [0], alphas: [-10, 10], studies: 2, controls: 0, max_new_tokens: 24}
-concept_sets: {size: 2, hookpoint: 0, steps: 10, test_studies: 2, absent: 1, least: 3}
+evaluation: {loss_studies: 4, report_studies: 2, max_new_tokens: 12}
+interpretation: {features: "sample:40"}
+steering: {features: [0], alphas: [-10, 10], studies: 2, controls: 0, max_new_tokens: 12}
+concept_sets: {size: 2, hookpoint: 0, steps: 4, test_studies: 2, absent: 1, least: 3}
 """
 # Files whose bytes must not depend on whether the run was killed on the way.
 SAME = ("activations/tokens.parquet", "activations/store.json", "sae/sae.safetensors", "sae/metrics.jsonl", "sae/evaluation.json",

@@ -174,9 +174,9 @@ studies: {source: "phantom:0", train_patients: 20, validation_patients: 5, test_
 extraction: {layer: 2}
 sae: {expansion: 1, k: 8, kind: jumprelu}
 training: {steps: 60, batch_size: 128, lr: null}
-interpretation: {shuffled: false, bootstrap: 50}
-evaluation: {loss_studies: 4, report_studies: 2, max_new_tokens: 24}
-steering: {features: [0], method: clamp, alphas: [-10, 10], studies: 1, controls: 0, max_new_tokens: 24}
+interpretation: {features: "sample:30", shuffled: false, bootstrap: 50}
+evaluation: {loss_studies: 4, report_studies: 2, max_new_tokens: 12}
+steering: {features: [0], method: clamp, alphas: [-10, 10], studies: 1, controls: 0, max_new_tokens: 12}
 """
 
 
