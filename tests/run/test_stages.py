@@ -4,12 +4,15 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -427,25 +430,60 @@ import left_threads
 import torch
 torch.set_num_threads(1)
 from saerad.run.cli import main
-main(sys.argv[2:])
 """
+NURSERY = COMMAND + """
+import json, os
+for line in sys.stdin:
+    out, environments, arguments = json.loads(line)
+    children = []
+    for environment in environments:
+        if not (child := os.fork()):
+            os.environ.update(environment)
+            os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            main(arguments)
+        children.append(child)
+    print(json.dumps(children), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
+"""
+PLAIN = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 
 
-def test_several_ranks_share_one_command(tmp_path):
+@pytest.fixture(scope="module")
+def nursery():
+    """A process that has imported everything once: `start` forks a `saerad` for each environment, `end` gives their exit codes."""
+    here = str(Path(__file__).parent)
+    with subprocess.Popen([sys.executable, "-c", NURSERY, here], env=PLAIN, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        def start(arguments, out=os.devnull, environments=None):
+            print(json.dumps([str(out), environments or [{}], arguments]), file=parent.stdin, flush=True)
+            return json.loads(parent.stdout.readline())
+        yield SimpleNamespace(start=start, end=lambda: json.loads(parent.stdout.readline()))
+        parent.stdin.close()
+
+
+def free_port():
+    with closing(socket.create_server(("127.0.0.1", 0))) as server: return server.getsockname()[1]
+
+
+def test_several_ranks_share_one_command(nursery, tmp_path):
     """`saerad train` on two ranks leaves the store of one process and its dictionary but for rounding; the command once more does nothing."""
     (tmp_path / "tiny.yaml").write_text(TINY, encoding="utf-8")
-    (tmp_path / "command.py").write_text(COMMAND, encoding="utf-8")
-    command = [str(tmp_path / "command.py"), str(Path(__file__).parent), "train", str(tmp_path / "tiny.yaml"), "extraction.studies_per_part=8"]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for out, how in (("one", []), ("two", together), ("two", together)):
-        ended = subprocess.run([sys.executable, *how, *command, "--out", str(tmp_path / out)], env=env, capture_output=True, text=True, timeout=300)
-        assert ended.returncode == 0, ended.stderr[-2000:]
+    (tmp_path / "command.py").write_text(COMMAND + "main(sys.argv[2:])", encoding="utf-8")
+    def command(out): return ["train", str(tmp_path / "tiny.yaml"), "extraction.studies_per_part=8", "--out", str(tmp_path / out)]
+    nursery.start(command("one"))
+    assert nursery.end() == [0]
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "command.py"), str(Path(__file__).parent)]
+    ended = subprocess.run([sys.executable, *together, *command("two")], env=PLAIN, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    nursery.start(command("two"), tmp_path / "again", [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"])
+    assert nursery.end() == [0, 0]
     files = [p.relative_to(tmp_path / "one/activations").as_posix() for p in sorted((tmp_path / "one/activations").rglob("*"))
              if p.is_file() and p.suffix != ".lock"]
     assert sum(n.startswith("shard") for n in files) >= 4
     for name in files: assert (tmp_path / "two/activations" / name).read_bytes() == (tmp_path / "one/activations" / name).read_bytes(), name
-    assert [line.split() for line in ended.stdout.splitlines()[:2]] == [["extract", "finished", "before"], ["train", "finished", "before"]]
+    again = (tmp_path / "again").read_text(encoding="utf-8").splitlines()
+    assert [line.split() for line in again[:2]] == [["extract", "finished", "before"], ["train", "finished", "before"]]
     one, two = (safetensors.torch.load_file(tmp_path / out / "sae/sae.safetensors")["W_dec"] for out in ("one", "two"))
     assert torch.cosine_similarity(one, two).min() > 0.99     # another engine rounds elsewhere
 
@@ -454,29 +492,20 @@ def test_two_processes_do_not_write_one_run(done, config):
     with locked(done[0]), pytest.raises(UserError, match="another saerad process"): run_config(config, done[0])
 
 
-KILL = "import sys; from saerad.run.cli import main; main(sys.argv[1:])"
-
-
-def kill_when(path, arguments):
-    """Start `saerad` as a process of its own and kill it as soon as a file is there."""
-    process = subprocess.Popen([sys.executable, "-c", KILL, *arguments], env={**os.environ, "TQDM_DISABLE": "1"}, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 300
-    while not path.exists() and process.poll() is None and time.monotonic() < until: time.sleep(.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-
-
 @pytest.mark.timeout(900)
-def test_a_run_that_was_killed_twice_ends_with_the_same_bytes(done, config, tmp_path):
+def test_a_run_that_was_killed_twice_ends_with_the_same_bytes(nursery, done, config, tmp_path):
     (tmp_path / "tiny.yaml").write_text(TINY, encoding="utf-8")
     out = tmp_path / "run"
+    command = ["run", str(tmp_path / "tiny.yaml"), "--out", str(out)]
     for when in ("activations/shard-00001.safetensors", "sae/checkpoint/state.safetensors"):
-        kill_when(out / when, ["run", str(tmp_path / "tiny.yaml"), "--out", str(out)])
+        [child], until = nursery.start(command), time.monotonic() + 300
+        while not (out / when).exists() and time.monotonic() < until: time.sleep(.005)
+        os.kill(child, signal.SIGKILL)
+        assert nursery.end() == [-signal.SIGKILL], "the run ended before it could be killed"
         assert not (out / "report.html").exists()
     plain = os.environ | {"TQDM_DISABLE": "1", "LC_ALL": "C", "PYTHONUTF8": "0"}     # where text is not UTF-8 unless it is said
-    command = [sys.executable, "-c", KILL, "run", str(tmp_path / "tiny.yaml"), "--out", str(out)]
-    ended = subprocess.run(command, env=plain, capture_output=True, timeout=600)
+    script = "import sys; from saerad.run.cli import main; main(sys.argv[1:])"
+    ended = subprocess.run([sys.executable, "-c", script, *command], env=plain, capture_output=True, timeout=600)
     assert ended.returncode == 0, ended.stderr[-2000:]
     for name in SAME: assert (out / name).read_bytes() == (done[0] / name).read_bytes(), name
 
@@ -513,6 +542,6 @@ def test_the_sae_of_another_hookpoint_is_that_of_its_own_store(done, config):
     sae, store = run.sae_at(0), run.store_at(0)
     assert run.sae_at(2) is run.sae and run.store_at(2) is run.store and store.meta["made_from"]["layer"] == 0
     assert not torch.equal(sae.W_dec, run.sae.W_dec) and (store.tokens["section"].to_numpy() == "image").sum() > len(store.tokens["study"].unique())
-    training = config.training.model_copy(update={"steps": 10})
+    training = config.training.model_copy(update={"steps": config.concept_sets.steps})
     with tempfile.TemporaryDirectory() as folder: again = train_sae(store, config.sae, training, config.seed, folder)
     assert torch.equal(again.W_dec, sae.W_dec)
