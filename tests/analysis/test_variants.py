@@ -70,7 +70,7 @@ def test_a_table_has_the_numbers_of_every_variant(done):
         evaluation = read_json(variant / "sae/evaluation.json")
         assert table.fvu[name] == evaluation["fvu"] and table.loss_mean[name] == evaluation["loss_mean"]
     assert list(table.k) == [8, 16, 8] and table.seed["c"] == 1 and table.layer["c"] == 2
-    assert (table.features == 1024).all() and "interpretation_features" not in table    # that stage has not run
+    assert (table.features == 256).all() and "interpretation_features" not in table    # that stage has not run
 
 
 def test_t_interval_is_that_of_the_t_test():
