@@ -16,7 +16,7 @@ __all__ = ['EMPTY_WORDS', 'PRIOR', 'WELL', 'Words', 'FORMS', 'PHANTOM_DEVICES', 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -709,6 +709,11 @@ def _visual_facts(f: Finding) -> dict[str, tuple[str, ...]]:
 # %% ../../nbs/studies/grammar.ipynb #86ab7916
 def visual_concepts(findings: Iterable[Finding]) -> frozenset[str]:
     """Names of the visual concepts true of a study: doubted findings are in its image, resolved and denied ones are not."""
+    return _visual_concepts(tuple(findings))
+
+@lru_cache(maxsize=8192)
+def _visual_concepts(findings: tuple[Finding, ...]) -> frozenset[str]:
+    "Remembered, since it is asked of a study for each of its contexts."
     visible = _sayable([f for f in findings if f.certainty != "absent"], False)
     return frozenset(name for f in visible for name in _visual_facts(f)) or frozenset({NOTHING_IN_VIEW})
 
