@@ -220,6 +220,7 @@ EARLIER = 3 * 60        # seconds by which the findings, which are the longest c
 def test_chapters(todo, done, late: float) -> None:
     """A worker: runs chapter after chapter as `nbdev_test` does, until the queue gives None; only what can begin before `late`, findings sooner."""
     os.environ.update(QUIET, TMPDIR=os.environ["SAERAD_SMALL"])
+    os.nice(5)          # the tests, of which some wait for processes with a clock in hand, go first
     from nbdev.config import get_config
     from nbdev.test import test_nb
     while (path := todo.get()) is not None:
@@ -231,7 +232,7 @@ def test_chapters(todo, done, late: float) -> None:
 
 
 def test(with_tests: bool = False) -> int:
-    """Run every chapter, one on each core; if asked, with the tests beside them, which wait for processes and browsers a third of their time.
+    """Run every chapter, one on each core; if asked, with the tests before them in line for the cores.
 
     The findings come last. Where `SAERAD_LATE` says when it gets late (seconds since 1970), what cannot begin before is left out and named.
     """
@@ -240,8 +241,8 @@ def test(with_tests: bool = False) -> int:
     for path in [*sorted(notebooks(), key=lambda p: NBS / "results" in p.parents), *[None] * cores]: todo.put(path)
     log, small = tempfile.TemporaryFile("w+", encoding="utf-8"), tempfile.TemporaryDirectory()
     os.environ["SAERAD_SMALL"] = small.name         # what many chapters begin with is made once, and never taken from an earlier day
-    command = [sys.executable, "-m", "pytest", "-q", "--durations=10", "-rs", "tests"] if with_tests else [sys.executable, "-c", ""]
-    tests = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    pytest = ["-m", "pytest", "-q", "-n", str(cores), "--dist", "loadfile", "--durations=10", "-rs", "tests"]
+    tests = subprocess.Popen([sys.executable, *(pytest if with_tests else ["-c", ""])], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
     late = float(os.environ.get("SAERAD_LATE", "inf"))      # tests/conftest.py reads it too
     workers = [context.Process(target=test_chapters, args=(todo, done, late)) for _ in range(cores)]
     for worker in workers: worker.start()
