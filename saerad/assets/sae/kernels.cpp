@@ -336,8 +336,8 @@ void saerad_quantise(const float* from, long rows, long d, long most, int8_t* to
 // Sums of products of such rows, `x` [rows, d] and `w` [some, d], into [rows, some]; false where this processor has no instruction for it.
 //
 // One instruction multiplies 32 pairs of bytes and adds neighbours up in 16 bits, but takes one side without a sign: x is moved by 64 and the
-// sums moved back. Two numbers of up to 127 times 63, twice, are what 16 bits hold; so neither side may go beyond 63. Four rows and sixteen
-// columns of sums at a time stay in registers, and the weights of sixteen columns in a core's cache.
+// sums moved back. Two such sums are added before they are widened: 4 * 127 * 63 still fits 16 bits, so neither side may go beyond 63. Four
+// rows and sixteen columns of sums at a time stay in registers, and the weights of sixteen columns in a core's cache.
 bool saerad_products(const int8_t* x, const int8_t* w, long rows, long some, long d, int* sums, long threads) {
 #if defined(__AVX2__)
     constexpr long ROWS = 4, COLUMNS = 16, DEEP = 8, MOVED = 64;
