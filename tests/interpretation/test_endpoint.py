@@ -4,8 +4,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from nursery import nursery
 from word_server import WordServer, answer, completion, logprobs
 from word_world import MIXED, WORDS, make_sae, make_store
 
@@ -466,8 +465,7 @@ def test_it_is_said_how_long_the_rest_takes(tmp_path):
     assert len(said) == 1 and re.search(r"at the pace of the first 20 answers the other 999,980 take about \d+\.\d hours", said[0])
 
 
-NURSERY = """
-import json, os, sys
+FORKED = """
 from types import SimpleNamespace
 from saerad.interpretation.endpoint import Endpoint, EndpointConfig, Ledger, stoppable
 from saerad.interpretation.interpret import InterpretationConfig, interpret
@@ -482,29 +480,14 @@ def ask(url, ledger):
 def run(exemplars, config, out):
     interpret(exemplars, InterpretationConfig.model_validate_json(config), 0, SimpleNamespace(may_leave=True), out)
 
-for line in sys.stdin:
-    name, errors, *arguments = json.loads(line)
-    child = os.fork()
-    if not child:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
-        {"ask": ask, "run": run}[name](*arguments)
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+def do(name, *arguments): {"ask": ask, "run": run}[name](*arguments)
 """
 
 
 @pytest.fixture(scope="module")
-def nursery():
-    """A process that has imported everything once: `start(name, *arguments)` gives the number of a fork that does it, `end()` its exit code."""
-    with subprocess.Popen([sys.executable, "-c", NURSERY], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, text=True,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
-        def start(name, *arguments):
-            print(json.dumps([name, *map(str, arguments)]), file=parent.stdin, flush=True)
-            return int(parent.stdout.readline())
-        yield SimpleNamespace(start=start, end=lambda: int(parent.stdout.readline()))
-        parent.stdin.close()
+def forks():
+    """`do`, in as many processes as are wanted."""
+    with nursery(FORKED, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}) as forks: yield forks
 
 
 def wait(condition):
@@ -521,7 +504,7 @@ def known(ledger):
     return asked
 
 
-def test_killed_ten_times_no_answer_is_paid_for_again_and_the_end_is_the_same(nursery, world, tmp_path):
+def test_killed_ten_times_no_answer_is_paid_for_again_and_the_end_is_the_same(forks, world, tmp_path):
     def config(server): return InterpretationConfig(interpreter="openai", base_url=server.url, model="words", concurrency=3, bootstrap=20)
     with WordServer() as calm: whole = interpret(world, config(calm), 0, OPEN, tmp_path / "whole")
     calls, out, killed = len(calm.bodies), tmp_path / "cut", 0
@@ -529,10 +512,10 @@ def test_killed_ten_times_no_answer_is_paid_for_again_and_the_end_is_the_same(nu
         cfg = config(server)
         for i in range(10):
             before, asked = known(out / "ledger.sqlite"), len(server.bodies)
-            child = nursery.start("run", tmp_path / "errors", world, cfg.model_dump_json(), out)
+            [child] = forks.start("run", world, cfg.model_dump_json(), out, errors=tmp_path / "errors")
             wait(lambda most=asked + random.Random(i).randint(1, calls // 12): len(server.bodies) >= most)
             os.kill(child, signal.SIGKILL)
-            killed += nursery.end() == -signal.SIGKILL
+            killed += forks.end() == [-signal.SIGKILL]
             assert not [b for b in server.bodies[asked:] if json.dumps(b, ensure_ascii=False, sort_keys=True) in before]
         assert killed == 10
         again = interpret(world, cfg, 0, OPEN, out)
@@ -543,10 +526,10 @@ def test_killed_ten_times_no_answer_is_paid_for_again_and_the_end_is_the_same(nu
     assert again.drop(columns="by_source").equals(whole.drop(columns="by_source"))
 
 
-def test_ctrl_c_says_what_it_waits_for_and_a_second_one_stops(nursery, tmp_path):
+def test_ctrl_c_says_what_it_waits_for_and_a_second_one_stops(forks, tmp_path):
     errors = tmp_path / "errors"
     with WordServer(latency=30.0) as server:
-        child = nursery.start("ask", errors, server.url, tmp_path / "l")
+        [child] = forks.start("ask", server.url, tmp_path / "l", errors=errors)
         wait(lambda: len(server.bodies) >= 2)
         os.kill(child, signal.SIGINT)
         wait(lambda: errors.read_text(encoding="utf-8").strip())
@@ -555,13 +538,13 @@ def test_ctrl_c_says_what_it_waits_for_and_a_second_one_stops(nursery, tmp_path)
         time.sleep(0.3)         # it does wait
         began = time.monotonic()
         os.kill(child, signal.SIGINT)
-        assert nursery.end() == 130 and time.monotonic() - began < 10 and len(server.bodies) == 2
+        assert forks.end() == [130] and time.monotonic() - began < 10 and len(server.bodies) == 2
 
 
-def test_ctrl_c_keeps_the_answers_under_way(nursery, tmp_path):
+def test_ctrl_c_keeps_the_answers_under_way(forks, tmp_path):
     with WordServer(latency=0.5) as server:
-        child = nursery.start("ask", tmp_path / "errors", server.url, tmp_path / "l")
+        [child] = forks.start("ask", server.url, tmp_path / "l", errors=tmp_path / "errors")
         wait(lambda: len(server.bodies) >= 2)
         os.kill(child, signal.SIGINT)
-        nursery.end()
+        forks.end()
         assert len(known(tmp_path / "l")) == len(server.bodies) == 2

@@ -12,12 +12,12 @@ import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
 import yaml
+from nursery import nursery
 
 from saerad.core import UserError, read_table
 from saerad.interpretation.endpoint import Ledger, all_answered
@@ -427,57 +427,35 @@ COMMAND = """
 import sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/.."]
 import left_threads
-import torch
-torch.set_num_threads(1)
 from saerad.run.cli import main
 """
-NURSERY = COMMAND + """
-import json, os
-for line in sys.stdin:
-    out, environments, arguments = json.loads(line)
-    children = []
-    for environment in environments:
-        if not (child := os.fork()):
-            os.environ.update(environment)
-            os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            main(arguments)
-        children.append(child)
-    print(json.dumps(children), flush=True)
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
-"""
-PLAIN = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+PLAIN = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "TQDM_DISABLE": "1",
+                      "OMP_NUM_THREADS": str(torch.get_num_threads())}    # as here: the last bits depend on it
 
 
 @pytest.fixture(scope="module")
-def nursery():
-    """A process that has imported everything once: `start` forks a `saerad` for each environment, `end` gives their exit codes."""
-    here = str(Path(__file__).parent)
-    with subprocess.Popen([sys.executable, "-c", NURSERY, here], env=PLAIN, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
-        def start(arguments, out=os.devnull, environments=None):
-            print(json.dumps([str(out), environments or [{}], arguments]), file=parent.stdin, flush=True)
-            return json.loads(parent.stdout.readline())
-        yield SimpleNamespace(start=start, end=lambda: json.loads(parent.stdout.readline()))
-        parent.stdin.close()
+def forks():
+    """`saerad` as often as is wanted, each in a process of its own."""
+    with nursery(COMMAND + "def do(*arguments): main(list(arguments))", str(Path(__file__).parent), env=PLAIN) as forks: yield forks
 
 
 def free_port():
     with closing(socket.create_server(("127.0.0.1", 0))) as server: return server.getsockname()[1]
 
 
-def test_several_ranks_share_one_command(nursery, tmp_path):
+def test_several_ranks_share_one_command(forks, tmp_path):
     """`saerad train` on two ranks leaves the store of one process and its dictionary but for rounding; the command once more does nothing."""
     (tmp_path / "tiny.yaml").write_text(TINY, encoding="utf-8")
     (tmp_path / "command.py").write_text(COMMAND + "main(sys.argv[2:])", encoding="utf-8")
     def command(out): return ["train", str(tmp_path / "tiny.yaml"), "extraction.studies_per_part=8", "--out", str(tmp_path / out)]
-    nursery.start(command("one"))
-    assert nursery.end() == [0]
+    forks.start(*command("one"))
+    assert forks.end() == [0]
     together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "command.py"), str(Path(__file__).parent)]
     ended = subprocess.run([sys.executable, *together, *command("two")], env=PLAIN, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-2000:]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    nursery.start(command("two"), tmp_path / "again", [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"])
-    assert nursery.end() == [0, 0]
+    forks.start(*command("two"), out=tmp_path / "again", environments=[shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"])
+    assert forks.end() == [0, 0]
     files = [p.relative_to(tmp_path / "one/activations").as_posix() for p in sorted((tmp_path / "one/activations").rglob("*"))
              if p.is_file() and p.suffix != ".lock"]
     assert sum(n.startswith("shard") for n in files) >= 4
@@ -493,17 +471,17 @@ def test_two_processes_do_not_write_one_run(done, config):
 
 
 @pytest.mark.timeout(900)
-def test_a_run_that_was_killed_twice_ends_with_the_same_bytes(nursery, done, config, tmp_path):
+def test_a_run_that_was_killed_twice_ends_with_the_same_bytes(forks, done, config, tmp_path):
     (tmp_path / "tiny.yaml").write_text(TINY, encoding="utf-8")
     out = tmp_path / "run"
     command = ["run", str(tmp_path / "tiny.yaml"), "--out", str(out)]
     for when in ("activations/shard-00001.safetensors", "sae/checkpoint/state.safetensors"):
-        [child], until = nursery.start(command), time.monotonic() + 300
+        [child], until = forks.start(*command), time.monotonic() + 300
         while not (out / when).exists() and time.monotonic() < until: time.sleep(.005)
         os.kill(child, signal.SIGKILL)
-        assert nursery.end() == [-signal.SIGKILL], "the run ended before it could be killed"
+        assert forks.end() == [-signal.SIGKILL], "the run ended before it could be killed"
         assert not (out / "report.html").exists()
-    plain = os.environ | {"TQDM_DISABLE": "1", "LC_ALL": "C", "PYTHONUTF8": "0"}     # where text is not UTF-8 unless it is said
+    plain = PLAIN | {"LC_ALL": "C", "PYTHONUTF8": "0"}     # where text is not UTF-8 unless it is said
     script = "import sys; from saerad.run.cli import main; main(sys.argv[1:])"
     ended = subprocess.run([sys.executable, "-c", script, *command], env=plain, capture_output=True, timeout=600)
     assert ended.returncode == 0, ended.stderr[-2000:]
