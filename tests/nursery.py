@@ -1,10 +1,11 @@
 """A process that imports everything once and then forks: a command that starts often, or is killed, does not wait for its imports each time."""
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from types import SimpleNamespace
 
 LOOP = """
@@ -16,8 +17,7 @@ for line in sys.stdin:
         if not (child := os.fork()):
             os.environ.update(environment)
             for path, stream in ((out, 1), (errors, 2)): os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-            do(*arguments)
-            os._exit(0)
+            sys.exit(do(*arguments))
         children.append(child)
     print(json.dumps(children), flush=True)
     print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
@@ -34,3 +34,10 @@ def nursery(code: str, *arguments: str, env: dict[str, str]) -> Iterator[SimpleN
             return json.loads(parent.stdout.readline())
         yield SimpleNamespace(start=start, end=lambda: json.loads(parent.stdout.readline()))
         parent.stdin.close()
+
+
+def ranks(size: int) -> list[dict[str, str]]:
+    """The environment of each of some processes that work together, as torchrun sets it."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as server: port = server.getsockname()[1]
+    place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [place | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(size)]

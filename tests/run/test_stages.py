@@ -4,12 +4,10 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from nursery import nursery
+from nursery import nursery, ranks
 
 from saerad.core import UserError, read_table
 from saerad.interpretation.endpoint import Ledger, all_answered
@@ -427,7 +425,13 @@ COMMAND = """
 import sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/.."]
 import left_threads
+import torch._dynamo        # each fork would: optimizers ask for it
 from saerad.run.cli import main
+"""
+FORKED = """
+from saerad.run.stages import STAGES, code_of
+for stage in STAGES: code_of(stage)        # each fork would
+def do(*arguments): main(list(arguments))
 """
 PLAIN = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "TQDM_DISABLE": "1",
                       "OMP_NUM_THREADS": str(torch.get_num_threads())}    # as here: the last bits depend on it
@@ -436,11 +440,7 @@ PLAIN = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "
 @pytest.fixture(scope="module")
 def forks():
     """`saerad` as often as is wanted, each in a process of its own."""
-    with nursery(COMMAND + "def do(*arguments): main(list(arguments))", str(Path(__file__).parent), env=PLAIN) as forks: yield forks
-
-
-def free_port():
-    with closing(socket.create_server(("127.0.0.1", 0))) as server: return server.getsockname()[1]
+    with nursery(COMMAND + FORKED, str(Path(__file__).parent), env=PLAIN) as forks: yield forks
 
 
 def test_several_ranks_share_one_command(forks, tmp_path):
@@ -453,8 +453,7 @@ def test_several_ranks_share_one_command(forks, tmp_path):
     together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "command.py"), str(Path(__file__).parent)]
     ended = subprocess.run([sys.executable, *together, *command("two")], env=PLAIN, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-2000:]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    forks.start(*command("two"), out=tmp_path / "again", environments=[shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"])
+    forks.start(*command("two"), out=tmp_path / "again", environments=ranks(2))
     assert forks.end() == [0, 0]
     files = [p.relative_to(tmp_path / "one/activations").as_posix() for p in sorted((tmp_path / "one/activations").rglob("*"))
              if p.is_file() and p.suffix != ".lock"]

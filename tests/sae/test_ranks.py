@@ -1,7 +1,6 @@
 """Two and four real processes against one: selection, weights, threshold, metrics and checkpoints."""
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch as st
 import torch
+from nursery import nursery, ranks
 from word_world import make_store
 
 from saerad.core import UserError
@@ -28,43 +28,45 @@ KINDS = {"batch_topk": (SHAPE, SETTINGS),
 
 RUN = """
 import sys
-sys.path[:0] = [{here!r}, {here!r} + "/.."]
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/.."]
 import left_threads
 import torch
+import torch._dynamo        # each fork would: optimizers ask for it
 torch.set_num_threads(1)
 from test_ranks import KINDS
 from test_training import Vectors
 from saerad.sae.training import train_sae
 
-class Stops(Vectors):
-    def batches(self, *args, **kwargs):
-        for step, rows, x in super().batches(*args, **kwargs):
-            if step == int(sys.argv[2]): raise KeyboardInterrupt
-            yield step, rows, x
-
-shape, settings = KINDS[sys.argv[3]]
-for shard in (False, True):
-    try: train_sae(Stops(), shape, settings.model_copy(update=dict(shard=shard)), 0, sys.argv[1] + ("/shard" if shard else "/batch"))
-    except KeyboardInterrupt: pass
+def do(out, stop, kind):
+    class Stops(Vectors):
+        def batches(self, *args, **kwargs):
+            for step, rows, x in super().batches(*args, **kwargs):
+                if step == int(stop): raise KeyboardInterrupt
+                yield step, rows, x
+    shape, settings = KINDS[kind]
+    for shard in (False, True):
+        try: train_sae(Stops(), shape, settings.model_copy(update=dict(shard=shard)), 0, out + ("/shard" if shard else "/batch"))
+        except KeyboardInterrupt: pass
 """
 
 
-def launch(size: int, out: Path, stop: int = 10**6, kind: str = "batch_topk") -> None:
-    script = out / "run.py"
-    out.mkdir(exist_ok=True)
-    script.write_text(RUN.format(here=str(Path(__file__).parent)), encoding="utf-8")
+@pytest.fixture(scope="module")
+def forks():
+    """The training of several processes, as often as is wanted."""
     env = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), str(script),
-               str(out), str(stop), kind]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with nursery(RUN, str(Path(__file__).parent), env=env) as forks: yield forks
+
+
+def launch(forks, size: int, out: Path, stop: int = 10**6, kind: str = "batch_topk") -> None:
+    forks.start(out, stop, kind, errors=out / "errors", environments=ranks(size))
+    assert forks.end() == [0] * size, (out / "errors").read_text(encoding="utf-8")[-3000:]
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_several_processes_train_what_one_trains(size, tmp_path):
+def test_several_processes_train_what_one_trains(size, forks, tmp_path):
     train_sae(Vectors(), SHAPE, SETTINGS, 0, tmp_path / "one")
-    if size == 2: launch(size, tmp_path, stop=13)               # killed between two checkpoints, then taken up again
-    launch(size, tmp_path)
+    if size == 2: launch(forks, size, tmp_path, stop=13)               # killed between two checkpoints, then taken up again
+    launch(forks, size, tmp_path)
     expected = st.load_file(tmp_path / "one/sae.safetensors")
     log = [json.loads(line) for line in (tmp_path / "one/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert max(m["aux"] for m in log) > 0 and max(m["dead"] for m in log) > 0
@@ -80,10 +82,10 @@ def test_several_processes_train_what_one_trains(size, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["topk", "jumprelu"])
-def test_other_kinds_are_shared_out_and_put_together(kind, tmp_path):
+def test_other_kinds_are_shared_out_and_put_together(kind, forks, tmp_path):
     """TopK keeps the k strongest of a token among all processes' features; thresholds of features come back with them."""
     train_sae(Vectors(), *KINDS[kind], 0, tmp_path / "one")
-    launch(2, tmp_path, kind=kind)
+    launch(forks, 2, tmp_path, kind=kind)
     expected, l0 = st.load_file(tmp_path / "one/sae.safetensors"), {}
     for way in ("one", "batch", "shard"):
         found = st.load_file(tmp_path / way / "sae.safetensors")

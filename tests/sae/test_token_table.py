@@ -1,7 +1,6 @@
 """Token tables: means against plain sums, learning against automatic differentiation, and that nothing encodes without the ids."""
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
+from nursery import nursery, ranks
 from safetensors.numpy import load_file
 
 from saerad.activations.extraction import ExtractionConfig, residuals
@@ -210,28 +210,26 @@ def test_a_killed_training_ends_with_the_same_bytes(store, tmp_path, how, stop):
 
 
 RUN = """
-import sys
 import left_threads
 import torch
 torch.set_num_threads(1)
 from saerad.activations.store import Store
 from saerad.sae.model import SAEConfig
 from saerad.sae.training import TrainingConfig, train_sae
-shape, cfg = SAEConfig.model_validate_json(sys.argv[3]), TrainingConfig.model_validate_json(sys.argv[4])
-for shard in (False, True):
-    train_sae(Store.open(sys.argv[1]), shape, cfg.model_copy(update={"shard": shard}), 0, f"{sys.argv[2]}/{shard}")
+
+def do(store, out, shape, cfg):
+    shape, cfg = SAEConfig.model_validate_json(shape), TrainingConfig.model_validate_json(cfg)
+    for shard in (False, True): train_sae(Store.open(store), shape, cfg.model_copy(update={"shard": shard}), 0, f"{out}/{shard}")
 """
 
 
 def test_two_processes_learn_the_table_that_one_learns(store, tmp_path):
-    (tmp_path / "run.py").write_text(RUN, encoding="utf-8")
     here = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     env = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*here, *(p for p in sys.path if p)])}
     shape, cfg = SHAPE.model_copy(update={"token_table": "learned"}), CFG.model_copy(update={"engine": "sparse"})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "run.py", store.folder, tmp_path,
-               shape.model_dump_json(), cfg.model_dump_json()]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with nursery(RUN, env=env) as forks:
+        forks.start(store.folder, tmp_path, shape.model_dump_json(), cfg.model_dump_json(), errors=tmp_path / "errors", environments=ranks(2))
+        assert forks.end() == [0, 0], (tmp_path / "errors").read_text(encoding="utf-8")[-3000:]
     one = train_sae(store, shape, cfg, 0, tmp_path / "one").tensors()
     for shard in (False, True):
         both = MatryoshkaSAE.load(tmp_path / str(shard)).tensors()
