@@ -4,6 +4,7 @@ import ast
 import builtins
 import difflib
 import filecmp
+import gc
 import multiprocessing
 import os
 import re
@@ -220,7 +221,8 @@ EARLIER = 3 * 60        # seconds by which the findings, which are the longest c
 def test_chapters(todo, done, late: float) -> None:
     """A worker: runs chapter after chapter as `nbdev_test` does, until the queue gives None; only what can begin before `late`, findings sooner."""
     os.environ.update(QUIET, TMPDIR=os.environ["SAERAD_SMALL"])
-    os.nice(5)          # the tests, of which some wait for processes with a clock in hand, go first
+    os.nice(19)         # the tests, of which some wait for processes with a clock in hand, go first
+    gc.set_threshold(50_000, 20, 100)      # as in tests/conftest.py
     from nbdev.config import get_config
     from nbdev.test import test_nb
     while (path := todo.get()) is not None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from types import SimpleNamespace
 
+SELDOM = "import gc; gc.set_threshold(50_000, 20, 100)\n"      # as in conftest
 LOOP = """
 import json, os, sys
 for line in sys.stdin:
@@ -27,7 +28,7 @@ for line in sys.stdin:
 @contextmanager
 def nursery(code: str, *arguments: str, env: dict[str, str]) -> Iterator[SimpleNamespace]:
     """`code` defines `do`; `start(...)` gives the numbers of the forks that do it, one an environment, and `end()` waits for their exit codes."""
-    with subprocess.Popen([sys.executable, "-c", code + LOOP, *arguments], env=env, text=True, stdin=subprocess.PIPE,
+    with subprocess.Popen([sys.executable, "-c", SELDOM + code + LOOP, *arguments], env=env, text=True, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE) as parent:
         def start(*given, out=os.devnull, errors=os.devnull, environments=None) -> list[int]:
             print(json.dumps([str(out), str(errors), environments or [{}], list(map(str, given))]), file=parent.stdin, flush=True)

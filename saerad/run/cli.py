@@ -11,6 +11,7 @@ __all__ = ['app', 'ConfigPath', 'Settings', 'Out', 'From', 'Keep', 'Check', 'Sto
 
 # %% ../../nbs/run/cli.ipynb #f10e2614
 import errno
+import gc
 import json
 import os
 import subprocess
@@ -328,6 +329,7 @@ def bench_table(result: dict[str, Any]) -> str:
 # %% ../../nbs/run/cli.ipynb #0d79d3f0
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; ends the process with exit code 0, 2 (bad input) or 1 (a fault of ours)."""
+    gc.set_threshold(50_000, 20, 100)     # what torch and others hold for good is looked through less often
     set_verbosity_error()  # transformers has remarks for authors, not for users; so has the hub's client
     hub_logging.set_verbosity_error()
     for stream in (sys.stdout, sys.stderr):     # a terminal that does not know a letter shows a question mark, and the work goes on

@@ -414,7 +414,7 @@ def test_room_for_two_stores_is_asked_for(copied, config, monkeypatch):
 
 
 def test_training_without_a_store_of_its_rows(config, tmp_path):
-    online = changed(config, ["training.online=true", "training.online_bytes=2000000", "extraction.train_studies=6"])
+    online = changed(config, ["training.online=true", "training.online_bytes=2000000", "training.start_rows=600", "extraction.train_studies=6"])
     summary = run_config(online, tmp_path / "online", last="evaluate")
     assert 6 < summary["studies"]["studies"] < 30 and summary["sae"]["fvu"] < 1
     assert isinstance(running.training_rows(Run(tmp_path / "online", online)), running.Online)

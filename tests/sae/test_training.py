@@ -2,7 +2,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch as st
 import torch
+from nursery import nursery
 
 from saerad.core import UserError, prefetch, rng
 from saerad.sae import kernels
@@ -473,11 +473,12 @@ def test_wrong_inputs_are_refused_before_anything_is_written(tmp_path):
 
 RUN = """
 import sys
-sys.path[:0] = [{here!r}, {here!r} + "/.."]
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/.."]
+import torch._dynamo
 from test_training import SETTINGS, Vectors
 from saerad.sae.model import SAEConfig
 from saerad.sae.training import train_sae
-train_sae(Vectors(slow=0.002), SAEConfig(k=3), SETTINGS, 0, sys.argv[1])
+def do(folder): train_sae(Vectors(slow=0.002), SAEConfig(k=3), SETTINGS, 0, folder)
 """
 # Equal bytes are promised on a processor: a card may add up in another order, and measures which engine it uses.
 SETTINGS = TrainingConfig(steps=200, batch_size=128, lr=3e-3, dead_after=0.05, start_rows=512, checkpoint_every=20, log_every=7, device="cpu")
@@ -486,17 +487,16 @@ SETTINGS = TrainingConfig(steps=200, batch_size=128, lr=3e-3, dead_after=0.05, s
 def test_killed_and_resumed_ends_with_the_same_bytes(tmp_path):
     train_sae(Vectors(), SAEConfig(k=3), SETTINGS, 0, tmp_path / "whole")
     env = os.environ | {"TQDM_DISABLE": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-c", RUN.format(here=str(Path(__file__).parent)), str(tmp_path / "killed")]
-    process = subprocess.Popen(command, env=env)
-    log, deadline = tmp_path / "killed/metrics.jsonl", time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        if log.exists() and log.read_text(encoding="utf-8").count("\n") > 14: break          # about a third of the way
-        time.sleep(0.005)
-    assert process.poll() is None, "the run ended before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed/sae.safetensors").exists() and (tmp_path / "killed/checkpoint/state.safetensors").exists()
-    subprocess.run(command, env=env, check=True, timeout=120)
+    with nursery(RUN, str(Path(__file__).parent), env=env) as forks:
+        [child], log, deadline = forks.start(tmp_path / "killed"), tmp_path / "killed/metrics.jsonl", time.monotonic() + 240
+        while time.monotonic() < deadline:
+            if log.exists() and log.read_text(encoding="utf-8").count("\n") > 14: break          # about a third of the way
+            time.sleep(0.005)
+        os.kill(child, signal.SIGKILL)
+        assert forks.end() == [-signal.SIGKILL], "the run ended before it could be killed"
+        assert not (tmp_path / "killed/sae.safetensors").exists() and (tmp_path / "killed/checkpoint/state.safetensors").exists()
+        forks.start(tmp_path / "killed")
+        assert forks.end() == [0]
     for name in ("sae.safetensors", "config.json", "metrics.jsonl", "checkpoint/state.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
 

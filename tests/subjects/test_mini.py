@@ -2,13 +2,13 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
 import torch
+from nursery import nursery
 
 from saerad.core import UserError, file_hash
 from saerad.sae.evaluation import report_findings
@@ -83,24 +83,28 @@ def test_the_loss_is_that_of_the_model_itself(source):
 
 
 TRAIN = """
-import sys, torch; torch.set_num_threads(1)
+import torch, torch._dynamo; torch.set_num_threads(1)
 from saerad.subjects.mini import DecoderConfig, train_decoder
 from saerad.studies.phantom import phantom_source
 from saerad.studies.record import StudiesConfig
-source = phantom_source(0, StudiesConfig(train_patients=80, validation_patients=3, test_patients=1))
-train_decoder(source, sys.argv[1], DecoderConfig(epochs=5, width=32, layers=2, vocabulary=400, batch=8))
+def do(folder):
+    source = phantom_source(0, StudiesConfig(train_patients=80, validation_patients=3, test_patients=1))
+    train_decoder(source, folder, DecoderConfig(epochs=5, width=32, layers=2, vocabulary=400, batch=8))
 """
 
 
 def test_a_killed_training_ends_with_the_same_weights(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run([sys.executable, "-c", TRAIN, whole], check=True)
-    child = subprocess.Popen([sys.executable, "-c", TRAIN, broken])
-    while not (broken / "checkpoint.pt").exists() and child.poll() is None: time.sleep(.01)
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
-    assert (broken / "checkpoint.pt").exists() and not (broken / "model.safetensors").exists(), "killed too late to say anything"
-    subprocess.run([sys.executable, "-c", TRAIN, broken], check=True)
+    with nursery(TRAIN, env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}) as forks:
+        forks.start(whole)
+        assert forks.end() == [0]
+        [child], until = forks.start(broken), time.monotonic() + 120
+        while not (broken / "checkpoint.pt").exists() and time.monotonic() < until: time.sleep(.01)
+        os.kill(child, signal.SIGKILL)
+        assert forks.end() == [-signal.SIGKILL]
+        assert (broken / "checkpoint.pt").exists() and not (broken / "model.safetensors").exists(), "killed too late to say anything"
+        forks.start(broken)
+        assert forks.end() == [0]
     assert file_hash(whole / "model.safetensors") == file_hash(broken / "model.safetensors")
     assert len(json.loads((broken / "training.json").read_text(encoding="utf-8"))["losses"]) == 5
     assert not (broken / "checkpoint.pt").exists()
