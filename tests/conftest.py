@@ -17,7 +17,7 @@ if not torch.cuda.is_available(): os.environ["TRITON_INTERPRET"] = "1"       # b
 
 from saerad.sae.model import MatryoshkaSAE, SAEConfig
 
-gc.set_threshold(50_000, 20, 100)      # what torch and others hold for good is looked through less often: a tenth of the time
+gc.set_threshold(50_000, 20, 100)      # what torch and others hold for good is looked through less often: a twelfth of a small run
 # Tests of one room use worlds that those of another have made.
 sys.path += [str(folder) for folder in Path(__file__).parent.iterdir() if folder.is_dir()]
 

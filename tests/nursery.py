@@ -17,7 +17,7 @@ for line in sys.stdin:
     for environment in environments:
         if not (child := os.fork()):
             os.environ.update(environment)
-            for path, stream in ((out, 1), (errors, 2)): os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+            for path, stream in ((out, 1), (errors, 2)): os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), stream)
             sys.exit(do(*arguments))
         children.append(child)
     print(json.dumps(children), flush=True)
