@@ -173,18 +173,18 @@ def steering(device: str, folder: Path) -> list[Row]:
     import maira2 as bench
     import torch
 
-    from saerad.steering.interventions import Batch, _read_prompt, _read_token, adding, decoder_layer, sharing
+    from saerad.steering.interventions import _read_prompt, _read_token, adding, batches_of, sharing
     shape = bench.FULL if device != "cpu" else bench.Shape(2, 1, image_size=56, vision=(32, 1, 2), text=(64, 4, 2, 96), vocabulary=2000, images=1)
     subject = bench.subject_of(shape, device, torch.bfloat16 if device != "cpu" else torch.float32)
-    prompt, layer, rows = bench.prompt_of(shape, 0), decoder_layer(subject, shape.layer), []
+    prompt, rows = bench.prompt_of(shape, 0), []
     for n in (1, 64):
-        batch, capacity = Batch([adding(torch.randn(1, subject.d_model)) for _ in range(n)], subject.device), len(prompt) + 80
-        logits, cache = _read_prompt(subject, prompt, shape.layer, batch, capacity)
-        ids, changed = logits.argmax(-1), torch.ones(n, dtype=torch.bool)
+        batches = batches_of([{shape.layer: adding(torch.randn(1, subject.d_model))} for _ in range(n)], subject)
+        logits, cache = _read_prompt(subject, prompt, batches, len(prompt) + 80)
+        ids, changed = logits.argmax(-1), {shape.layer: torch.ones(n, dtype=torch.bool)}
         def bare(ids: Any = ids, cache: Any = cache) -> Any:
             with torch.no_grad(): return subject.model(input_ids=ids[:, None], past_key_values=cache, use_cache=True).logits
-        def steered(ids: Any = ids, cache: Any = cache, batch: Any = batch, changed: Any = changed) -> Any:
-            return _read_token(subject, ids, cache, layer, batch, changed)
+        def steered(ids: Any = ids, cache: Any = cache, batches: Any = batches, changed: Any = changed) -> Any:
+            return _read_token(subject, ids, cache, batches, changed)
         with sharing(subject): alone, took = clock(bare, device, 15), clock(steered, device, 15)
         rows += [(f"steering, {n} rows, prompt of {len(prompt)}: a step", took * 1e3, "ms"), (f"the bare model, {n} rows", alone * 1e3, "ms"),
                  (f"steering, {n} rows", n / took, "tokens/s")]

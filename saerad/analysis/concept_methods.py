@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['METHOD_ROWS', 'CEILINGS', 'ConceptMethodsConfig', 'example_of', 'changed_films', 'ceiling_rows', 'log_probability',
-           'finding_gradient', 'Material', 'probe_scores', 'probe_vectors', 'learn', 'concept_gradients',
-           'ConceptMethod', 'concept_methods', 'method_change', 'method_rows', 'concept_ceilings', 'method_reports',
-           'concept_verdicts', 'best_strengths', 'share_of_ceiling', 'concept_table', 'draw_concept_methods',
-           'known_before', 'told_before']
+           'finding_gradient', 'Material', 'Hookpoint', 'probe_scores', 'probe_vectors', 'learn', 'concept_gradients',
+           'learn_words', 'targeted_at_words', 'ConceptMethod', 'concept_methods', 'methods_elsewhere', 'method_change',
+           'placed_change', 'method_rows', 'on_films', 'concept_ceilings', 'method_reports', 'concept_verdicts',
+           'best_strengths', 'share_of_ceiling', 'concept_table', 'draw_concept_methods', 'known_before', 'told_before']
 
 # %% ../../nbs/analysis/concept_methods.ipynb #468bdeea
 from collections.abc import Callable, Mapping, Sequence
@@ -32,13 +32,15 @@ from torch import Tensor
 
 from ..activations.extraction import residuals
 from ..activations.store import Store
-from ..core import Section, content_hash, file_hash, progress, read_table, rng, write_beside, write_table
+from .targeted_vectors import targeted_vector
+from ..core import Section, UserError, content_hash, file_hash, progress, read_table, rng, write_beside, write_table
 from ..sae import encoder
 from ..sae.encoder import encode_rows
 from ..sae.model import MatryoshkaSAE
 from ..steering import interventions
 from saerad.steering.concept_sets import (
     Place,
+    adjusted_contrasts,
     alive_features,
     cells_of,
     erased_values,
@@ -49,19 +51,21 @@ from saerad.steering.concept_sets import (
     stated_places,
 )
 from ..steering.effects import share_interval
-from ..steering.interventions import adding, adding_per_token, decoder_layer, replaced, write_steered
+from ..steering.interventions import Intervention, Positions, adding, adding_per_token, decoder_layer, replaced, write_steered
 from ..steering.judges import judge, reader_of, target_of
+from ..steering.steer import with_film_of
 from ..studies.findings import Finding
 from ..studies.grammar import parse_report
 from ..studies.phantom import erased, painted
-from ..studies.record import Source, Study
-from ..subjects.subject import Subject
+from ..studies.record import Source, Study, View
+from ..subjects.subject import MEAN, Prompt, Subject
 
 # %% ../../nbs/analysis/concept_methods.ipynb #b654801d
 class ConceptMethodsConfig(Section):
     """How large the comparison is."""
     sizes: tuple[int, ...] = (1, 5, 20, 50)            # features in a set
     doses: tuple[float, ...] = (1.0, 2.0, 3.0)         # times the values of studies with the finding
+    few: int = Field(20, ge=1)                         # features of a set at the report's tokens, or of one that is chosen in a rarer way
     pairs: int = Field(3, ge=1)                        # training studies that each finding is painted into, for the gradients
     least: int = Field(20, ge=2)                       # training reports that have to state a finding
     absent: int = Field(6, ge=1)                       # absent findings that are added on each study, drawn
@@ -145,8 +149,19 @@ class Material:
     features: Float[Tensor, "cells places+1 width"]      # mean activations without findings, and what each finding adds; normalised units
     stream: Float[Tensor, "cells places+1 d"]            # the same of the residual stream, raw units
     scores: dict[str, Float[Tensor, "places width"]]     # how good a feature is for a finding, by way of choosing
-    directions: Float[Tensor, "places d"]                # of linear probes, as long as the mean contrast of the stream
+    vectors: dict[str, Float[Tensor, "places d"]]        # one for the whole image, by way of finding it, as long as the mean contrast of the stream
     alive: list[int]
+
+    @property
+    def ways(self) -> set[str]:
+        """Ways of choosing features or finding a vector that it knows, and none at all."""
+        return {"", *self.scores, *self.vectors}
+
+@dataclass(frozen=True, eq=False)
+class Hookpoint:
+    """Where something is changed: behind a decoder layer, and what was learned there."""
+    layer: int
+    material: Material
 
 # %% ../../nbs/analysis/concept_methods.ipynb #915633d5
 def probe_scores(z: Float[np.ndarray, "studies n"], stated: np.ndarray, most: int = 100) -> Float[np.ndarray, "places n"]:
@@ -167,9 +182,9 @@ def probe_vectors(x: Float[np.ndarray, "studies d"], stated: np.ndarray) -> Floa
     return np.stack([w / np.linalg.norm(w) for w in fits]).astype(np.float32)
 
 # %% ../../nbs/analysis/concept_methods.ipynb #4f43d8c9
-def _study_means(store: Store, sae: MatryoshkaSAE, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    "Means over each study's image tokens of the features and of the stream."
-    rows, number = patch_rows(store), {n: i for i, n in enumerate(names)}
+def _study_means(store: Store, sae: MatryoshkaSAE, names: Sequence[str], rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    "Means of the features and of the stream over each study's tokens in `rows`."
+    number = {n: i for i, n in enumerate(names)}
     rows = rows[rows.study.isin(number)].sort_values("store_row")
     at, who = rows.store_row.to_numpy(), np.array([number[s] for s in rows.study])
     count = np.maximum(np.bincount(who, minlength=len(names)), 1)[:, None]
@@ -181,30 +196,37 @@ def _typical(z: np.ndarray) -> Tensor:
     "How strong features are where they are on, roughly: their mean over the studies in which they are."
     return torch.from_numpy(z.sum(0) / np.maximum((z > 0).sum(0), 1)).float()
 
+# %% ../../nbs/analysis/concept_methods.ipynb #138a13d8
+def _stated(store: Store, source: Source, cfg: ConceptMethodsConfig) -> tuple[list[str], list[Place], np.ndarray]:
+    "The store's training studies, the places that their reports state, and which states which."
+    kept = set(store.tokens["study"].to_pandas().unique())
+    train = [s for s in source.split("train") if s.study in kept]
+    return [s.study for s in train], *stated_places(train, cache(reader_of(source)), cfg.least)
+
 # %% ../../nbs/analysis/concept_methods.ipynb #911ce58a
 @torch.no_grad()
 def learn(store: Store, sae: MatryoshkaSAE, source: Source, gradients: Mapping[Place, Tensor], cfg: ConceptMethodsConfig) -> Material:
     """Everything that the methods need, from the store's training patients and the gradients of each place."""
-    kept = set(store.tokens["study"].to_pandas().unique())
-    train = [s for s in source.split("train") if s.study in kept]
-    places, stated = stated_places(train, cache(reader_of(source)), cfg.least)
-    names = [s.study for s in train]
+    names, places, stated = _stated(store, source, cfg)
     cells, features = position_contrasts(store, feature_reader(store, sae), names, stated)
     _, stream = position_contrasts(store, lambda rows: store.read(rows).float(), names, stated)
     weight, contrast = sae.W_dec.detach().float().cpu() * float(sae.scale), features[:, 1:].transpose(0, 1)
     slope = torch.stack([gradients[p] if len(gradients.get(p, ())) else torch.zeros(len(cells), sae.d) for p in places])
     effect = torch.einsum("pcd,fd->pcf", slope, weight)
-    z, x = _study_means(store, sae, names)
-    directions = torch.from_numpy(probe_vectors(x, stated)) * stream[:, 1:].mean(0).norm(dim=1, keepdim=True)
+    z, x = _study_means(store, sae, names, patch_rows(store))
+    means = stream[:, 1:].mean(0)
+    vectors = {"mean": means, "probe": torch.from_numpy(probe_vectors(x, stated)) * means.norm(dim=1, keepdim=True)}
     scores = {"contrast": contrast.abs().sum(1) * weight.norm(dim=1), "attribution": (effect * contrast).sum(1),
               "output score": (effect * _typical(z)).sum(1), "probe": torch.from_numpy(probe_scores(z, stated))}
-    return Material(sae, places, cells, features, stream, scores, directions, np.flatnonzero(alive_features(store, sae)).tolist())
+    return Material(sae, places, cells, features, stream, scores, vectors, np.flatnonzero(alive_features(store, sae)).tolist())
 
 # %% ../../nbs/analysis/concept_methods.ipynb #0fc48d54
 def _kept_rows(path: Path, make: Callable[[], list[dict[str, Any]]]) -> pd.DataFrame:
     "The table at `path`, made by `make` where it is not there yet."
     if not path.exists(): write_table(path, pa.Table.from_pylist(make(), METHOD_ROWS))
     return read_table(path).to_pandas()
+
+def _contents(m: Material) -> list[Any]: return [m.places, m.features, m.stream, m.vectors, m.scores, m.sae.tensors(), float(m.sae.threshold)]
 
 def _code() -> list[str]: return [file_hash(part.__file__) for part in (interventions, encoder)]
 
@@ -224,28 +246,76 @@ def concept_gradients(subject: Subject, source: Source, layer: int, places: Sequ
         found[place] = load_file(path)["gradient"]
     return found
 
+# %% ../../nbs/analysis/concept_methods.ipynb #55308891
+@torch.no_grad()
+def learn_words(store: Store, sae: MatryoshkaSAE, source: Source, cfg: ConceptMethodsConfig) -> Material:
+    """What the methods need at the tokens of reports, from the store's training patients: means over each report, as of a grid with one cell."""
+    names, places, stated = _stated(store, source, cfg)
+    rows = store.where("train")
+    tokens = store.tokens.select(["study", "section"]).take(rows).to_pandas().assign(store_row=rows)
+    z, x = _study_means(store, sae, names, tokens[tokens.section == "findings"])
+    features, stream = (adjusted_contrasts(torch.from_numpy(v), torch.from_numpy(stated))[None] for v in (z, x))
+    means = stream[0, 1:]
+    scores = {"contrast": features[0, 1:].abs() * sae.W_dec.detach().norm(dim=1).cpu(), "probe": torch.from_numpy(probe_scores(z, stated))}
+    vectors = {"mean": means, "probe": torch.from_numpy(probe_vectors(x, stated)) * means.norm(dim=1, keepdim=True)}
+    return Material(sae, places, [(-1, -1)], features, stream, scores, vectors, np.flatnonzero((z > 0).sum(0) >= cfg.least).tolist())
+
+# %% ../../nbs/analysis/concept_methods.ipynb #696bd70b
+def targeted_at_words(m: Material, words: Material, M: Float[Tensor, "d width"], b: Float[Tensor, " width"], few: int,
+                      bias_weight: float = 1.0) -> Material:
+    """`m` with vectors "targeted" and "targeted set", which raise the best feature, or the `few` best, of what is written about a place.
+
+    `M` and `b` are the effects of vectors on the features of `words`. A place that `words` does not know gets no vector: zeros.
+    """
+    out = {"targeted": torch.zeros_like(m.vectors["mean"]), "targeted set": torch.zeros_like(m.vectors["mean"])}
+    for i, place in enumerate(m.places):
+        if place not in words.places: continue
+        number, length = words.places.index(place), m.vectors["mean"][i].norm()
+        best = words.scores["contrast"][number].argsort(descending=True)[:few]
+        for name, own in (("targeted", best[:1]), ("targeted set", best)):
+            target = torch.zeros(M.shape[1]).index_copy(0, own, words.features[0, 1 + number, own])
+            out[name][i] = length * targeted_vector(M, b, target, bias_weight)
+    return replace(m, vectors=m.vectors | out)
+
 # %% ../../nbs/analysis/concept_methods.ipynb #f5c7e147
 @dataclass(frozen=True)
 class ConceptMethod:
     """One way of steering a finding: what is moved, how its features are chosen, and how many."""
     name: str
-    kind: str            # "field", "vector", "probe vector", "everywhere", "set", "set, subtracted", "random", "random, subtracted"
-    choose: str = ""     # of `Material.scores`, for a set
+    kind: str            # "field", "vector", "set", "set, subtracted", "random", "random, subtracted"
+    choose: str = ""     # of `Material.scores` for a set, of `Material.vectors` for a vector
     size: int = 0
     doses: tuple[float, ...] = (1.0,)
+    signs: tuple[int, ...] = (1, -1)          # 1: it adds findings; -1: it erases them
+    at: tuple[str, ...] = ("image",)          # names of the hookpoints
+    positions: Positions = "image"            # "image": every token of the film its own change; elsewhere one for all
+    from_sentence: int = 0                    # after so many finished sentences of the report
 
 # %% ../../nbs/analysis/concept_methods.ipynb #d6f63e67
 def concept_methods(cfg: ConceptMethodsConfig) -> list[ConceptMethod]:
-    """All methods. Differences of means: Marks and Tegmark 2023. Probe directions: Alain and Bengio 2016. By attribution: Marks et al. 2024
-    ("Sparse feature circuits"). By output score: after Arad et al. 2025 ("SAEs are good for steering, if you select the right features"), to
-    first order. By sparse probes: Gurnee et al. 2023."""
-    doses, middle = cfg.doses, cfg.sizes[len(cfg.sizes) // 2]
+    """All methods at the image tokens behind one layer. Differences of means: Marks and Tegmark 2023. Probe directions: Alain and Bengio 2016. By
+    attribution: Marks et al. 2024 ("Sparse feature circuits"). By output score: after Arad et al. 2025 ("SAEs are good for steering, if you select
+    the right features"), to first order. By sparse probes: Gurnee et al. 2023. Targeted: `targeted_vectors`."""
+    doses, most = cfg.doses, cfg.sizes[-1]
     sets = [ConceptMethod(f"set of {n}, {how}", "set", how, n, doses) for how in ("contrast", "attribution") for n in cfg.sizes]
-    sets += [ConceptMethod(f"set of {middle}, {how}", "set", how, middle, doses) for how in ("output score", "probe")]
-    sets += [ConceptMethod(f"set of {n}, subtracted", "set, subtracted", "contrast", n, doses) for n in cfg.sizes]      # adds as "contrast" does
-    return [ConceptMethod("means by place", "field", doses=doses), ConceptMethod("mean vector", "vector", doses=doses),
-            ConceptMethod("mean vector, all tokens", "everywhere", doses=doses), ConceptMethod("probe vector", "probe vector", doses=doses),
-            *sets, ConceptMethod(f"random set of {middle}", "random, subtracted", "contrast", middle, doses)]
+    sets += [ConceptMethod(f"set of {cfg.few}, {how}", "set", how, cfg.few, doses) for how in ("output score", "probe")]
+    subtracted = [ConceptMethod(f"{random}set of {most}, subtracted", f"{random.strip() or 'set'}, subtracted", "contrast", most, doses, (-1,))
+                  for random in ("", "random ")]                     # they would add as those do that are chosen by contrast
+    randoms = [ConceptMethod(f"random set of {most}", "random", "contrast", most, doses)]
+    vectors = [ConceptMethod(f"{how} vector", "vector", how, doses=doses) for how in ("mean", "probe", "targeted", "targeted set")]
+    return [ConceptMethod("means by place", "field", doses=doses), *vectors, *sets, *subtracted, *randoms]
+
+# %% ../../nbs/analysis/concept_methods.ipynb #67f02076
+def methods_elsewhere(cfg: ConceptMethodsConfig) -> list[ConceptMethod]:
+    """Concept sets at the hookpoints `image` and `later` together (half of each dose at each), and of the hookpoint `words` at other positions."""
+    most, few, halves = cfg.sizes[-1], cfg.few, tuple(d / 2 for d in cfg.doses)
+    words = {"report": ("generated", 0), "from sentence 1": ("generated", 1), "prompt": ("prompt", 0), "all tokens": ("all", 0)}
+    both = (1, -1)
+    sets = [ConceptMethod(f"words, set of {few}, {name}", "set, subtracted", "contrast", few, cfg.doses, both, ("words",), *where)
+            for name, where in words.items()]
+    return [ConceptMethod(f"set of {most}, two layers", "set, subtracted", "contrast", most, halves, both, ("image", "later")), *sets,
+            ConceptMethod("words, mean vector, report", "vector", "mean", 0, cfg.doses, both, ("words",), "generated"),
+            ConceptMethod("words, probe vector, report", "vector", "probe", 0, cfg.doses, both, ("words",), "generated")]
 
 # %% ../../nbs/analysis/concept_methods.ipynb #1dc01994
 @torch.no_grad()
@@ -254,8 +324,7 @@ def method_change(m: Material, method: ConceptMethod, place: Place, sign: int, d
     """What a method adds to the stream, cell by cell, in raw residual units; `active` are the study's own activations there."""
     number = m.places.index(place)
     if method.kind == "field": return m.stream[:, 1 + number] * dose * sign
-    if method.kind in ("vector", "everywhere"): return (m.stream[:, 1 + number].mean(0) * dose * sign).expand(len(m.cells), -1)
-    if method.kind == "probe vector": return (m.directions[number] * dose * sign).expand(len(m.cells), -1)
+    if method.kind == "vector": return (m.vectors[method.choose][number] * dose * sign).expand(len(m.cells), -1)
     own = m.scores[method.choose][number].argsort(descending=True)[:method.size].tolist()
     if sign > 0 or method.kind.endswith("subtracted"): change = m.features[:, 1 + number, own] * dose * sign
     else: change = erased_values(m.features[:, 0, own].clamp(min=0), active[:, own], dose)
@@ -264,23 +333,54 @@ def method_change(m: Material, method: ConceptMethod, place: Place, sign: int, d
     moved, noise = change @ rows[own], change @ rows[random_set(m.alive, own, 0, *place)]
     return noise / noise.norm(dim=1, keepdim=True).clamp(min=1e-9) * moved.norm(dim=1, keepdim=True)
 
+# %% ../../nbs/analysis/concept_methods.ipynb #8cfe70f5
+def placed_change(prompt: Prompt, cells: Sequence[tuple[int, int]], change: Float[Tensor, "cells d"], method: ConceptMethod) -> Intervention:
+    """A method's change as an intervention on a prompt; away from the image tokens its mean over the cells, at every token."""
+    if method.positions != "image": return adding(change.mean(0), method.positions, method.from_sentence)
+    at, cell = cells_of(prompt, cells)
+    return adding_per_token(torch.zeros(len(prompt), change.shape[1]).index_copy(0, torch.from_numpy(at), change[cell]))
+
+def _active(subject: Subject, hook: Hookpoint, prompt: Prompt) -> Float[Tensor, "cells width"]:
+    "A study's own activations at the cells of a hookpoint; 0 where the prompt has none of them."
+    m, (at, cell) = hook.material, cells_of(prompt, hook.material.cells)
+    active = torch.zeros(len(m.cells), m.sae.width)
+    if len(at): active[cell] = m.sae.encode(residuals(subject, [prompt], hook.layer)[0].float().cpu()[at]).float().cpu()
+    return active
+
 # %% ../../nbs/analysis/concept_methods.ipynb #6ed30fed
 @torch.no_grad()
-def method_rows(subject: Subject, layer: int, m: Material, study: Study, plan: Sequence[tuple[Place, int, ConceptMethod, float]],
+def method_rows(subject: Subject, hooks: Mapping[str, Hookpoint], study: Study, plan: Sequence[tuple[Place, int, ConceptMethod, float]],
                 most: int | None = None) -> list[dict[str, Any]]:
     """The reports of everything that is planned on a study, with their baseline."""
-    prompt = subject.prompt(study)
-    (at, cell), stream = cells_of(prompt, m.cells), residuals(subject, [prompt], layer)[0].float().cpu()
-    active, edits = torch.zeros(len(m.cells), m.sae.width), [adding(torch.zeros(1, subject.d_model))]
-    active[cell] = m.sae.encode(stream[at]).float().cpu()
+    prompt, edits = subject.prompt(study), [{0: adding(torch.zeros(1, subject.d_model))}]
+    active = {name: _active(subject, hook, prompt) for name, hook in hooks.items()}
     for place, sign, method, dose in plan:
-        change = method_change(m, method, place, sign, dose, active)
-        field = torch.zeros(len(prompt), subject.d_model).index_copy(0, torch.from_numpy(at), change[cell])
-        edits.append(adding(change[:1]) if method.kind == "everywhere" else adding_per_token(field))
-    base, *written = write_steered(subject, prompt, edits, layer, most)
+        changes = {name: method_change(hooks[name].material, method, place, sign, dose, active[name]) for name in method.at}
+        edits.append({hooks[name].layer: placed_change(prompt, hooks[name].material.cells, c, method) for name, c in changes.items()})
+    base, *written = write_steered(subject, prompt, edits, 0, most)
     return [{"study": study.study, "patient": study.patient, "kind": place[0], "side": place[1], "sign": sign, "method": method.name, "dose": dose,
              "baseline": base.text, "text": w.text, "times": w.perplexity / base.perplexity}
             for (place, sign, method, dose), w in zip(plan, written, strict=True)]
+
+# %% ../../nbs/analysis/concept_methods.ipynb #8931ea49
+def on_films(study: Study, source: Source, seed: int = 0) -> dict[str, Study]:
+    """The study with its own film, with another test patient's and its truth, and with a grey one, on which the truth is nobody's.
+
+    Raises `UserError` where nobody else has the same views.
+    """
+    test = sorted(source.split("test"), key=lambda s: s.study)
+    order = (test[i] for i in rng(seed, "concept methods", "film", study.study).permutation(len(test)))
+    alike = next((o for o in order if o.patient != study.patient and o.all_views.keys() == study.all_views.keys()), None)
+    if alike is None: raise UserError(f"no other test patient has the views of study {study.study}; take more test patients.")
+    def grey(views: Mapping[str, View]) -> dict[str, View]: return {name: View(f"{v.name}, grey", _grey, "1") for name, v in views.items()}
+    blank = replace(study, views=grey(study.views), prior=study.prior and replace(study.prior, views=grey(study.prior.views)))
+    return {"own": study, "another's": replace(with_film_of(study, alike), truth=alike.truth), "none": blank}
+
+def _grey() -> np.ndarray:
+    "An even grey, but for a black and a white pixel: images are stretched to the whole range before a subject model sees them."
+    pixels = np.full((448, 448), round(255 * MEAN), np.uint8)
+    pixels[0, 0], pixels[-1, -1] = 0, 255
+    return pixels
 
 # %% ../../nbs/analysis/concept_methods.ipynb #12013ff5
 def concept_ceilings(subject: Subject, layer: int, studies: Sequence[Study], places: Sequence[Place], out: Path | str, cfg: ConceptMethodsConfig,
@@ -293,17 +393,21 @@ def concept_ceilings(subject: Subject, layer: int, studies: Sequence[Study], pla
     return pd.concat([rows(s) for s in progress(studies, "ceilings")], ignore_index=True)
 
 # %% ../../nbs/analysis/concept_methods.ipynb #1471887c
-def method_reports(subject: Subject, layer: int, m: Material, studies: Sequence[Study], methods: Sequence[tuple[ConceptMethod, int, float]],
-                   out: Path | str, cfg: ConceptMethodsConfig, seed: int = 0) -> pd.DataFrame:
+def method_reports(subject: Subject, hooks: Mapping[str, Hookpoint], studies: Sequence[Study],
+                   methods: Sequence[tuple[ConceptMethod, int, float]], out: Path | str, cfg: ConceptMethodsConfig, seed: int = 0) -> pd.DataFrame:
     """`method_rows` of all studies, for methods with the sign and dose at which each is tried; what is in `out` already is not written again.
 
-    The findings that are added are those of `concept_ceilings`, and those that are erased are all that a study has.
+    The findings that are added are those of `concept_ceilings`, and those that are erased are all that a study has. Places are those of the
+    hookpoint `image`; one that another hookpoint does not know is left out there.
     """
-    made_from = [subject.hash, layer, cfg.max_new_tokens, m.features, m.stream, m.directions, m.scores, m.sae.tensors(), float(m.sae.threshold)]
-    key = content_hash(made_from, [(vars(w), s, d) for w, s, d in methods], cfg.absent, seed, _code())[:12]
+    made_from = {name: [h.layer, *_contents(h.material)] for name, h in hooks.items()}
+    key = content_hash(subject.hash, cfg.max_new_tokens, made_from, [(vars(w), s, d) for w, s, d in methods], cfg.absent, seed, _code())[:12]
     def rows(study: Study) -> pd.DataFrame:
-        plan = [(place, sign, w, d) for place, sign, _ in changed_films(study, m.places, cfg.absent, seed) for w, s, d in methods if s == sign]
-        return _kept_rows(Path(out) / f"methods-{study.study}-{key}.parquet", lambda: method_rows(subject, layer, m, study, plan, cfg.max_new_tokens))
+        films = changed_films(study, hooks["image"].material.places, cfg.absent, seed)
+        plan = [(place, sign, w, d) for place, sign, _ in films for w, s, d in methods
+                if s == sign and all(place in hooks[name].material.places for name in w.at)]
+        path = Path(out) / f"methods-{study.study}-{content_hash(key, study.views['frontal'].name)[:12]}.parquet"
+        return _kept_rows(path, lambda: method_rows(subject, hooks, study, plan, cfg.max_new_tokens))
     return pd.concat([rows(s) for s in progress(studies, "methods")], ignore_index=True)
 
 # %% ../../nbs/analysis/concept_methods.ipynb #aec227ba

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PlannedPush', 'MethodsConfig', 'token_f1', 'targets_of', 'Way', 'word_means', 'ways_of', 'write_pushes', 'only_kinds',
-           'judged', 'best_doses', 'steerability_table', 'compare_methods', 'method_table', 'draw_methods',
+           'judged', 'best_doses', 'as_test', 'steerability_table', 'compare_methods', 'method_table', 'draw_methods',
            'draw_outcomes_by_dose', 'improvements']
 
 # %% ../../nbs/analysis/steering_methods.ipynb #b8c0823a
@@ -191,8 +191,8 @@ def best_doses(validation: pd.DataFrame) -> dict[tuple[str, str], float]:
     return {(r.concept, r.way): r.alpha for r in ranked.drop_duplicates(["concept", "way"]).itertuples()}
 
 # %% ../../nbs/analysis/steering_methods.ipynb #58e4e610
-def _as_test(source: Source) -> Source:
-    "The validation studies, called test studies, so that they are chosen in the same way."
+def as_test(source: Source) -> Source:
+    """The validation studies, called test studies, so that they are chosen in the same way."""
     return Source(source.spec, [replace(s, split="test") for s in source.split("validation")])
 
 # %% ../../nbs/analysis/steering_methods.ipynb #69f32df9
@@ -250,7 +250,7 @@ def compare_methods(store: Store, sae: MatryoshkaSAE, subject: Subject, source: 
     def write(study: Study, pushes: Sequence[PlannedPush], blank: bool = False) -> pd.DataFrame:
         return write_pushes(subject, study, pushes, ways, cfg, Path(out) / "parts", key, blank)
     pushes = [(c, n, sign * d) for n in ways for c in able[n] for d in cfg.doses for sign in (1, -1)]
-    chosen = choose_studies(_as_test(source), cfg.validation_studies, seed)
+    chosen = choose_studies(as_test(source), cfg.validation_studies, seed)
     tried = judged(pd.concat([write(s, pushes) for s in progress(chosen, "doses")]), targets)
     rows = judged(_test_reports(best_doses(tried), choose_studies(source, cfg.test_studies, seed), subject, targets, cfg, write), targets)
     rows = rows.assign(feature=rows.concept.map(features), f1=rows.concept.map(dict(zip(candidates.concept, candidates.f1, strict=True))))

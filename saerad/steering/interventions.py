@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['Positions', 'SHARED', 'Intervention', 'adding', 'clamping', 'scaling', 'adding_per_token', 'Batch', 'prompt_mask',
            'written_mask', 'BufferedLayer', 'SharedPromptLayer', 'attend_shared', 'can_share', 'sharing',
-           'buffered_cache', 'decoder_layer', 'replaced', 'WrittenReport', 'sentence_ends', 'perplexities',
-           'write_steered']
+           'buffered_cache', 'decoder_layer', 'replaced', 'batches_of', 'WrittenReport', 'sentence_ends',
+           'perplexities', 'write_steered']
 
 # %% ../../nbs/steering/interventions.ipynb #dfc9d5d3
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -238,18 +239,35 @@ def replaced(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[
     try: yield
     finally: handle.remove()
 
+# %% ../../nbs/steering/interventions.ipynb #2906f413
+def batches_of(rows: Sequence[Mapping[int, Intervention]], subject: Subject) -> dict[int, Batch]:
+    """The batch of every layer that any row changes; `rows` have an intervention for each of their layers."""
+    nothing = adding(torch.zeros(1, subject.d_model))
+    return {layer: Batch([r.get(layer, nothing) for r in rows], subject.device) for layer in sorted({layer for r in rows for layer in r})}
+
+# %% ../../nbs/steering/interventions.ipynb #606a30da
+@contextmanager
+def _edited(subject: Subject, batches: Mapping[int, Batch], ids: Tensor, where: Mapping[int, Tensor],
+            fields: Mapping[int, Tensor | None] = MappingProxyType({})) -> Iterator[None]:
+    "Within the block every row's tokens `ids` are changed at the layers, `where` says at which of them; `fields` are added whole."
+    def change(stream: Tensor, layer: int) -> Tensor:
+        batch, field = batches[layer], fields.get(layer)
+        every = stream.expand(len(batch.rows), -1, -1)
+        moved = batch.change(every, ids) * where[layer].to(stream.device)[..., None]
+        return every + (moved if field is None else moved + field).to(stream.dtype)
+    with ExitStack() as stack:
+        for layer in batches: stack.enter_context(replaced(decoder_layer(subject, layer), partial(change, layer=layer)))
+        yield
+
 # %% ../../nbs/steering/interventions.ipynb #e73174a2
 @torch.no_grad()
-def _read_prompt(subject: Subject, prompt: Prompt, layer: int, batch: Batch, capacity: int) -> tuple[Tensor, Cache]:
-    "The prompt through the model, changed for every row at the output of `layer`: logits of the first token, and the cache."
-    rows, per_token = len(batch.rows), batch.per_token()
-    cache = buffered_cache(subject, capacity, layer + 1 if rows > 1 and can_share(subject) else 0)
-    where = prompt_mask(prompt.section, batch.rows).to(subject.device)[..., None]
-    ids = prompt.ids.to(subject.device).expand(rows, -1)
-    def change(stream: Tensor) -> Tensor:
-        every = stream.expand(rows, -1, -1)
-        return every + (batch.change(every, ids) * where + (0 if per_token is None else per_token)).to(stream.dtype)
-    with replaced(decoder_layer(subject, layer), change):
+def _read_prompt(subject: Subject, prompt: Prompt, batches: Mapping[int, Batch], capacity: int) -> tuple[Tensor, Cache]:
+    "The prompt through the model, changed for every row at the output of some layers: logits of the first token, and the cache."
+    rows, ids = len(next(iter(batches.values())).rows), prompt.ids.to(subject.device)
+    cache = buffered_cache(subject, capacity, min(batches) + 1 if rows > 1 and can_share(subject) else 0)
+    where = {layer: prompt_mask(prompt.section, batch.rows) for layer, batch in batches.items()}
+    fields = {layer: batch.per_token() for layer, batch in batches.items()}
+    with _edited(subject, batches, ids.expand(rows, -1), where, fields):
         out = subject.model(**subject.collate([prompt]), past_key_values=cache, use_cache=True, logits_to_keep=1)
     for kept in cache.layers:
         if len(kept.keys) < rows: kept.batch_repeat_interleave(rows)
@@ -257,10 +275,10 @@ def _read_prompt(subject: Subject, prompt: Prompt, layer: int, batch: Batch, cap
 
 # %% ../../nbs/steering/interventions.ipynb #c714989f
 @torch.no_grad()
-def _read_token(subject: Subject, ids: Tensor, cache: Cache, layer: nn.Module, batch: Batch, changed: Tensor) -> Tensor:
-    "One token for every row, changed where `changed`: logits of the next."
-    where = changed.to(subject.device)[:, None, None]
-    with replaced(layer, lambda stream: stream + (batch.change(stream, ids[:, None]) * where).to(stream.dtype)):
+def _read_token(subject: Subject, ids: Tensor, cache: Cache, batches: Mapping[int, Batch], changed: Mapping[int, Tensor]) -> Tensor:
+    "One token for every row, changed at each layer where `changed`: logits of the next."
+    where = {layer: rows[:, None] for layer, rows in changed.items()}
+    with _edited(subject, batches, ids[:, None], where):
         return subject.model(input_ids=ids[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
 
 # %% ../../nbs/steering/interventions.ipynb #58885ed5
@@ -286,13 +304,12 @@ def sentence_ends(subject: Subject) -> Bool[np.ndarray, " vocabulary"]:
     return np.array([t.rstrip(" ").endswith(".") or "\n" in t for t in texts] + [False] * (size - len(texts)))
 
 # %% ../../nbs/steering/interventions.ipynb #a08ea560
-def _write_reports(subject: Subject, prompt: Prompt, rows: Sequence[Intervention], layer: int, max_tokens: int) -> list[list[int]]:
+def _write_reports(subject: Subject, prompt: Prompt, rows: Sequence[Mapping[int, Intervention]], max_tokens: int) -> list[list[int]]:
     "The new tokens of every row, each up to and with the one that ends it."
-    batch, ends, reports = Batch(rows, subject.device), set(_report_ends(subject)), [[] for _ in rows]
-    stops = sentence_ends(subject) if any(r.from_sentence for r in rows) else None
+    batches, ends, reports = batches_of(rows, subject), set(_report_ends(subject)), [[] for _ in rows]
+    stops = sentence_ends(subject) if any(how.from_sentence for r in rows for how in r.values()) else None
     at, finished = list(range(len(rows))), np.zeros(len(rows), np.int64)      # rows of the batch, among all rows
-    at_layer = decoder_layer(subject, layer)
-    logits, cache = _read_prompt(subject, prompt, layer, batch, len(prompt) + max_tokens)
+    logits, cache = _read_prompt(subject, prompt, batches, len(prompt) + max_tokens)
     for number in range(max_tokens):
         ids = logits.argmax(-1)
         for row, token in zip(at, ids.tolist(), strict=True):
@@ -302,9 +319,11 @@ def _write_reports(subject: Subject, prompt: Prompt, rows: Sequence[Intervention
         if len(keep) <= 0.8 * len(at):                                        # moving the cache costs about one step
             chosen = torch.tensor(keep, device=ids.device)
             for kept in cache.layers: kept.batch_select_indices(chosen)
-            batch, ids, at, finished = batch.select(keep), ids[chosen], [at[i] for i in keep], finished[keep]
+            batches = {layer: batch.select(keep) for layer, batch in batches.items()}
+            ids, at, finished = ids[chosen], [at[i] for i in keep], finished[keep]
         if stops is not None: finished = finished + stops[ids.cpu().numpy()]
-        logits = _read_token(subject, ids, cache, at_layer, batch, written_mask(finished, batch.rows))
+        changed = {layer: written_mask(finished, batch.rows) for layer, batch in batches.items()}
+        logits = _read_token(subject, ids, cache, batches, changed)
     return reports
 
 # %% ../../nbs/steering/interventions.ipynb #39c35241
@@ -326,19 +345,20 @@ def perplexities(subject: Subject, prompt: Prompt, reports: Sequence[Sequence[in
     return out
 
 # %% ../../nbs/steering/interventions.ipynb #0e6fdaed
-def write_steered(subject: Subject, prompt: Prompt, rows: Sequence[Intervention], layer: int, max_new_tokens: int | None = None,
-                  batch_size: int = 64, perplexity: bool = True) -> list[WrittenReport]:
-    """Greedy reports of one study, one for each intervention at the output of decoder layer `layer`.
+def write_steered(subject: Subject, prompt: Prompt, rows: Sequence[Intervention | Mapping[int, Intervention]], layer: int,
+                  max_new_tokens: int | None = None, batch_size: int = 64, perplexity: bool = True) -> list[WrittenReport]:
+    """Greedy reports of one study, one for each intervention at the output of decoder layer `layer`, or for each mapping of layers to such.
 
     Equal to writing them one at a time, but for the rounding of sums. Raises `UserError` for a layer that does not exist, or an
     intervention on image tokens of a prompt that has none.
     """
-    if any(r.positions == "image" for r in rows) and "image" not in prompt.section:
+    edits = [r if isinstance(r, Mapping) else {layer: r} for r in rows]
+    if any(how.positions == "image" for r in edits for how in r.values()) and "image" not in prompt.section:
         raise UserError(f"study {prompt.study} has no image tokens to steer on; choose steering.positions prompt, generated or all.")
     limit = max_new_tokens or subject.max_report_tokens
     subject.need_room(prompt, limit)
     with sharing(subject):
-        reports = [ids for i in range(0, len(rows), batch_size) for ids in _write_reports(subject, prompt, rows[i:i + batch_size], layer, limit)]
+        reports = [ids for i in range(0, len(edits), batch_size) for ids in _write_reports(subject, prompt, edits[i:i + batch_size], limit)]
     texts = subject.tokenizer.batch_decode(reports, skip_special_tokens=True)
     surprise = perplexities(subject, prompt, reports) if perplexity else [float("nan")] * len(reports)
     return [WrittenReport(t.strip(), tuple(ids), round(p, 4)) for t, ids, p in zip(texts, reports, surprise, strict=True)]

@@ -224,6 +224,30 @@ def test_a_field_is_added_to_the_prompt_token_by_token_and_to_its_row_alone(subj
     assert pushed.ids == write_steered(subject, prompt, [adding(field[:1])], 4, 8, perplexity=False)[0].ids
 
 
+def test_two_hookpoints_are_two_forward_hooks_and_a_row_has_only_its_own(subject, prompt):
+    low, high = torch.randn(2, 1, 256, generator=torch.Generator().manual_seed(5)) * 2
+    field = torch.randn(len(prompt), 256, generator=torch.Generator().manual_seed(6))
+    both, clamped = {2: adding(low), 5: adding(high, "generated")}, {3: adding_per_token(field), 6: clamping(trained(), [1, 5], [9.0, -4.0])}
+    def by_hooks(edits: dict) -> list[int]:
+        def hook(how, places, first):
+            def change(module, args, output):
+                there = places if first.pop() else 1.0 if how.positions in ("all", "generated") else 0.0
+                first.append(False)
+                field = how.per_token if how.per_token is not None and torch.is_tensor(there) else 0.0
+                return output + Batch([how]).change(output) * there + field
+            return change
+        layers = subject.model.get_submodule(layers_path(subject.model))
+        handles = [layers[at].register_forward_hook(hook(how, prompt_mask(prompt.section, [how])[..., None], [True])) for at, how in edits.items()]
+        try: return subject.generate_ids(subject.collate([prompt]), 8)[0].tolist()
+        finally: [h.remove() for h in handles]
+    written = write_steered(subject, prompt, [adding(torch.zeros(1, 256)), both, clamped, {2: adding(low)}, adding(low)], 2, 8, perplexity=False)
+    pad = subject.tokenizer.pad_token_id
+    for w, edits in zip(written[1:4], (both, clamped, {2: adding(low)}), strict=True):
+        expected = by_hooks(edits)
+        assert padded(list(w.ids), expected, pad) == expected
+    assert written[3].ids == written[4].ids and len({w.ids for w in written}) == 4
+
+
 @pytest.fixture(scope="module")
 def real(): return open_subject()
 
