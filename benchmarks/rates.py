@@ -38,6 +38,7 @@ STORES = {"phantom": ("phantom", []),
           "patches": ("phantom", ["extraction.layer=0", "extraction.image_tokens=sample:16"]),
           "openi": ("openi", ["subject.model=shared/data/stories260k/hf", "extraction.layer=2"])}
 RATES = 1, 2, 4, 8, 16, 32      # of 2e-4 / sqrt(width / 2^14): where the rule was looked for, on phantom and openi, seed 0, validation patients
+BUT = {"encoder at 1": {"encoder_start": 1.0}, "AuxK 1/32": {"aux_alpha": 1 / 32}, "no AuxK": {"aux_alpha": 0.0}}      # one default less, seed 0
 
 
 class Rows:
@@ -125,6 +126,7 @@ def lens_step(sae: MatryoshkaSAE, adam: torch.optim.Optimizer, silent: Tensor, x
 CONTENDERS: dict[str, Callable[..., Iterator[MatryoshkaSAE]]] = {
     "saerad": ours, "dictionary_learning": dictionary_learning, "sae_lens": sae_lens, "sae_lens_field": lambda *a: sae_lens(*a, field=True)}
 CONTENDERS |= {f"saerad x {r}": lambda rows, seed, stops, r=r: ours(rows, seed, stops, lr=r * field_rate(4 * rows.d)) for r in RATES}
+CONTENDERS |= {f"saerad but {name}": lambda rows, seed, stops, how=how: ours(rows, seed, stops, **how) for name, how in BUT.items()}
 ONE_RUN = {"sae_lens": (STOPS,), "dictionary_learning": (STOPS[:1], STOPS[1:])}      # what depends on no end of the run is trained once
 
 OWN = '''

@@ -92,6 +92,11 @@ class Kind:
         """Set its parameters by what the untrained SAE reads from the first vectors, which are normalised."""
 
     @property
+    def encoder_start(self) -> float:
+        """How long the encoder's rows are before training, of the decoder's length 1, where `training.encoder_start` does not say."""
+        return 0.1
+
+    @property
     def plain(self) -> bool:
         """Whether the loss is the reconstruction from what was selected and nothing else, which is all that the sparse engine computes."""
         return type(self).features is Kind.features and type(self).penalty is Kind.penalty
@@ -133,6 +138,10 @@ class JumpReLU(Kind):
 
     def activate(self, sae: Any, pre: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:
         return torch.where(pre > sae.log_threshold.exp(), pre, 0)
+
+    @property
+    def encoder_start(self) -> float:
+        return 1.0                 # its ramp has a width in units of the activations
 
     def parameters(self, width: int) -> dict[str, Tensor]:
         return {"log_threshold": torch.full((width,), math.log(0.001))}

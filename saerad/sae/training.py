@@ -50,12 +50,13 @@ class TrainingConfig(Section):
     warmup: float = Field(0.05, ge=0, le=1)          # share of the run over which the rate rises (ours)
     decay: float = Field(0.2, ge=0, le=1)            # share of the run, its end, over which it falls to 0 (ours)
     clip: float = Field(1.0, gt=0)                   # largest norm of the gradient
-    aux_alpha: float = Field(1/32, ge=0)             # weight of AuxK
+    aux_alpha: float = Field(1/320, ge=0)            # weight of AuxK (ours; dictionary_learning: ten times that)
     aux_k: int | None = Field(None, ge=1)            # dead features a token may use for it; None: half of d
     dead_after: float = Field(0.02, gt=0, le=1)      # share of the run without firing that makes one dead (ours)
     threshold_beta: float = Field(0.99, ge=0, lt=1)  # moving average of the smallest kept activation (ours)
     threshold_start: float = Field(0.1, ge=0, lt=1)  # share of the run after which it starts (ours)
     start_rows: int = Field(16384, ge=1)             # tokens that give scale and first bias (ours)
+    encoder_start: float | None = Field(None, gt=0)  # length of the encoder's rows at the start; None: by kind, a tenth of the decoder's or 1 (ours)
     max_norm: float | None = Field(10.0, gt=1)       # longer than so many times the median: an attention sink, left out; None: nothing is (ours)
     engine: Literal["auto", "reference", "dense", "sparse", "native", "fused", "fused_sparse"] = "auto"   # how, not what
     precision: Literal["auto", "int8", "bfloat16", "float32"] = "auto"    # of dense products; auto: what the device has units for
@@ -83,11 +84,12 @@ class TrainingConfig(Section):
         """The rate of the plateau for a dictionary of `width` features: `lr`, or what its rule makes of the width and the number of steps.
 
         null is the rule of dictionary_learning, 2e-4 / sqrt(width / 2^14), after the scaling law in Gao et al. 2024, figure 3. `auto` is
-        `1 + 160 / sqrt(steps)` times that, and ten times at most: a short run has to go further with each step. Found in benchmarks/rates.py.
+        `250 / steps^0.6` times that, at least once and ten times at most: a short run has to go further with each step. Found in
+        benchmarks/rates.py.
         """
         if isinstance(self.lr, float): return self.lr
         usual = 2e-4 / (width / 2**14) ** 0.5
-        return usual if self.lr is None else usual * min(1 + 160 / self.steps ** 0.5, 10)
+        return usual if self.lr is None else usual * min(max(250 / self.steps ** 0.6, 1), 10)
 
     def used(self, width: int) -> dict[str, Any]:
         """What `training.json` holds beside an SAE: the rate as a number, how it was asked for, and what it goes with."""
@@ -152,6 +154,7 @@ def initial_sae(store: Store, sae_cfg: SAEConfig, cfg: TrainingConfig, seed: int
         raise UserError(f"the store's activations have a typical length of {float(sae.scale)}; extract them again "
                         "from a working subject model.")
     sae.b_dec.copy_(geometric_median(x / sae.scale))
+    sae.W_enc.mul_(cfg.encoder_start or sae.rule.encoder_start)
     sae.rule.prepare(sae, x / sae.scale)
     return sae
 

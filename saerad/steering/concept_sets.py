@@ -6,7 +6,8 @@
 __all__ = ['Place', 'VIEW', 'CONCEPT_ROWS', 'ConceptSetsConfig', 'places_in', 'stated_places', 'adjusted_contrasts', 'patch_rows',
            'feature_reader', 'position_contrasts', 'ConceptSets', 'choose_sets', 'cells_of', 'added_values',
            'erased_values', 'steered_stream', 'random_set', 'same_lengths', 'alive_features', 'planned',
-           'concept_interventions', 'concept_reports', 'steer_concepts', 'concepts_summary']
+           'concept_interventions', 'example_of', 'film_with', 'film_reports', 'concept_reports', 'steer_concepts',
+           'concepts_summary']
 
 # %% ../../nbs/steering/concept_sets.ipynb #fc3bb6e7
 import shutil
@@ -29,11 +30,12 @@ from ..activations.store import Store
 from ..core import Section, UserError, content_hash, progress, read_table, rng, write_table
 from ..sae.encoder import encode_rows
 from ..sae.model import MatryoshkaSAE
-from .effects import share_interval
+from .effects import share_interval, share_of_ceiling
 from .interventions import Intervention, adding, adding_per_token, write_steered
 from .judges import JudgeConfig, Reader, judge, reader_of, target_of
 from .steer import choose_studies
-from ..studies.findings import Reading
+from ..studies.findings import Finding, Reading
+from ..studies.phantom import erased, painted
 from ..studies.record import Source, Study
 from ..subjects.subject import Prompt, Subject
 
@@ -41,6 +43,7 @@ from ..subjects.subject import Prompt, Subject
 class ConceptSetsConfig(Section):
     """Sets of features that are steered together, one set for each kind of finding and side. None of it is in the paper."""
     size: int = Field(0, ge=0)             # features in a set; 0: no sets are steered
+    erase_size: int | None = Field(None, ge=1)  # how many of them, the strongest, erase it; None: all
     hookpoint: int | None = Field(None, ge=0)   # the layer; None: the run's. Another has to be among extraction.more_layers
     steps: int | None = Field(None, ge=1)       # of training its SAE; None: as many as the run's
     add: float = Field(1.0, gt=0)          # how much of the values that studies with the finding have is added
@@ -192,9 +195,9 @@ def concept_interventions(sae: MatryoshkaSAE, sets: ConceptSets, alive: Sequence
     if not len(at): raise UserError(f"study {prompt.study} shows no {VIEW} view; concept sets are steered on image tokens.")
     active, out = sae.encode(stream[at]), []
     for place, sign in plan:
-        own = sets.features[sets.of(place)]
-        before = sets.before[sets.of(place)][cell]
-        if sign > 0 or cfg.erase_by == "contrast": change = added_values(sets, place, cfg.add if sign > 0 else -cfg.erase)[cell]
+        own = sets.features[sets.of(place)][:None if sign > 0 else cfg.erase_size]
+        before = sets.before[sets.of(place)][cell, :len(own)]
+        if sign > 0 or cfg.erase_by == "contrast": change = added_values(sets, place, cfg.add if sign > 0 else -cfg.erase)[cell, :len(own)]
         else: change = erased_values(before, active[:, own], cfg.erase)
         moved = steered_stream(sae, own, change, len(prompt), at)
         what = {"kind": place[0], "side": place[1], "sign": sign}
@@ -204,6 +207,30 @@ def concept_interventions(sae: MatryoshkaSAE, sets: ConceptSets, alive: Sequence
             noise = steered_stream(sae, drawn, change[:, :len(drawn)], len(prompt), at)
             out.append((what | {"method": "random", "features": drawn}, same_lengths(noise, moved)))
     return out
+
+# %% ../../nbs/steering/concept_sets.ipynb #a8a2c6fe
+def example_of(place: Place) -> Finding:
+    """A finding of phantom at a place, as large as it comes."""
+    kind, side = place
+    graded = kind in ("effusion", "pneumothorax", "consolidation", "cardiomegaly", "oedema")
+    return Finding(kind, side, {"consolidation": "lower", "atelectasis": "lower", "nodule": "upper"}.get(kind, ""), "large" if graded else "")
+
+def film_with(study: Study, place: Place, sign: int) -> Study | None:
+    """The study with a finding painted into its film (1), or with all findings at the place taken off it (-1); None where that cannot be done."""
+    if not hasattr(study.truth, "state"): return None
+    if sign > 0: return painted(study, example_of(place))
+    own = [f for f in study.truth.findings if (f.kind, f.side) == place]
+    return erased(study, *own) if own else None
+
+# %% ../../nbs/steering/concept_sets.ipynb #353b09b7
+def film_reports(subject: Subject, study: Study, edits: Sequence[dict[str, Any]], perplexity: float, max_new_tokens: int | None,
+                 batch_size: int) -> list[tuple[dict[str, Any], str, float]]:
+    """The reports on films with each change that `edits` ask for, as far as there can be such films; their perplexity counts as the baseline's."""
+    plan = dict.fromkeys((what["kind"], what["side"], what["sign"]) for what in edits)
+    films = {key: film for key in plan if (film := film_with(study, key[:2], key[2]))}
+    texts = subject.generate([subject.prompt(film) for film in films.values()], max_new_tokens, batch_size=batch_size) if films else []
+    return [({"kind": kind, "side": side, "sign": sign, "method": "film", "features": []}, text, perplexity)
+            for (kind, side, sign), text in zip(films, texts, strict=True)]
 
 # %% ../../nbs/steering/concept_sets.ipynb #a0b56ef2
 CONCEPT_ROWS = pa.schema({
@@ -217,11 +244,13 @@ def concept_reports(subject: Subject, layer: int, study: Study, prompt: Prompt, 
     """The rows of one study: every report, and its verdict against the untouched one, with the finding at its side as the target."""
     nothing = adding(torch.zeros(1, subject.d_model))
     base, *written = write_steered(subject, prompt, [nothing, *(e for _, e in edits)], layer, max_new_tokens, batch_size)
+    reports = [(what, w.text, w.perplexity) for (what, _), w in zip(edits, written, strict=True)]
+    reports += film_reports(subject, study, [what for what, _ in edits], base.perplexity, max_new_tokens, batch_size)
     rows = []
-    for (what, _), w in zip(edits, written, strict=True):
+    for what, text, perplexity in reports:
         target = target_of(f"{what['side']} {what['kind']}".strip().replace("_", " "))
-        j = judge(base.text, w.text, target, reader, what["sign"], cfg, w.perplexity / base.perplexity)
-        rows.append(what | {"study": study.study, "patient": study.patient, "baseline": base.text, "steered": w.text, "perplexity": w.perplexity,
+        j = judge(base.text, text, target, reader, what["sign"], cfg, perplexity / base.perplexity)
+        rows.append(what | {"study": study.study, "patient": study.patient, "baseline": base.text, "steered": text, "perplexity": perplexity,
                             "baseline_perplexity": base.perplexity, "outcome": j.outcome, "towards": j.effect * what["sign"] > 0})
     return rows
 
@@ -230,8 +259,9 @@ def steer_concepts(source: Source, subject: Subject, sae: MatryoshkaSAE, store: 
                    seed: int, out: Path | str, max_new_tokens: int | None = None, batch_size: int = 64) -> pd.DataFrame:
     """Steer a set of features for each finding and side on test studies, with random sets beside it; writes `concepts.parquet` into `out`.
 
-    Everything is chosen on training patients; `store` and `sae` are those of the hookpoint. Interrupted, it is resumed. Raises `UserError` for
-    a store without image tokens, or where no finding is stated by `least` training reports.
+    Where films can be changed, the report on the changed film stands beside them. Everything is chosen on training patients; `store` and `sae`
+    are those of the hookpoint. Interrupted, it is resumed. Raises `UserError` for a store without image tokens, or where no finding is stated by
+    `least` training reports.
     """
     reader, train = cache(reader_of(source)), set(store.tokens["study"].to_pandas().unique())
     studies = [s for s in source.split("train") if s.study in train]
@@ -259,7 +289,8 @@ def steer_concepts(source: Source, subject: Subject, sae: MatryoshkaSAE, store: 
 # %% ../../nbs/steering/concept_sets.ipynb #f488ab5a
 def concepts_summary(rows: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
     """Shares of reports that changed purely on target and in the direction asked for, with 95 % intervals over studies: of the sets, and of
-    the random ones; all, those with a finding added, and those with one erased."""
+    the random ones; all, those with a finding added, and those with one erased. Where there are changed films, their share, the ceiling, and
+    what part of it the sets reach on the same findings."""
     pure = rows.assign(pure=(rows.outcome == "on_target_only") & rows.towards)
     out: dict[str, Any] = {"studies": int(rows.study.nunique()), "findings": int(rows.groupby(["kind", "side"]).ngroups)}
     for method, name in (("concept_set", ""), ("random", "random_")):
@@ -267,4 +298,15 @@ def concepts_summary(rows: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
         for part, some in (("on_target_only", own), ("added", own[own.sign > 0]), ("erased", own[own.sign < 0])):
             share, low, high = share_interval(some.pure, some.study, seed)
             out |= {f"{name}{part}": share, f"{name}{part}_interval": [low, high], f"{name}{part}_reports": len(some)}
+    return out | _ceiling_summary(pure, seed)
+
+def _ceiling_summary(pure: pd.DataFrame, seed: int) -> dict[str, Any]:
+    "What the changed films reach, and what part of it the sets do."
+    keys, film, out = ["study", "kind", "side", "sign"], pure[pure.method == "film"], {}
+    sets = pure[pure.method == "concept_set"].merge(film[keys], on=keys)
+    for part, signs in (("", (1, -1)), ("_added", (1,)), ("_erased", (-1,))):
+        own, top = (t[t.sign.isin(signs)] for t in (sets, film))
+        if top.empty: continue
+        (ceiling, *of_film), (share, *of_share) = share_interval(top.pure, top.study, seed), share_of_ceiling(own, top, seed)
+        out |= {f"ceiling{part}": ceiling, f"ceiling{part}_interval": of_film, f"of_ceiling{part}": share, f"of_ceiling{part}_interval": of_share}
     return out

@@ -31,12 +31,12 @@ from saerad.analysis.concept_methods import (
     placed_change,
     probe_scores,
     probe_vectors,
-    share_of_ceiling,
     targeted_at_words,
     told_before,
 )
 from saerad.core import UserError, rng
 from saerad.steering.concept_sets import places_in
+from saerad.steering.effects import share_of_ceiling
 from saerad.steering.interventions import decoder_layer, replaced, write_steered
 from saerad.steering.judges import reader_of
 from saerad.studies.phantom import phantom_source
@@ -121,6 +121,10 @@ def test_what_methods_add(material, world, subject):
     less = ConceptMethod("less", "set, subtracted", "contrast", material.sae.width)
     added = method_change(material, whole, place, 1, 1.0, active)
     assert torch.allclose(method_change(material, less, place, -1, 2.0, active), -2 * added, atol=1e-3)
+    clamped = ConceptMethod("clamped", "set, clamped", "contrast", material.sae.width)
+    without = material.features[:, 0].clamp(min=0)
+    for sign, wanted in ((1, without + 2 * material.features[:, 1 + number]), (-1, without)):
+        assert torch.allclose(method_change(material, clamped, place, sign, 2.0, active), (wanted - active) @ rows, atol=1e-3)
     gone = method_change(material, whole, place, -1, 1.0, active)
     kept = active.minimum(material.features[:, 0].clamp(min=0))
     assert torch.allclose(gone, (kept - active) @ rows, atol=1e-3)
@@ -219,6 +223,8 @@ LEFT, RIGHT = (f"Small {side} pleural effusion. {CLEAR}" for side in ("left", "r
 def test_verdicts_are_strict_about_side_and_direction():
     found = concept_verdicts(rows("m", [LEFT, RIGHT, CLEAR]))
     assert found.pure.tolist() == [True, False, False] and found.pure_kinds.tolist() == [True, True, False]
+    other = concept_verdicts(rows("m", [LEFT.replace("normal", "mildly enlarged"), LEFT + " Moderate right pneumothorax."]))
+    assert other.pure.tolist() == [False, False] and other.pure_clinical.tolist() == [True, False] and other.more.all()
     assert not concept_verdicts(rows("m", [LEFT], sign=-1)).pure[0]
 
 

@@ -177,7 +177,7 @@ def test_dead_features_come_back():
     """Features that start with a bias against firing come back with AuxK, and stay silent without it."""
     dead = {}
     for alpha in (1.0, 0.0):
-        cfg = TrainingConfig(steps=250, batch_size=128, lr=5e-3, dead_after=0.1, aux_alpha=alpha, start_rows=512)
+        cfg = TrainingConfig(steps=250, batch_size=128, lr=5e-3, dead_after=0.1, aux_alpha=alpha, start_rows=512, encoder_start=1.0)
         trainer = Trainer(initial_sae(Vectors(), SAEConfig(k=1, group_fractions=(1.0,)), cfg, 0), cfg)
         trainer.sae.b_enc.data[6:] = -0.3
         for _, _, x in Vectors().batches("train", 128, 0):
@@ -414,7 +414,10 @@ def test_start_is_scale_and_geometric_median():
     x = torch.cat([next(reader)[2] for _ in range(10)])
     assert float(sae.scale) == pytest.approx(float(x.square().sum(1).mean().sqrt()), rel=1e-6)
     assert torch.allclose(sae.b_dec, geometric_median(x / sae.scale), atol=1e-5)
-    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    assert torch.allclose(sae.W_enc, 0.1 * sae.W_dec.T)
+    for kind, given, expected in (("jumprelu", None, 1.0), ("topk", None, 0.1), ("batch_topk", 0.5, 0.5)):
+        other = initial_sae(store, SAEConfig(k=3, kind=kind), cfg.model_copy(update={"encoder_start": given}), 0)
+        assert torch.allclose(other.W_enc, expected * other.W_dec.T)
     far = torch.cat([x, torch.full((5, D), 1e6)])
     assert (geometric_median(far) - geometric_median(x)).norm() < 1 < (far.mean(0) - x.mean(0)).norm()
 

@@ -1,4 +1,6 @@
 """Concept sets: what is chosen from reports and activations, what is moved, and where; on a small real store and subject model."""
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,7 +23,9 @@ from saerad.steering.concept_sets import (
     concept_interventions,
     concepts_summary,
     erased_values,
+    example_of,
     feature_reader,
+    film_with,
     patch_rows,
     places_in,
     planned,
@@ -33,7 +37,7 @@ from saerad.steering.concept_sets import (
 from saerad.steering.interventions import adding, write_steered
 from saerad.steering.judges import JudgeConfig, reader_of
 from saerad.studies.findings import Finding, Reading
-from saerad.studies.phantom import phantom_source
+from saerad.studies.phantom import painted, phantom_source
 from saerad.studies.record import StudiesConfig
 from saerad.subjects.subject import random_mini
 
@@ -178,6 +182,19 @@ def test_only_the_frontal_view_is_moved(world, subject, sae):
     assert torch.allclose(plain[2][1].per_token[at], -added / 2, atol=1e-3)
 
 
+def test_fewer_features_may_erase_than_add(sae, subject, world):
+    prompt, sets = subject.prompt(world.split("test")[0]), made_sets(sae)
+    stream, place = torch.randn(len(prompt), sae.d, generator=torch.Generator().manual_seed(0)) * float(sae.scale), sets.places[0]
+    for by in ("contrast", "mean"):
+        few, all_of_them = (ConceptSetsConfig(size=3, erase_size=n, random_sets=0, erase_by=by) for n in (2, None))
+        (more, added), (less, gone) = concept_interventions(sae, sets, range(4), prompt, stream, [(place, 1), (place, -1)], few, 0)
+        assert more["features"] == sets.features[0] and less["features"] == sets.features[0][:2]
+        fewer = replace(sets, features=[f[:2] for f in sets.features], **{n: [v[:, :2] for v in getattr(sets, n)] for n in ("before", "contrast")})
+        (_, expected), = concept_interventions(sae, fewer, range(4), prompt, stream, [(place, -1)], all_of_them, 0)
+        (_, whole), = concept_interventions(sae, sets, range(4), prompt, stream, [(place, 1)], all_of_them, 0)
+        assert torch.equal(gone.per_token, expected.per_token) and torch.equal(added.per_token, whole.per_token)
+
+
 def test_a_plan_adds_what_is_absent_and_erases_what_is_there(world, sae):
     read, sets = reader_of(world), made_sets(sae)
     for study in world.split("test"):
@@ -197,7 +214,7 @@ def test_the_stage(world, subject, sae, store, tmp_path, monkeypatch):
     """Baselines are the untouched model's, a second run writes nothing, and the summary counts what is in the table."""
     cfg = ConceptSetsConfig(size=4, test_studies=3, absent=2, least=5)
     table = steer_concepts(world, subject, sae, store, 0, cfg, JudgeConfig(), 0, tmp_path, max_new_tokens=6)
-    assert set(table.method) == {"concept_set", "random"} and table.study.nunique() == 3
+    assert set(table.method) == {"concept_set", "random", "film"} and table.study.nunique() == 3
     assert {world[s].split for s in table.study} == {"test"} and set(table.patient) == {world[s].patient for s in table.study}
     study = table.study[0]
     untouched = write_steered(subject, subject.prompt(world[study]), [adding(torch.zeros(1, subject.d_model))], 0, 6)[0].text
@@ -205,6 +222,9 @@ def test_the_stage(world, subject, sae, store, tmp_path, monkeypatch):
     found = concepts_summary(table)
     assert found["on_target_only_reports"] == found["random_on_target_only_reports"] == (table.method == "concept_set").sum()
     assert found["added_reports"] + found["erased_reports"] == found["on_target_only_reports"]
+    film = table[(table.method == "film") & (table.sign > 0)].iloc[0]
+    changed = painted(world[film.study], example_of((film.kind, film.side)))
+    assert film.steered == subject.generate([subject.prompt(changed)], 6)[0] and {"ceiling", "of_ceiling_added_interval"} <= set(found)
     again = steer_concepts(world, subject, sae, store, 0, cfg, JudgeConfig(), 0, tmp_path, max_new_tokens=6)
     assert again.equals(table) and not list(tmp_path.glob("concept-parts-*"))
 
@@ -214,6 +234,26 @@ def test_shares_count_only_what_went_the_right_way():
                          "outcome": ["on_target_only", "on_target_only", "mixed", "on_target_only"], "towards": [True, False, True, True]})
     found = concepts_summary(rows)
     assert (found["on_target_only"], found["added"], found["erased"]) == (0.5, 0.5, 0.5) and found["random_on_target_only_reports"] == 0
+
+
+def test_the_ceiling_is_of_the_same_findings():
+    """A film that cannot be changed takes its report out of the share of the ceiling, and without films there is none."""
+    sets = pd.DataFrame({"study": list("aabb"), "kind": "effusion", "side": ["left", "right"] * 2, "sign": [1, 1, 1, -1], "method": "concept_set",
+                         "outcome": ["on_target_only", "unchanged", "on_target_only", "on_target_only"], "towards": True})
+    assert not any("ceiling" in key for key in concepts_summary(sets))
+    film = sets.iloc[:3].assign(method="film", outcome=["on_target_only", "on_target_only", "on_target_only"])
+    found = concepts_summary(pd.concat([sets, film]))
+    assert found["ceiling"] == 1 and found["of_ceiling"] == pytest.approx(2 / 3) and "ceiling_erased" not in found
+    assert found["on_target_only"] == 0.75
+
+
+def test_films_are_changed_where_the_truth_is_known(world):
+    study = next(s for s in world if s.truth.findings)
+    own = study.truth.findings[0]
+    gone = film_with(study, (own.kind, own.side), -1)
+    assert own not in gone.truth.findings and film_with(study, ("effusion", "nowhere"), -1) is None
+    assert film_with(replace(study, truth=None), ("effusion", "left"), 1) is None
+    assert ("picc", "left") in {(f.kind, f.side) for f in film_with(study, ("picc", "left"), 1).truth.findings}
 
 
 def test_no_finding_is_stated_often_enough(world, subject, sae, store, tmp_path):
