@@ -166,7 +166,8 @@ def probe_scores(z: Float[np.ndarray, "studies n"], stated: np.ndarray, most: in
     out = np.zeros((stated.shape[1], z.shape[1]), np.float32)
     for j, y in enumerate(stated.T):
         near = np.argsort(-np.abs(z[y].mean(0) - z[~y].mean(0)))[:most]
-        out[j, near] = np.abs(LogisticRegression(l1_ratio=1, solver="liblinear", C=0.1, class_weight="balanced").fit(z[:, near], y).coef_[0])
+        probe = LogisticRegression(l1_ratio=1, solver="liblinear", C=0.1, class_weight="balanced", random_state=0)
+        out[j, near] = np.abs(probe.fit(z[:, near], y).coef_[0])
     return out
 
 # %% ../../nbs/analysis/concept_methods.ipynb #97578b66
