@@ -30,7 +30,7 @@ class TargetedConfig(Section):
     length: float = Field(15.0, gt=0)          # of each, in raw residual units
     studies: int = Field(16, ge=1)             # training studies that each is tried on
     ridge: float = Field(1.0, ge=0)            # against the number of vectors and their mean square, in the regression
-    bias_weight: float = Field(1.0, ge=0)      # of the part that takes out what every vector does (the paper: 1)
+    bias_weight: float = Field(1.0, ge=0)      # of the part that takes out what every vector does (ours)
 
 # %% ../../nbs/analysis/targeted_vectors.ipynb #4f106514
 @torch.no_grad()
@@ -99,6 +99,6 @@ def told_effects(vectors: Float[Tensor, "n d"], effects: Float[Tensor, "n width"
 # %% ../../nbs/analysis/targeted_vectors.ipynb #97ea7b79
 def targeted_vector(M: Float[Tensor, "d width"], b: Float[Tensor, " width"], target: Float[Tensor, " width"],
                     bias_weight: float = 1.0) -> Float[Tensor, " d"]:
-    """Unit vector that raises the features by their weights in `target` and little else (Chalnev et al. 2024, section 3)."""
+    """Unit vector that raises the features by their weights in `target` and little else (after Chalnev et al. 2024)."""
     towards, always = (torch.nn.functional.normalize(M @ v, dim=0) for v in (target, b))
     return torch.nn.functional.normalize(towards - bias_weight * always, dim=0)
