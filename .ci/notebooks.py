@@ -267,6 +267,28 @@ def test(with_tests: bool = False) -> int:
     return bool(failed or tests.returncode)
 
 
+RECORD = re.compile(r"\*Run at full size on .+\*")
+
+
+def commit() -> str:
+    """The commit that is checked out, and whether anything but what chapters show was changed since; "unknown" without git."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    try: head, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "--", "saerad", "configs")
+    except (OSError, subprocess.CalledProcessError): return "commit unknown"
+    return f"commit `{head}`" + " with changes" * bool(changed)
+
+
+def record(nb, code: str, seconds: float) -> None:
+    """Write into a chapter of results when it was run at full size, with which code and how long that took."""
+    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    text = (f"*Run at full size on {time.strftime('%-d %B %Y')}, {code}, in {max(1, round(seconds / 60))} min "
+            f"on {threads} thread{'s' * (threads > 1)}; what was found finished in `runs/` is not in that time.*")
+    cell = next((c for c in nb.cells if c.cell_type == "markdown" and RECORD.fullmatch(c.source)), None)
+    if cell is None: nb.cells.append(nbformat.v4.new_markdown_cell(text))
+    else: cell.source = text
+
+
 def execute(folder: Path) -> int:
     """Execute notebooks, of a folder or one alone, top to bottom in a fresh kernel, without the cells marked `eval: false`; say what changed.
 
@@ -278,21 +300,22 @@ def execute(folder: Path) -> int:
     if not notebooks(folder): print(f"{folder}: no notebook there")
     for path in notebooks(folder):
         if NBS / "results" in path.parents and not full: continue
-        nb = nbformat.read(path, 4)
+        nb, code, began = nbformat.read(path, 4), commit(), time.monotonic()
         before = [outputs_of(c) for c in nb.cells]
         kept = {i: c.outputs for i, c in enumerate(nb.cells) if c.cell_type == "code" and SKIP.search(c.source)}
         for i in kept: nb.cells[i].metadata["tags"] = ["skip-execution"]
-        NotebookClient(nb, timeout=3600 if full else 900, kernel_name="python3", coalesce_streams=True,
+        NotebookClient(nb, timeout=None if full else 900, kernel_name="python3", coalesce_streams=True,
                        resources={"metadata": {"path": str(path.parent)}}).execute()
         for i, outputs in kept.items(): nb.cells[i].outputs = outputs
         for cell in nb.cells:
             for key in ("tags", "execution"): cell.metadata.pop(key, None)
         nb.metadata = {"kernelspec": KERNEL}
+        if NBS / "results" in path.parents: record(nb, code, time.monotonic() - began)
         nbformat.write(nb, path)
         subprocess.run([BIN / "nbdev_clean", "--fname", path], check=True, cwd=ROOT)
         after = [outputs_of(c) for c in nbformat.read(path, 4).cells]
         print(f"{path.relative_to(ROOT)}: {'outputs as they were' if before == after else 'OUTPUTS CHANGED'}", flush=True)
-        for a, b in zip(before, after, strict=True):
+        for a, b in zip(before, after, strict=False):   # a record that is new stands at the end
             if a != b: print("\n".join(list(difflib.unified_diff(a.splitlines(), b.splitlines(), lineterm="", n=0))[2:12]))
     return int(not notebooks(folder))
 

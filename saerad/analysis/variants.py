@@ -41,14 +41,15 @@ def run_variants(config: Config, settings: Mapping[str, Sequence[str]], out: Pat
                  say: Callable[[str], None] = print) -> dict[str, Run]:
     """Do the run of `config` in `out` up to its activations, and its variants (`KEY=VALUE` settings by name) up to `last` in `out/variants/NAME`.
 
-    What is finished is skipped. Raises `UserError` for a variant that cannot share the activations.
+    What is finished is skipped; two processes may make other variants of one run, or wait for each other. Raises `UserError` for a variant that
+    cannot share the activations.
     """
     base = Run(out, config)
     variants = {name: _variant(base, name, values) for name, values in settings.items()}
-    run_config(config, out, last="extract", say=say)
+    run_config(config, out, last="extract", say=say, wait=True)
     todo = list(STAGES)[list(STAGES).index("train"):list(STAGES).index(last) + 1]
-    with locked(base.folder):
-        for name, variant in variants.items():
+    for name, variant in variants.items():
+        with locked(variant.folder, wait=True):
             wanted = inputs_of(variant.config, base.source.hash(), model_hash(config))
             write_config(variant)
             for stage in todo:

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MIX', 'MOST_FEATURES', 'LARGEST', 'LEAST', 'MEMBER', 'GROUPS', 'firing_together', 'alike', 'word_profiles',
            'neighbour_profiles', 'explanation_profiles', 'finding_rows', 'Signs', 'signs_of', 'merges', 'found_groups',
-           'outermost', 'feature_graph', 'feature_groups', 'group_weights', 'group_scores', 'GroupedSAE', 'group_names',
-           'name_of', 'group_table', 'membership', 'interpret_groups', 'most_active', 'groups_summary']
+           'outermost', 'feature_graph', 'feature_groups', 'neighbour_groups', 'group_weights', 'group_scores',
+           'GroupedSAE', 'group_names', 'name_of', 'group_table', 'membership', 'interpret_groups', 'most_active',
+           'groups_summary']
 
 # %% ../../nbs/interpretation/groups.ipynb #6ef09034
 import re
@@ -129,14 +130,18 @@ def signs_of(store: Store, sae: MatryoshkaSAE, cfg: ExemplarsConfig, said: pd.Da
     Features that fire too seldom to be explained are left out: on the phantom they made the groups worse.
     """
     asked = said[said.explanation.fillna("") != ""].nlargest(MOST_FEATURES, "density", keep="all")[:MOST_FEATURES].sort_values("feature")
-    features, tokens, rows = asked.feature.to_numpy(copy=True), lean_tokens(store), finding_rows(store, cfg, most)
+    features, rows = asked.feature.to_numpy(copy=True), finding_rows(store, cfg, most)
     z = encode_rows(sae, store, rows).tocsc()[:, features].tocsr()
-    token = np.unique(tokens["token_id"].to_numpy(), return_inverse=True)[1]
-    codes = np.stack([factorize(tokens, c)[0] for c in ("study", "section", "view")])
-    section = np.cumsum(np.r_[0, (codes[:, 1:] != codes[:, :-1]).any(0)])
+    token, section = _tokens_and_stretches(store)
     profiles = {"directions": _unit(sae.W_dec.detach().float().cpu()[features]).numpy(), "words": word_profiles(z, token[rows]),
                 "neighbours": neighbour_profiles(z, rows, token, section), "explanations": explanation_profiles(asked.explanation.tolist())}
     return Signs(features, {name: p @ p.T for name, p in profiles.items()}, np.asarray(z.sum(0)).ravel())
+
+def _tokens_and_stretches(store: Store) -> tuple[Int[np.ndarray, " all"], Int[np.ndarray, " all"]]:
+    "Of every row of the store its token as a number from 0, and the number of the stretch of text that it stands in."
+    tokens = lean_tokens(store)
+    codes = np.stack([factorize(tokens, c)[0] for c in ("study", "section", "view")])
+    return np.unique(tokens["token_id"].to_numpy(), return_inverse=True)[1], np.cumsum(np.r_[0, (codes[:, 1:] != codes[:, :-1]).any(0)])
 
 def _unit(rows: Tensor) -> Tensor: return nn.functional.normalize(rows, dim=1)
 
@@ -200,6 +205,20 @@ def feature_groups(sae: MatryoshkaSAE, z: sparse.spmatrix, largest: int = 64, ed
     merged = [g for c in range(n) if (label == c).sum() > 1
               for g in merges(alike(sae, z, features[label == c], cofiring), features[label == c], largest)]
     return [*((int(f),) for f in features), *sorted(merged, key=lambda g: (len(g), g))]
+
+# %% ../../nbs/interpretation/groups.ipynb #f01fa3c6
+def neighbour_groups(store: Store, z: sparse.spmatrix, rows: Int[np.ndarray, " n"], largest: int = 200, least: int = 20) -> list[tuple[int, ...]]:
+    """Groups of features that fire in like surroundings, found without labels: each feature alone, then every merge of up to `largest`, by size.
+
+    `z` are the features of these rows of the store (training tokens). Merged are those that fire on at least `least` of them, by Ward's rule and
+    `neighbour_profiles`; groups are nested. Which sign, how it is read (`how="sum"` in `group_scores`) and `largest` were chosen on a phantom's
+    validation patients.
+    """
+    often = sparse.csc_matrix(z).getnnz(0)
+    features = np.flatnonzero(often >= least)
+    profiles = neighbour_profiles(sparse.csc_matrix(z)[:, features].tocsr(), rows, *_tokens_and_stretches(store))
+    merged = merges(profiles @ profiles.T, features, largest)
+    return [*((int(f),) for f in np.flatnonzero(often)), *sorted(merged, key=lambda g: (len(g), g))]
 
 # %% ../../nbs/interpretation/groups.ipynb #5e3a2242
 def group_weights(sae: MatryoshkaSAE, groups: Sequence[tuple[int, ...]]) -> list[Float[Tensor, " members"]]:

@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -303,22 +303,22 @@ def _duration(seconds: float) -> str:
 
 # %% ../../nbs/run/stages.ipynb #80f14708
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the run's folder; raises `UserError` when another process does."""
+def locked(out: Path, wait: bool = False) -> Iterator[None]:
+    """Hold the run's folder; when another process does, raises `UserError`, or waits until it is free."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w", encoding="utf-8") as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try: fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as e:
             raise UserError(f"another saerad process is writing {out}; wait for it, or choose another folder with --out.") from e
         yield
 
 # %% ../../nbs/run/stages.ipynb #18ab1ed1
 def run_config(config: Config, out: Path | str | None = None, first: str | None = None, last: str = "atlas",
-               say: Callable[[str], None] = print, keep: Sequence[str] = ()) -> dict[str, Any]:
+               say: Callable[[str], None] = print, keep: Sequence[str] = (), wait: bool = False) -> dict[str, Any]:
     """Do every stage up to `last` that is not finished under its key, and all from `first` on; returns the summary.
 
-    A stage that was killed is resumed; one in `keep` counts as finished where only its code has changed. Raises `UserError` before anything is
-    written when the config cannot work.
+    A stage that was killed is resumed; one in `keep` counts as finished where only its code has changed. With `wait` a process that is at work in
+    the folder is waited for. Raises `UserError` before anything is written when the config cannot work.
     """
     run = Run(out or config.out or "runs/run", config)
     names = stages_until(config, last)
@@ -328,10 +328,12 @@ def run_config(config: Config, out: Path | str | None = None, first: str | None 
     forced = names[names.index(first):] if first else []
     if both := set(forced) & set(keep): raise UserError(f"--from {first} does {min(both)} again and --keep would keep it; leave one of them away.")
     if rank_and_size()[0]: return assist(run, names)
-    wanted = wanted_inputs(run, keep)
-    todo = [name for name in names if name in forced or not is_finished(run, STAGES[name], wanted[name].key)]
-    if todo: check(run, "extract" in todo and makes_room(run, wanted["extract"], "extract" in forced), todo, stages_replaced(run, wanted))
-    with locked(run.folder):
+    with ExitStack() as held:
+        if wait: held.enter_context(locked(run.folder, wait))       # first, because what the other leaves decides what there is to do
+        wanted = wanted_inputs(run, keep)
+        todo = [name for name in names if name in forced or not is_finished(run, STAGES[name], wanted[name].key)]
+        if todo: check(run, "extract" in todo and makes_room(run, wanted["extract"], "extract" in forced), todo, stages_replaced(run, wanted))
+        if not wait: held.enter_context(locked(run.folder))
         write_config(run)
         for line in news(run, {name: wanted[name] for name in names if name not in forced}): say(line)
         for name in names:

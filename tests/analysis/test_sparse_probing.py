@@ -16,7 +16,7 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from saerad.activations.extraction import ExtractionConfig, extract
 from saerad.analysis import sparse_probing as sp
 from saerad.core import UserError
-from saerad.interpretation.groups import feature_groups, outermost
+from saerad.interpretation.groups import feature_groups, neighbour_groups, outermost
 from saerad.sae.encoder import encode_rows
 from saerad.sae.evaluation import EvaluationConfig, concept_recovery, fvu
 from saerad.sae.model import MatryoshkaSAE, SAEConfig
@@ -52,7 +52,7 @@ def spread():
     return (*split(4000), *split(1500))
 
 
-@pytest.mark.parametrize("by", ["means", "l1"])
+@pytest.mark.parametrize("by", ["forward", "means", "l1"])
 def test_a_concept_spread_over_three_features_needs_three(spread, by):
     z, train, z_test, test = spread
     probed = sp.sparse_probing(z, train, z_test, test, sizes=(1, 2, 3), by=by, draws=10)
@@ -67,9 +67,9 @@ def test_numbers_are_scikit_learns(spread):
     probed = sp.sparse_probing(z, train, z_test, test, sizes=(2,), draws=5).concepts.iloc[0]
     mark, x, x_test = train.marks[:, 0], z[:, probed.chosen].toarray(), z_test[:, probed.chosen].toarray()
     balance = np.where(mark > 0, 1, mark.sum() / (mark == 0).sum())
-    theirs = LogisticRegression(tol=1e-9, max_iter=1000).fit(x, mark, balance)
-    assert probed.auroc == pytest.approx(roc_auc_score(test.marks[:, 0], theirs.decision_function(x_test)), abs=1e-4)
-    assert probed.accuracy == pytest.approx(balanced_accuracy_score(test.marks[:, 0], theirs.predict(x_test)), abs=1e-6)
+    theirs = LogisticRegression(tol=1e-9, max_iter=1000).fit(x / x.std(0), mark, balance)
+    assert probed.auroc == pytest.approx(roc_auc_score(test.marks[:, 0], theirs.decision_function(x_test / x.std(0))), abs=1e-4)
+    assert probed.accuracy == pytest.approx(balanced_accuracy_score(test.marks[:, 0], theirs.predict(x_test / x.std(0))), abs=1e-6)
 
 
 @settings(deadline=None, max_examples=25)
@@ -79,8 +79,9 @@ def test_silent_rows_as_two_rows_change_nothing(seed, k, silent):
     x = draw.random((60, k)) * (draw.random((60, 1)) > silent)
     mark = (np.arange(60) % 3 == 0).astype(float)
     w, b = sp.fit_probe(sparse.csr_matrix(x), mark)
-    theirs = LogisticRegression(tol=1e-10, max_iter=2000).fit(x, mark, np.where(mark > 0, 1.0, 0.5))
-    assert np.allclose(w, theirs.coef_[0], atol=1e-3) and b == pytest.approx(theirs.intercept_[0], abs=1e-3)
+    scale = np.where(x.std(0) > 0, x.std(0), 1)
+    theirs = LogisticRegression(tol=1e-10, max_iter=2000).fit(x / scale, mark, np.where(mark > 0, 1.0, 0.5))
+    assert np.allclose(w * scale, theirs.coef_[0], atol=1e-3) and b == pytest.approx(theirs.intercept_[0], abs=1e-3)
 
 
 @settings(deadline=None, max_examples=20)
@@ -102,6 +103,39 @@ def test_l1_leaves_out_what_says_the_same_twice():
     for columns in (z, sparse.csc_matrix(z)):
         order = sp.l1_order(columns, np.maximum(first, second), np.arange(3), 2)
         assert len(order) == 2 and 2 in order
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31), st.integers(2, 6), st.booleans())
+def test_forward_takes_the_column_that_lowers_the_error_most(seed, columns, twin):
+    """Against least squares of every next column, with items of both kinds weighing half."""
+    draw = np.random.default_rng(seed)
+    z = draw.random((80, columns)) * (draw.random((80, columns)) < 0.4)
+    if twin: z[:, 1] = z[:, 0]
+    mark = (z.sum(1) + draw.normal(size=80) > np.median(z.sum(1))).astype(float)
+    weight = np.sqrt(np.where(mark > 0, 0.5 / mark.sum(), 0.5 / (mark == 0).sum()))
+    def error(some):
+        x = np.column_stack([np.ones(80), z[:, some]]) * weight[:, None]
+        return float(((x @ np.linalg.lstsq(x, mark * weight, rcond=1e-9)[0] - mark * weight) ** 2).sum())
+    for values in (z, sparse.csr_matrix(z)):
+        [order] = sp.choose_features(values, mark[:, None], columns)
+        assert len(order) == len(set(order)) <= columns - twin
+        for i, chosen in enumerate(order):
+            assert error([*order[:i], chosen]) == pytest.approx(min(error([*order[:i], f]) for f in range(columns)), abs=1e-9)
+
+
+def test_forward_has_no_twins_and_says_something_of_a_concept_without_items():
+    draw = np.random.default_rng(1)
+    first, second = (draw.random((2, 2000)) < 0.2).astype(float)
+    z, told = np.stack([first, first, 0.6 * second], 1), np.maximum(first, second)
+    assert [set(c) for c in sp.choose_features(z, np.stack([told, np.zeros(2000)], 1), 3)] in ([{0, 2}, {0}], [{1, 2}, {0}])
+
+
+def test_the_size_of_a_column_does_not_matter(spread):
+    z, train, z_test, test = spread
+    small = sparse.diags(np.r_[1e-3, np.ones(z.shape[1] - 1)])
+    a, b = (sp.sparse_probing(z @ by, train, z_test @ by, test, (3,), draws=2).concepts.auroc for by in (sparse.eye(z.shape[1]), small))
+    assert np.allclose(a, b, atol=1e-6)
 
 
 def test_nothing_of_test_patients_chooses(spread):
@@ -262,6 +296,19 @@ def test_the_curve_starts_at_the_evaluation(real):
         assert np.allclose(probed.concepts.auroc, expected.auroc_test)
         assert [c[0] for c in probed.concepts.chosen] == expected.feature.astype(int).tolist()
         assert probed.curve.told[0] == pytest.approx(expected.tracked.mean())
+
+
+def test_groups_by_surroundings(real):
+    source, store, sae = real
+    rows = sp.ask_tokens(store, source, "train").rows
+    z = encode_rows(sae, store, rows)
+    groups, often = neighbour_groups(store, z, rows, largest=12, least=15), z.tocsc().getnnz(0)
+    alone, merged = [g for g in groups if len(g) == 1], [g for g in groups if len(g) > 1]
+    assert [f for f, in alone] == np.flatnonzero(often).tolist() and len(set(groups)) == len(groups)
+    assert merged and max(map(len, merged)) <= 12 and often[np.concatenate(merged)].min() >= 15
+    assert all(set(a) <= set(b) or not set(a) & set(b) for a in merged for b in merged if len(a) <= len(b))       # nested
+    shuffled = neighbour_groups(store, z[:, ::-1], rows, largest=12, least=15)                                    # by what features do, not by number
+    assert {tuple(sorted(sae.width - 1 - f for f in g)) for g in shuffled} == set(groups)
 
 
 def test_equal_l0_and_the_readers(real):

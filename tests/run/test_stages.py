@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -467,6 +468,24 @@ def test_several_ranks_share_one_command(forks, tmp_path):
 
 def test_two_processes_do_not_write_one_run(done, config):
     with locked(done[0]), pytest.raises(UserError, match="another saerad process"): run_config(config, done[0])
+
+
+def test_a_run_can_wait_for_another_process(done, config, tmp_path):
+    """Another process holds the folder until a file is there; what it has done in the meantime is seen."""
+    shutil.copytree(done[0], tmp_path / "run")
+    hold = "import sys, time\nfrom pathlib import Path\nfrom saerad.run.stages import locked\nfolder = Path(sys.argv[1])\n" \
+           "with locked(folder):\n    (folder / 'held').touch()\n    while not (folder / 'enough').exists(): time.sleep(.01)\n" \
+           "    (folder / 'sae/sae.safetensors').unlink()"
+    other = subprocess.Popen([sys.executable, "-c", hold, tmp_path / "run"])
+    while not (tmp_path / "run/held").exists(): time.sleep(.01)
+    said = []
+    waiting = threading.Thread(target=run_config, args=(config, tmp_path / "run"), kwargs={"last": "train", "say": said.append, "wait": True})
+    waiting.start()
+    waiting.join(timeout=1)
+    assert waiting.is_alive() and not said
+    (tmp_path / "run/enough").touch()
+    waiting.join()
+    assert other.wait() == 0 and (tmp_path / "run/sae/sae.safetensors").exists() and any(line.startswith("extract    finished") for line in said)
 
 
 @pytest.mark.timeout(900)
