@@ -92,7 +92,7 @@ def check_notebook(path: Path) -> list[str]:
     if nb.metadata.get("kernelspec") != KERNEL: problems.append(f"{name}: kernelspec {nb.metadata.get('kernelspec')}, not {KERNEL}")
     code = [c for c in nb.cells if c.cell_type == "code" and not SKIP.search(c.source)]
     shown = [c for c in code if not re.search(r"(?m)^#\|\s*(export|hide|default_exp)", c.source)]
-    problems += check_opening(nb, name) + check_picture(nb, name) + check_looks(nb, name) + check_imports(nb, name)
+    problems += check_opening(nb, name) + check_picture(nb, name) + check_looks(nb, name) + check_imports(nb, name) + check_record(nb, name)
     if any(last_is_a_value(c.source) for c in shown) and not any(c.outputs for c in shown): problems.append(f"{name}: was never executed")
     for i, cell in enumerate(nb.cells):
         if cell.cell_type != "code": continue
@@ -108,6 +108,13 @@ def check_opening(nb, name: Path) -> list[str]:
     first = next((c.source.strip() for c in nb.cells if c.cell_type == "markdown"), "")
     if re.fullmatch(r"# .+(\n> .+)?(\n- [\w-]+: .+)*", first): return []
     return [f"{name}: the first Markdown cell must hold the title and a line of description after `>`, and nothing else"]
+
+
+def check_record(nb, name: Path) -> list[str]:
+    """A chapter of results says when it was run at full size and with which commit, or, in its first lines, that it was not."""
+    if NBS / "results" not in (ROOT / name).parents: return []
+    if any(NOTICE.fullmatch(c.source) for c in nb.cells[:3]) or any(RECORD.fullmatch(c.source) for c in nb.cells): return []
+    return [f"{name}: neither says when it was run at full size nor, in its first lines, that it was not: `make results CHAPTERS={name.name[:2]}`"]
 
 
 def shows(cell) -> bool:
@@ -268,6 +275,7 @@ def test(with_tests: bool = False) -> int:
 
 
 RECORD = re.compile(r"\*Run at full size on .+\*")
+NOTICE = re.compile(r"\*Not yet run at full size .+\*")
 
 
 def commit() -> str:
@@ -284,7 +292,8 @@ def record(nb, code: str, seconds: float) -> None:
     threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
     text = (f"*Run at full size on {time.strftime('%-d %B %Y')}, {code}, in {max(1, round(seconds / 60))} min "
             f"on {threads} thread{'s' * (threads > 1)}; what was found finished in `runs/` is not in that time.*")
-    cell = next((c for c in nb.cells if c.cell_type == "markdown" and RECORD.fullmatch(c.source)), None)
+    nb.cells = [c for c in nb.cells if not NOTICE.fullmatch(c.source)]
+    cell = next((c for c in nb.cells if RECORD.fullmatch(c.source)), None)
     if cell is None: nb.cells.append(nbformat.v4.new_markdown_cell(text))
     else: cell.source = text
 
@@ -301,7 +310,7 @@ def execute(folder: Path) -> int:
     for path in notebooks(folder):
         if NBS / "results" in path.parents and not full: continue
         nb, code, began = nbformat.read(path, 4), commit(), time.monotonic()
-        before = [outputs_of(c) for c in nb.cells]
+        before = [outputs_of(c) for c in nb.cells if c.cell_type == "code"]
         kept = {i: c.outputs for i, c in enumerate(nb.cells) if c.cell_type == "code" and SKIP.search(c.source)}
         for i in kept: nb.cells[i].metadata["tags"] = ["skip-execution"]
         NotebookClient(nb, timeout=None if full else 900, kernel_name="python3", coalesce_streams=True,
@@ -313,9 +322,9 @@ def execute(folder: Path) -> int:
         if NBS / "results" in path.parents: record(nb, code, time.monotonic() - began)
         nbformat.write(nb, path)
         subprocess.run([BIN / "nbdev_clean", "--fname", path], check=True, cwd=ROOT)
-        after = [outputs_of(c) for c in nbformat.read(path, 4).cells]
+        after = [outputs_of(c) for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
         print(f"{path.relative_to(ROOT)}: {'outputs as they were' if before == after else 'OUTPUTS CHANGED'}", flush=True)
-        for a, b in zip(before, after, strict=False):   # a record that is new stands at the end
+        for a, b in zip(before, after, strict=True):
             if a != b: print("\n".join(list(difflib.unified_diff(a.splitlines(), b.splitlines(), lineterm="", n=0))[2:12]))
     return int(not notebooks(folder))
 

@@ -112,7 +112,7 @@ def study_blocks(tokens: pa.Table, size: int) -> Iterator[tuple[int, int]]:
 def draw_tickets(rows: np.ndarray, features: np.ndarray, seed: int) -> np.ndarray:
     """A well mixed uint64 per (row, feature), the same whenever and wherever it is drawn (splitmix64)."""
     x = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + features.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
-    x += np.uint64(seed % 2**63) * np.uint64(0x8CB92BA72F3D8DD7)
+    x += np.uint64(seed % 2**63 * 0x8CB92BA72F3D8DD7 % 2**64)             # of Python's integers, or numpy warns that it overflows
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
     return x ^ (x >> np.uint64(31))
