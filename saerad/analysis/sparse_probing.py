@@ -181,24 +181,25 @@ def _forward_choice(z: Values, marks: Float[np.ndarray, "n concepts"], most: int
     z = sparse.csc_matrix(z, dtype=np.float64) if sparse.issparse(z) else np.asarray(z, np.float64)
     squares, rows = z.multiply(z) if sparse.issparse(z) else z * z, sparse.csr_matrix(z) if sparse.issparse(z) else z
     def dense(of: Values) -> np.ndarray: return np.asarray(of.todense() if sparse.issparse(of) else of)
-    products, sums = z.T @ z, np.asarray(z.sum(0)).ravel()
-    chosen = []
-    for mark in marks.T:
-        n, yes = len(mark), mark > 0
-        n_with = yes.sum()
-        if not 0 < n_with < n:
-            chosen.append([0])                # nothing to tell apart
-            continue
-        with_it = np.asarray(rows[yes].sum(0)).ravel()
-        half = np.where(yes, 0.5 / n_with, 0.5 / (n - n_with))                          # weights: each kind is half
-        mean, gap = (with_it / n_with + (sums - with_it) / (n - n_with)) / 2, (with_it / n_with - (sums - with_it) / (n - n_with)) / 4
+    n, n_with, sums = len(marks), marks.sum(0), np.asarray(z.sum(0)).ravel()
+    compared, chosen = {}, [[0]] * marks.shape[1]                                       # 0 where there is nothing to tell apart
+    for j in np.flatnonzero((n_with > 0) & (n_with < n)):
+        half = np.where(marks[:, j] > 0, 0.5 / n_with[j], 0.5 / (n - n_with[j]))        # weights: each kind is half
+        with_it = np.asarray(rows[marks[:, j] > 0].sum(0)).ravel() / n_with[j]
+        without = (sums - with_it * n_with[j]) / (n - n_with[j])
+        mean, gap = (with_it + without) / 2, (with_it - without) / 4
         alone = np.maximum(np.asarray(squares.T @ half).ravel() - mean**2, 1e-12)
         some = np.argsort(-(gap**2 / alone), kind="stable")[:candidates]
-        own = rows[yes][:, some]
-        own = dense(own.T @ own)
-        moments = own * (0.5 / n_with - 0.5 / (n - n_with)) + dense(products[some][:, some]) * (0.5 / (n - n_with))
-        order = forward_order(moments - np.outer(mean[some], mean[some]), gap[some], most)
-        chosen.append(some[order].tolist() or [0])
+        compared[j] = some, mean[some], gap[some]
+    if not compared: return chosen
+    every = np.unique(np.concatenate([some for some, *_ in compared.values()]))         # of a wide SAE not all pairs fit into memory
+    products = z[:, every].T @ z[:, every]
+    for j, (some, mean, gap) in compared.items():
+        own, at = rows[marks[:, j] > 0][:, some], np.searchsorted(every, some)
+        by_kind = 0.5 / n_with[j], 0.5 / (n - n_with[j])
+        moments = dense(own.T @ own) * (by_kind[0] - by_kind[1]) + dense(products[at][:, at]) * by_kind[1]
+        order = forward_order(moments - np.outer(mean, mean), gap, most)
+        chosen[j] = some[order].tolist() or [0]
     return chosen
 
 # %% ../../nbs/analysis/sparse_probing.ipynb #808eda45

@@ -41,8 +41,8 @@ def run_variants(config: Config, settings: Mapping[str, Sequence[str]], out: Pat
                  say: Callable[[str], None] = print) -> dict[str, Run]:
     """Do the run of `config` in `out` up to its activations, and its variants (`KEY=VALUE` settings by name) up to `last` in `out/variants/NAME`.
 
-    What is finished is skipped; two processes may make other variants of one run, or wait for each other. Raises `UserError` for a variant that
-    cannot share the activations.
+    What is finished is skipped; two processes may make variants of one run, and wait for each other. The run itself must not be made anew meanwhile.
+    Raises `UserError` for a variant that cannot share the activations.
     """
     base = Run(out, config)
     variants = {name: _variant(base, name, values) for name, values in settings.items()}
