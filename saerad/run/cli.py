@@ -237,10 +237,11 @@ def export_command(run: Annotated[Path, typer.Argument(help="folder of a run")],
 def release_command(run: Annotated[Path, typer.Argument(help="folder of a run")], out: Annotated[Path, typer.Argument(help="a new folder")],
                     name: Annotated[str, typer.Option(help="what the card calls it (default: the run's name)")] = "",
                     atlas: Annotated[bool, typer.Option(help="the feature atlas too")] = True,
-                    most_mb: Annotated[float, typer.Option("--most-mb", help="what all of it may have, in MB")] = 10.0) -> None:
+                    most_mb: Annotated[float, typer.Option("--most-mb", help="what all of it may have, in MB")] = 10.0,
+                    half: Annotated[bool, typer.Option("--half", help="the SAE's matrices as float16")] = False) -> None:
     """Write a run's SAE for three libraries, its explanations, its atlas and a card into a folder."""
     from saerad.show.release import write_release
-    print(write_release(run, out, name, atlas, most_mb))
+    print(write_release(run, out, name, atlas, most_mb, half))
 
 # %% ../../nbs/run/cli.ipynb #acb1d8fa
 @app.command("compare")

@@ -139,3 +139,15 @@ def test_no_key_of_dictionary_learning_is_unknown():
             MatryoshkaBatchTopKTrainer(k=K, group_fractions=[0.25, 0.75], **common)]
     for trainer in made:
         assert set(trainer.config) <= known("dictionary_learning") and trainer.config["dict_class"] in DICTIONARY_LEARNING
+
+
+def test_the_peers_open_the_released_sae_and_find_the_same_features():
+    """Its matrices are float16 in the files; both libraries read them into float32."""
+    sae_lens, utils = pytest.importorskip("sae_lens"), pytest.importorskip("dictionary_learning.utils")
+    released = Path(__file__).parents[2] / "nbs/results/release/sae"
+    ours = read_sae(released / "saerad").sae()
+    x = 12 * torch.randn(200, 256, generator=torch.Generator().manual_seed(0))
+    lens, learning = sae_lens.SAE.load_from_disk(released / "sae_lens"), utils.load_dictionary(released / "dictionary_learning", "cpu")[0]
+    with torch.no_grad():
+        for theirs, found in ((lens, lens.encode(x)), (learning, learning.encode(x, use_threshold=True))):
+            assert torch.equal(found > 0, ours.encode(x) > 0) and same(theirs(x), ours(x)) and theirs.W_enc.dtype == torch.float32

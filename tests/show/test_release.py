@@ -2,12 +2,14 @@
 import hashlib
 import json
 import zipfile
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 import yaml
 
+from saerad.activations.extraction import ExtractionConfig, extract
 from saerad.core import UserError, read_json, write_json
 from saerad.run.cli import main
 from saerad.sae.convert import read_sae
@@ -15,6 +17,11 @@ from saerad.sae.model import MatryoshkaSAE
 from saerad.show.atlas import write_atlas
 from saerad.show.invented import invent_run
 from saerad.show.release import LIBRARIES, number_rows, write_release
+from saerad.studies.record import StudiesConfig
+from saerad.studies.sources import open_source
+from saerad.subjects.subject import open_subject
+
+RELEASED = Path(__file__).parents[2] / "nbs/results/release"
 
 
 def make(folder, groups=(64, 64, 128)):
@@ -45,6 +52,24 @@ def test_every_library_finds_the_same_sae(run, tmp_path):
         assert torch.allclose(read(x), own(x), rtol=1e-4, atol=1e-3)
     card = (out / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlicense:") and "# ours" in card and all(f"| {library} | `" in card for library in LIBRARIES)
+
+
+def test_half_the_size_is_the_same_sae_but_for_its_rounding_in_every_library(run, tmp_path):
+    out, whole = write_release(run, tmp_path / "half", half=True), write_release(run, tmp_path / "whole")
+    x = 22 * torch.randn(100, 32, generator=torch.Generator().manual_seed(1))
+    own, read = MatryoshkaSAE.load(run / "sae"), {library: read_sae(out / "sae" / library) for library in LIBRARIES}
+    saes = {library: checkpoint.sae() for library, checkpoint in read.items()}
+    assert all(not checkpoint.notes and checkpoint.k == 8 and checkpoint.group_sizes == (64, 64, 128) for checkpoint in read.values())
+    for sae in saes.values():
+        assert torch.equal(sae.W_dec, own.W_dec.half().float()) and torch.equal(sae.W_enc, own.W_enc.half().float())
+        assert torch.equal(sae.encode(x) > 0, saes["saerad"].encode(x) > 0)
+        assert ((sae.encode(x) > 0) != (own.encode(x) > 0)).float().mean() < 0.001      # those at the threshold
+        assert (sae(x) - own(x)).norm() < 0.01 * own(x).norm() and sae.threshold * sae.scale == own.threshold * own.scale
+    sizes = [sum(p.stat().st_size for p in [*f.rglob("*.safetensors"), *f.rglob("*.pt")]) for f in (out, whole)]
+    assert sizes[0] < 0.75 * sizes[1]
+    cards = [(f / "README.md").read_text(encoding="utf-8") for f in (out, whole)]
+    assert ["stored as float16" in card for card in cards] == [True, False]
+    assert all(p.stat().st_mode & 0o044 == 0o044 for p in out.rglob("*.safetensors"))       # others may read them
 
 
 def test_checksums_are_of_all_files_and_the_same_run_gives_the_same_bytes(run, tmp_path):
@@ -110,3 +135,24 @@ def test_a_run_without_an_sae_or_atlas(tmp_path):
     sae.save(run / "sae")
     with pytest.raises(UserError, match="no atlas; make it with saerad atlas, or release without"): write_release(run, tmp_path / "out")
     assert "atlas.zip" not in files(write_release(run, tmp_path / "out", atlas=False))
+
+
+def test_what_this_project_released_is_whole_and_within_its_size():
+    sums = dict(reversed(line.split("  ")) for line in (RELEASED / "SHA256SUMS").read_text(encoding="utf-8").splitlines())
+    assert set(sums) == files(RELEASED) - {"SHA256SUMS"} and sum(p.stat().st_size for p in RELEASED.rglob("*") if p.is_file()) < 10e6
+    assert all(hashlib.sha256((RELEASED / name).read_bytes()).hexdigest() == wanted for name, wanted in sums.items())
+    features = pd.read_csv(RELEASED / "features.csv")
+    assert len(features) == 1024 and features.explanation.notna().sum() > 700
+    with zipfile.ZipFile(RELEASED / "atlas.zip") as archive: assert archive.testzip() is None
+
+
+def test_the_released_sae_reconstructs_what_the_bundled_model_does_in_a_new_world(tmp_path):
+    """Patients of another phantom than it was trained on; the numbers are those of its card, with room for the few studies."""
+    source = open_source(StudiesConfig(source="phantom:7", train_patients=1, validation_patients=1, test_patients=8))
+    store = extract(source, open_subject(), ExtractionConfig(layer=4), tmp_path / "activations")
+    x = store.read(store.where("test"))
+    saes = [read_sae(RELEASED / "sae" / library).sae() for library in LIBRARIES]
+    on = [sae.encode(x) > 0 for sae in saes]
+    assert torch.equal(on[0], on[1]) and torch.equal(on[0], on[2])
+    assert ((saes[0](x) - x) ** 2).sum() / ((x - x.mean(0)) ** 2).sum() < 0.09
+    assert 14 < on[0].sum(1).float().mean() < 18
