@@ -36,14 +36,18 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 # %% ../nbs/core.ipynb #38baad52
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)        # it can only be asked by setting it
+
 @contextmanager
 def write_beside(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path next to `path`; rename it onto `path` on success, remove it on failure."""
+    """Yield a temporary path next to `path`; rename it onto `path` on success, remove it on failure. Whoever may read new files may read it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield beside
+        beside.chmod(0o666 & ~_UMASK)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ import http.client
 import json
 import re
 import threading
-import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -33,6 +32,7 @@ from saerad.show.ask import (
 )
 from saerad.show.atlas import write_atlas
 from saerad.show.lab import open_run
+from saerad.subjects.subject import layers_path
 
 SENTENCE, NASTY = "There is a small left pleural effusion.", "<img src=x onerror=document.title='broken'>"
 
@@ -161,13 +161,15 @@ def test_image_tokens_are_cut_with_all_that_belongs_to_them(asker, answer):
     assert cut.ids.tolist() == answer.reading.prompt.ids[torch.from_numpy(keep)].tolist()
 
 
-def test_a_question_takes_less_than_300_ms(asker, answer):
-    times = []
-    for text in ("The heart is normal.", "No pneumothorax.", "Small nodule.", "Lines and tubes are in place.", SENTENCE):
-        begin = time.perf_counter()
-        asker.ask(text).as_json()
-        times.append(time.perf_counter() - begin)
-    assert min(times) < 0.3, times
+def test_a_question_costs_one_pass_of_the_model(asker):
+    """How long it takes is measured by `saerad bench questions`."""
+    passes, layers = [], asker.subject.model.get_submodule(layers_path(asker.subject.model))
+    hooks = [layers[i].register_forward_pre_hook(lambda *_, i=i: passes.append(i)) for i in (0, asker.layer, asker.layer + 1)]
+    try:
+        for text in ("No pneumothorax.", SENTENCE): asker.ask(text).as_json()
+    finally:
+        for hook in hooks: hook.remove()
+    assert passes == 2 * [0, asker.layer], "the layers above the SAE's are not needed"
 
 
 def test_a_pair_is_measured_on_the_weights(asker):
