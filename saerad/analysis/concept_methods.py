@@ -466,7 +466,7 @@ def draw_concept_methods(results: pd.DataFrame, axes: Sequence[Any], ceilings: S
 # %% ../../nbs/analysis/concept_methods.ipynb #507a5424
 def known_before(m: Material, method: ConceptMethod) -> pd.DataFrame:
     """What is known of each place before anything is steered: how much of the finding's contrast its set holds, how well the set's features speak
-    for it (attribution, output score), how strong the contrast is, and how many training reports state it."""
+    for it (attribution, output score), how strong the contrast is, and how evenly it is spread over the cells."""
     rows = []
     for i, (kind, side) in enumerate(m.places):
         own = m.scores[method.choose][i].argsort(descending=True)[:method.size]

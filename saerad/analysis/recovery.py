@@ -40,7 +40,8 @@ def weighted_aurocs(score: Float[np.ndarray, " n"], mark: Float[np.ndarray, " n"
 class Interval:
     """Over a set of concepts the share that is recovered and the mean AUROC, and their 95 % intervals by bootstrap over test patients.
 
-    A concept at the threshold falls below it in half of the draws and seldom rises, so the share need not lie in the middle of its interval.
+    A concept just above the threshold falls below it in some draws, and one just below rises above it; where there are more of one sort, the share
+    does not lie in the middle of its interval.
     """
     concepts: int
     share: float

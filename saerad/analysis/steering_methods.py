@@ -68,7 +68,8 @@ def _split_activations(store: Store, sae: MatryoshkaSAE, source: Source, split: 
 
 # %% ../../nbs/analysis/steering_methods.ipynb #2fde8dcc
 def token_f1(store: Store, sae: MatryoshkaSAE, source: Source, cfg: MethodsConfig) -> pd.DataFrame:
-    """For every word concept that reports state: its best feature, the threshold (both from training patients), `f1_train` and `f1`."""
+    """For every word concept with enough tokens (20 in training, 8 in test): its best feature and the threshold (both from training patients),
+    `f1_train` and `f1`."""
     (z, marks), (z_test, marks_test) = (_split_activations(store, sae, source, s, cfg.token_rows) for s in ("train", "test"))
     f1, mentions, rows = _all_f1(z, marks), np.asarray(marks.sum(0)).ravel(), []
     for j, concept in enumerate(concepts_of("word")):

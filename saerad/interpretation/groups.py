@@ -109,7 +109,7 @@ def finding_rows(store: Store, cfg: ExemplarsConfig, most: int = 60_000) -> Int[
     return rows[turn % max(1, -(-len(rows) // most)) == 0]
 
 # %% ../../nbs/interpretation/groups.ipynb #63122b1f
-MIX = {"directions": 0.3, "words": 0.3, "neighbours": 0.4, "explanations": 0.0}   # chosen on the phantom's validation patients
+MIX = {"directions": 0.3, "words": 0.3, "neighbours": 0.4, "explanations": 0.0}   # chosen on the phantom; see "How much of a concept is a group?"
 MOST_FEATURES = 16_384       # whose pairs are compared: of more features those that fire most often
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +165,7 @@ def merges(pairs: Float[np.ndarray, "f f"], features: Int[np.ndarray, " f"], lar
     return kept
 
 # %% ../../nbs/interpretation/groups.ipynb #c25de70c
-LARGEST, LEAST = 16, 0.2      # members, and likeness of what is merged; chosen as the mix was
+LARGEST, LEAST = 16, 0.2      # members, and likeness of what is merged; set for tight groups, not measured
 
 def found_groups(signs: Signs, mix: Mapping[str, float] = MIX, largest: int = LARGEST, least: float = LEAST) -> list[tuple[int, ...]]:
     """Groups that share no feature, of 2 to `largest` members."""

@@ -187,8 +187,8 @@ def hard_negative_windows(pool: Pool, feature: int, habit: Habit, neighbours: np
                           most: int = 100) -> dict[str, np.ndarray]:
     """For each source the windows of `pool` that are hard negatives of a feature.
 
-    `neighbours` are its nearest features, `word` the word it mostly peaks on, `home` the sections in which it mostly fires. Of the windows in
-    which a neighbour fires only the `most` nearest are kept.
+    `neighbours` are its nearest features, `word` the word it mostly peaks on, `home` the sections in which it fires at least one time in ten.
+    Of the windows in which a neighbour fires only the `most` nearest are kept.
     """
     silent, mentioned = ~pool.fired[:, feature], pool.mentioned
     same_kind = silent & (mentioned["kind"] == habit.kind) & bool(habit.kind)

@@ -785,7 +785,7 @@ def _by_negatives(truth: np.ndarray, predicted: np.ndarray, source: np.ndarray, 
 
 # %% ../../nbs/interpretation/interpret.ipynb #e276390a
 def _fuzzed(interpreter: Interpreter, own: Explanation, f: FeatureContexts, protocol: Protocol, seed: int, troubles: Counter[str]) -> float:
-    "F1 of content_words right marks from moved ones; NaN without answers."
+    "F1 of telling right marks from moved ones; NaN without answers."
     items, truth = fuzz_items(f, protocol.fuzz, rng(seed, "interpretation", "fuzz", f.feature))
     return score(truth, interpreter.fuzz(own, items, troubles), rng(seed, "interpretation", "fuzz"), 1).f1 if items else float("nan")
 

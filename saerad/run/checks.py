@@ -102,7 +102,10 @@ def model_shape(config: Config) -> tuple[int, int]:
 
 # %% ../../nbs/run/checks.ipynb #da65779d
 def check_disk(run: Run, d: int, beside: bool = False) -> None:
-    """Raise `UserError` when the disk has no space for the store, judged from the length of the texts; `beside`: for another one."""
+    """Raise `UserError` when the disk has no space for the store; `beside`: for another one.
+
+    It is judged from the length of the texts alone, without image tokens.
+    """
     characters = sum(len(text) for study in stored_studies(run.source, run.config.extraction) for text in study.sections.values())
     needed = characters / 4 * d * {"int8": 1, "bfloat16": 2, "float32": 4}[run.config.extraction.dtype] * len(hookpoints(run.config.extraction))
     place = next(p for p in (run.folder.absolute(), *run.folder.absolute().parents) if p.exists())

@@ -224,7 +224,7 @@ def export_command(run: Annotated[Path, typer.Argument(help="folder of a run")],
            model: Annotated[str, typer.Option(help="neuronpedia: id of the model (default: the subject's name)")] = "",
            source_set: Annotated[str, typer.Option(help="neuronpedia: name of the source set")] = "res-saerad",
            texts: Annotated[bool, typer.Option(help="neuronpedia: contexts too, which are report text")] = True) -> None:
-    """Write a run's features, and every firing of them, in another project's format."""
+    """Write a run's features in another project's format: every firing (delphi), contexts (neuronpedia) or the table (csv)."""
     from saerad.interpretation.delphi import export_delphi
     from saerad.show.neuronpedia import export_csv, export_neuronpedia
     if to == "neuronpedia": print(export_neuronpedia(run, out, model, source_set, texts=texts))
@@ -256,7 +256,8 @@ review_app = typer.Typer(no_args_is_help=True, help="Have people judge features.
 app.add_typer(review_app, name="review")
 
 @review_app.command("pack")
-def review_pack_command(run: Annotated[Path, typer.Argument(help="folder of a run")], out: Out = None,
+def review_pack_command(run: Annotated[Path, typer.Argument(help="folder of a run")],
+                out: Annotated[Path | None, typer.Option("--out", help="folder of the pack (default: RUN/review)")] = None,
                 features: Annotated[str, typer.Option(help="top:N for the best explained ones, or numbers like 12,405")] = "top:50",
                 controls: Annotated[float, typer.Option(min=0, max=0.9, help="share of items with another feature's explanation")] = 0.2) -> None:
     """Make one offline page on which a radiologist can rate features, and its key."""
@@ -280,7 +281,7 @@ app.add_typer(mini_app, name="mini")
 
 @mini_app.command("train")
 def mini_train_command(source: Annotated[str, typer.Argument(help="a source of studies, for instance phantom:0")], settings: Settings = None,
-               out: Out = None, seed: int = 0) -> None:
+               out: Annotated[Path | None, typer.Option("--out", help="folder of the model (default: runs/mini)")] = None, seed: int = 0) -> None:
     """Train a small subject model of MAIRA-2's architecture on a source; settings are those of the training, or studies.KEY=VALUE."""
     from saerad.subjects.mini import MiniConfig, train_mini
     folder = folder_for(out or Path("runs/mini"))

@@ -261,7 +261,7 @@ def dead_places(dead: Bool[Tensor, " width"], capacity: int) -> tuple[Int[Tensor
 class DeadBound:
     """At most how many features are dead, known on the host without waiting for the device.
 
-    A feature that fires never is dead when it has been silent for `limit` tokens; so one that will be dead within the next tokens is known by now.
+    A feature that never fires is dead when it has been silent for `limit` tokens; so one that will be dead within the next tokens is known by now.
     """
     def __init__(self, since: Int[Tensor, " width"], limit: float, every: int = 8):
         self.since, self.limit, self.every = since, limit, every

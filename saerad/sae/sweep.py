@@ -81,7 +81,7 @@ def _write_figure(figure: Figure, out: Path) -> None:
 
 # %% ../../nbs/sae/sweep.ipynb #ff90199c
 def draw_sweep(table: pd.DataFrame) -> Figure:
-    """FVU against L0, a line for each store, width, kind and order of groups."""
+    """FVU against L0, a line for each store, width, kind, order of groups and token table."""
     figure, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
     keys = [key for key in ("store", "width", "kind", "group_order", "token_table") if table[key].nunique() > 1]
     for label, points in table.groupby(keys) if keys else [((), table)]: _draw_line(ax, points, ", ".join(map(str, label)))

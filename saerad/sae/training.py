@@ -142,7 +142,8 @@ def geometric_median(x: Float[Tensor, "n d"], rounds: int = 50) -> Float[Tensor,
 # %% ../../nbs/sae/training.ipynb #07f1eb27
 @torch.no_grad()
 def initial_sae(store: Store, sae_cfg: SAEConfig, cfg: TrainingConfig, seed: int, stream_seed: int | None = None) -> MatryoshkaSAE:
-    """An untrained SAE with the scale and the decoder bias measured on the first rows that the reader deals."""
+    """An untrained SAE: scale, decoder bias, limit of length and token table measured on the first rows that the reader deals,
+    the encoder as long as training starts it."""
     found, reader = [], store.batches("train", cfg.batch_size, seed if stream_seed is None else stream_seed)
     while sum(len(x) for _, x in found) < cfg.start_rows: found.append(next(reader)[1:])
     x = torch.cat([x.float() for _, x in found])

@@ -475,7 +475,7 @@ def _histogram(row: Mapping[str, Any]) -> dict[str, Any]:
 def _views_about(run: Run) -> str:
     "What a reader must know about the heatmaps of this run."
     trained = str(run.settings.get("extraction", {}).get("image_tokens", "last"))
-    known = "" if trained == "all" else " The SAE was trained without most image tokens, so patches are outside of what it has seen."
+    known = "" if trained == "all" else " The SAE was trained without most image tokens, so it has hardly seen patches."
     boxes = "; dashed: where the phantom drew a finding" if str(run.settings.get("studies", {}).get("source", "")).startswith("phantom") else ""
     return ("Views of held-out studies on which the feature is strongest, no patient twice. Orange: its activation by patch, each view on its own "
             f"scale{boxes}.{known}")
@@ -866,7 +866,7 @@ WHAT_TO_SEE = {
     "doses": "Look at where the curves leave those of random directions, and at what the untouched reports are like, at 0.",
     "effects": "Look for colour outside the frames: that is what was not meant.",
     "predicted": "Look for a slope along the diagonal.",
-    "concepts": "Look at what lies left of the line: concepts without a feature of their own.",
+    "concepts": "Look at what lies below the line: concepts without a feature of their own.",
     "film": "Look at how little of the image a finding takes."}
 
 # %% ../../nbs/show/atlas.ipynb #1c9a0f76

@@ -223,7 +223,7 @@ def draw_sweep_curves(numbers: pd.DataFrame, ax: Axes) -> None:
 # %% ../../nbs/show/figures.ipynb #b0d1850f
 plot_sweep = PLOTS["sweep"] = Plot(collect_sweep, draw_sweep_curves, ("sweep/table.parquet",),
                                    "What more features per token buy: variance unexplained (FVU) against the mean number of active "
-                      "features (L0), on test patients, for the SAEs of a sweep. Lower and further left is better.")
+                      "features (L0), on validation patients, for the SAEs of a sweep. Lower and further left is better.")
 
 # %% ../../nbs/show/figures.ipynb #56c462dd
 def collect_density(run: Run) -> pd.DataFrame | None:

@@ -66,15 +66,16 @@ def write_saes(run: Run, folder: Path, half: bool = False) -> dict[str, str]:
     return told
 
 # %% ../../nbs/show/release.ipynb #78fa1b4a
-NUMBERS = (("sae", "fvu", "share of variance not reconstructed (FVU), validation patients", None),
-           ("sae", "l0", "features on per token (L0)", None),
+NUMBERS = (("sae", "fvu", "share of variance not reconstructed (FVU), test patients", None),
+           ("sae", "l0", "features that are on, per token (L0)", None),
            ("sae", "loss_recovered", "loss recovered when spliced into the model", None),
            ("sae", "dead", "share of features that never fire", None),
            ("interpretation", "median_f1", "median F1 of the explanations", ("shuffled_median_f1", "another feature's explanation")),
            ("interpretation", "f1_above_075", "features whose explanation has F1 above 0.75", ("scored", "scored at all")),
            ("truth", "concepts_recovered", "share of the world's concepts that one feature tells", None),
            ("truth", "description_names_truth", "good explanations that name the concept which the feature tracks", None),
-           ("steering", "on_target_only", "share of steered reports changed purely on target", ("off_target_only", "changed only elsewhere")))
+           ("steering", "on_target_only", "share of steered reports changed purely on target (strictly)",
+            ("off_target_only", "changed only elsewhere")))
 
 # %% ../../nbs/show/release.ipynb #52c306a7
 def number_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -197,7 +197,7 @@ def _read_out(subject: Subject, x: Float[Tensor, "n d"]) -> Float[Tensor, "n voc
 # %% ../../nbs/steering/effects.ipynb #8d4e5813
 @torch.no_grad()
 def output_scores(subject: Subject, sae: MatryoshkaSAE, features: Sequence[int], strength: float = 1.0) -> Float[np.ndarray, " n"]:
-    """Largest change of a next-token log-probability when a decoder row of length `strength` × scale is read by the final norm and unembedding.
+    """Largest rise of a next-token log-probability when a decoder row of length `strength` × scale is read by the final norm and unembedding.
 
     Around the SAE's bias, the typical vector, so that the score needs no text.
     """

@@ -391,7 +391,7 @@ def _list(units: Sequence[Unit], rng: np.random.Generator) -> Words:
 
 # %% ../../nbs/studies/grammar.ipynb #48060629
 def _contrast(units: Sequence[Unit], rng: np.random.Generator) -> Words:
-    "One sentence for two units of first kind whose fates differ."
+    "One sentence for two units of one kind whose fates differ."
     first, second = (fill(CONTRAST[u[0].change], u[0].change, **_name_unit(u, rng).slots) for u in units)
     return (*first, ("while", ()), *second, (".", ()))
 

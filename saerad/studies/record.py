@@ -236,7 +236,7 @@ def hash(self: Source) -> str:
 class StudiesConfig(Section):
     """Where the studies come from, how many, and how they are split."""
     source: str = "phantom:0"                         # phantom:SEED, openi:PATH, mimic-cxr:PATH, table:FILE, or a reader of your own
-    train_patients: int | None = Field(None, ge=1)    # at most so many patients; None takes all
+    train_patients: int | None = Field(None, ge=1)    # at most so many patients; None takes all (of a phantom 800, 100, 200)
     validation_patients: int | None = Field(None, ge=1)
     test_patients: int | None = Field(None, ge=1)
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)   # of train, validation, test, where no split is given
