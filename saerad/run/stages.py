@@ -426,4 +426,5 @@ def model_hash(config: Config) -> str:
     """Fingerprint of the subject model, without loading it."""
     if config.subject.model == "trained": return "trained in the run"
     folder, settings = model_folder(config), config.subject.model_dump(exclude={"decoder", "device", "model"})
-    return content_hash(settings, hash_checkpoint(folder, config.subject.dtype) if folder else model_settings(config))
+    if folder: return content_hash(settings, hash_checkpoint(folder, config.subject.dtype))
+    return content_hash(settings, config.subject.model, model_settings(config))      # two models of one shape have the same config.json

@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from hub_server import HubServer
 from nursery import nursery, ranks
 
 from saerad.core import UserError, read_table
@@ -216,6 +217,24 @@ def test_the_manifest_says_how_it_was_made(done, config):
     assert {name: entry["key"] for name, entry in stages.items()} == keys
     assert all(e["finished"] and e["seed"] == 0 and e["versions"]["torch"] and e["files"] for e in stages.values())
     assert stages["train"]["inputs"] == {"extract": keys["extract"]}
+
+
+HASHES = """
+from saerad.run.config import Config, changed
+from saerad.run.stages import model_hash
+for settings in (["one/a"], ["two/b"], ["one/a"], ["two/b", "subject.revision=" + 40 * "a"]):
+    print(model_hash(changed(Config(), ["subject.model=" + settings[0], *settings[1:]])))
+"""
+
+
+def test_two_models_of_one_shape_on_the_hub_are_two_models(tmp_path):
+    with HubServer() as hub:
+        for name in ("one/a", "two/b"): hub.repositories[name] = {"config.json": b'{"hidden_size": 64, "num_hidden_layers": 2}'}
+        env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
+                            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        done = subprocess.run([sys.executable, "-c", HASHES], env=env, capture_output=True, text=True, timeout=300)
+    first, second, again, pinned = done.stdout.split()
+    assert first == again and len({first, second, pinned}) == 3, done.stderr
 
 
 def test_what_is_finished_is_skipped(done, config):
