@@ -10,7 +10,7 @@ from saerad.studies.record import StudiesConfig
 from saerad.studies.sources import open_source
 from saerad.subjects.subject import open_subject
 
-LAYER, LENGTH = 4, 9.0      # of the pushes, in raw residual units: about 0.4 of a typical vector of mini
+LAYER, LENGTH = 4, 9.0      # of the pushes, in raw residual units: about 0.17 of a typical vector of mini
 
 
 def measure(quick):
